@@ -1,0 +1,243 @@
+"""The schema of a run: one YAML, dotted overrides, every fault named at once with key, value, what is allowed and origin.
+
+Knows no strategy's own options (those are a pydantic model beside the strategy; `check` puts the two together).
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mllm_keeplora.errors import UserError, known, several
+
+RUNTIME = {"runtime": True}  # a key that cannot change results: it may differ when a run is continued
+
+
+def runtime(default: Any, **constraints: Any) -> Any:
+    """Field of a key that never defines results (device counts, logging); continuing a run may change it."""
+    return Field(default, json_schema_extra=RUNTIME, **constraints)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class BaseConfig(Section):
+    """The base MLLM: a name in configs/models, a folder, or a hub id."""
+
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["nf4", "int8"] | None = None
+    prompt: str = "auto"
+    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class StrategyConfig(BaseModel):
+    """Name and preset here; the other keys belong to the strategy's own options and are checked with them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+    preset: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class AdaptersConfig(Section):
+    target: Literal["language_linears"] = "language_linears"
+    projector: Literal["keeplora", "full", "frozen"] = "keeplora"
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    history: Literal["auto", "merged", "factors"] = "auto"
+
+
+class TrainConfig(Section):
+    """One domain's training. `batch_size` is global: the number of processes does not change it."""
+
+    lr: float = Field(2e-4, gt=0.0)
+    lr_projector: float | None = Field(None, gt=0.0, description="only for adapters.projector=full; null = lr")
+    epochs: float = Field(1.0, gt=0.0)
+    batch_size: int = Field(64, ge=1)
+    micro_batch_size: int | None = runtime(None, ge=1)
+    schedule: str = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0.0, le=1.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    max_grad_norm: float = Field(1.0, ge=0.0)
+    max_length: int | None = Field(None, ge=8)
+    gradient_checkpointing: bool = runtime(False)
+    workers: int = runtime(0, ge=0)
+    checkpoint_steps: int = runtime(200, ge=1)
+    log_steps: int = runtime(10, ge=1)
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class DomainOverride(Section):
+    train: dict[str, Any] = Field(default_factory=dict)
+
+
+class EvalConfig(Section):
+    domains: Literal["seen", "all"] = "seen"
+    batch_size: int = runtime(16, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1)
+    suite_limit: int | None = Field(None, ge=1)
+    zero_shot: bool = True
+
+
+class RunConfig(Section):
+    """A whole run. Result-defining keys are fixed once a run directory exists; the others may change."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: BaseConfig
+    benchmark: str | list[dict[str, Any]] | dict[str, Any]
+    data_root: str | None = runtime(None)
+    domains: list[str] | None = None
+    strategy: StrategyConfig
+    adapters: AdaptersConfig = AdaptersConfig()
+    train: TrainConfig = TrainConfig()
+    per_domain: dict[str, DomainOverride] = Field(default_factory=dict)
+    deepspeed: str | None = runtime(None)
+    eval: EvalConfig = EvalConfig()
+    seed: int = Field(0, ge=0)
+    threads: int | None = runtime(None, ge=1)
+    output: str | None = runtime(None)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+    def train_of(self, domain: str) -> TrainConfig:
+        """Training settings of one domain: `train` with the keys of `per_domain.<domain>.train` on top."""
+        own = self.per_domain.get(domain)
+        return TrainConfig.model_validate({**self.train.model_dump(), **own.train}) if own else self.train
+
+    def resolved(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def result_defining(self) -> dict[str, Any]:
+        """The resolved config without its runtime keys, flattened to dotted names, for comparison with a run's own."""
+        return flatten(_without_runtime(type(self), self.resolved()))
+
+
+def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML (a path, or a shipped name such as `mini_dcl`) and lay dotted overrides over it.
+
+    Raises:
+        UserError: file missing, YAML broken, or any key unknown, missing, mistyped or out of range (all at once).
+    """
+    path = find_config("runs", source)
+    values = read_yaml(path)
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, origin=str(source))
+
+
+def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
+    """Validate a config given as a dictionary; `origin` is named in every fault."""
+    faults = []
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise several(validation_faults(error, origin)) from None
+    for domain, own in config.per_domain.items():
+        try:
+            TrainConfig.model_validate(own.train)
+        except ValidationError as error:
+            faults += validation_faults(error, origin, prefix=f"per_domain.{domain}.train.")
+    if faults:
+        raise several(faults)
+    return config
+
+
+def validation_faults(error: ValidationError, origin: str, prefix: str = "") -> list[str]:
+    """One sentence a fault: key, what is allowed, the value got, where it came from."""
+    faults = []
+    for item in error.errors():
+        key = prefix + ".".join(str(part) for part in item["loc"])
+        if item["type"] == "missing":
+            faults.append(f"{key} is missing ({origin})")
+        elif item["type"] == "extra_forbidden":
+            faults.append(f"{key} is not a known key, got {item['input']!r} ({origin})")
+        else:
+            faults.append(f"{key}: {item['msg'].lower()}, got {item['input']!r} ({origin})")
+    return faults
+
+
+def find_config(kind: str, source: str | Path) -> Path:
+    """A config file by path, or by its shipped name within configs/<kind>."""
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise UserError(f"no config file {path}; shipped {kind}: {known(shipped(kind))}")
+        return path
+    if str(source) not in shipped(kind):
+        raise UserError(f"unknown name {str(source)!r} in configs/{kind}; known: {known(shipped(kind))}, or a .yaml path")
+    return Path(str(resources.files("mllm_keeplora.configs") / kind / f"{source}.yaml"))
+
+
+def shipped(kind: str) -> list[str]:
+    """Names of the shipped configs of a kind: runs, models or benchmarks."""
+    folder = resources.files("mllm_keeplora.configs") / kind
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, got {type(values).__name__}")
+    return values
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to dotted names; an empty dictionary stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"an override is written key=value, got {override!r}")
+    *parents, last = key.split(".")
+    for part in parents:
+        if not isinstance(values.setdefault(part, {}), dict):
+            raise UserError(f"override {override!r}: {part} is a single value and has no keys below it")
+        values = values[part]
+    try:
+        values[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not readable YAML") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _without_runtime(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in values.items():
+        field = model.model_fields.get(key)
+        if field is not None and field.json_schema_extra == RUNTIME:
+            continue
+        section = field.annotation if field is not None else None
+        nested = isinstance(section, type) and issubclass(section, BaseModel) and isinstance(value, dict)
+        kept[key] = _without_runtime(section, value) if nested else value
+    return kept

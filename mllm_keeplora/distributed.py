@@ -1,0 +1,119 @@
+"""Rank, barrier, reduce, gather: the bottom rung of every distributed step. One process is the identity.
+
+Knows no model and no run. The process group is opened by `process_group`, which also closes it, because a gloo group left
+open aborts the interpreter at exit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+
+def rank() -> int:
+    """Index of this process among all processes of the run."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Number of processes of the run, as the launcher (`torchrun`, `deepspeed`, `accelerate`) set it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def device() -> str:
+    """The device of this process: its own GPU where there is one, else the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def process_group(timeout_s: int = 1800, deepspeed: bool = False) -> Iterator[None]:
+    """Open the process group for the time of a run; nothing to do in a single process without DeepSpeed.
+
+    DeepSpeed has to open the group itself, before `TrainingArguments` exists: otherwise its batch arithmetic is
+    done for one process.
+    """
+    if world_size() == 1 and not deepspeed:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(device())
+    if deepspeed:
+        _single_process_rendezvous()
+        if backend == "gloo":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed as ds
+
+        ds.init_distributed(backend, timeout=timedelta(seconds=timeout_s))
+    else:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+        dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _single_process_rendezvous() -> None:
+    """DeepSpeed wants a rendezvous even for one process that no launcher started."""
+    if "RANK" in os.environ:
+        return
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def all_reduce(tensors) -> None:
+    """Sum each tensor over all processes, in place and in the given order."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in rank order, on every process."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on every process."""
+    if world_size() == 1:
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

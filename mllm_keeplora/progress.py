@@ -1,0 +1,43 @@
+"""One look for every long stage: a bar with count, elapsed time and time to go, on the main process only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from mllm_keeplora import distributed
+
+
+@cache
+def console():
+    """The terminal that log lines, bars and tables share, so that they do not overwrite each other."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """Yield `advance(n=1, note="")`; the bar vanishes when the block ends."""
+    if not distributed.is_main():
+        yield lambda n=1, note="": None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console(), transient=True) as progress:
+        bar = progress.add_task(title, total=total, note="")
+
+        def advance(n: int = 1, note: str = "") -> None:
+            progress.update(bar, advance=n, **({"note": note} if note else {}))
+
+        yield advance

@@ -1,0 +1,213 @@
+"""The run directory: the only code that builds its paths, and the ledger of stages that are done.
+
+A stage leaves its artefacts first and is then entered in `run.json`; a process killed at any moment loses at most the
+stage it was in. Knows no model and no strategy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_keeplora import distributed, files
+from mllm_keeplora.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DomainDir:
+    """Paths of what one trained unit of the sequence leaves; `00_base` stands for the untouched base model."""
+
+    path: Path
+
+    @property
+    def init(self) -> Path:
+        return self.path / "init.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def projector(self) -> Path:
+        return self.path / "projector.safetensors"
+
+    @property
+    def strategy(self) -> Path:
+        return self.path / "strategy.safetensors"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def basis(self) -> Path:
+        return self.path / "basis.safetensors"
+
+    @property
+    def gradient(self) -> Path:
+        return self.path / "gradient.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def predictions(self, domain: str) -> Path:
+        return self.path / "predictions" / f"{domain}.jsonl"
+
+
+class RunDir:
+    """A run's folder and its ledger."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.record: dict[str, Any] = {}
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def kept_by_prepare(self) -> Path:
+        return self.path / "prepare" / "basis.safetensors"
+
+    def unit(self, index: int, name: str) -> DomainDir:
+        """Folder of the unit trained at position `index` (1-based; 0 is the base model)."""
+        return DomainDir(self.path / "domains" / f"{index:02d}_{name}")
+
+    # -- opening -------------------------------------------------------------------------------------------------
+
+    def exists(self) -> bool:
+        return self.ledger.is_file()
+
+    def load(self) -> RunDir:
+        """Read the ledger of an existing run.
+
+        Raises:
+            UserError: the folder is no run, or was written by a later format.
+        """
+        if not self.exists():
+            raise UserError(f"{self.path} is not a run directory: it has no run.json")
+        try:
+            self.record = files.read_json(self.ledger)
+        except json.JSONDecodeError:
+            raise UserError(f"{self.ledger} is not readable JSON; the run directory is damaged") from None
+        if self.record.get("format") != FORMAT:
+            raise UserError(f"{self.ledger} has format {self.record.get('format')!r}; this version reads {FORMAT}")
+        return self
+
+    def create(self, record: dict[str, Any]) -> None:
+        """Start a new run; the folder must be absent or empty."""
+        if self.path.exists() and any(entry.name not in {".lock", "log.txt"} for entry in self.path.iterdir()):
+            raise UserError(f"output folder {self.path} is not empty and holds no run; choose another `output`")
+        self.record = {"format": FORMAT, "stages": {}, "notes": [], **record}
+        self.save()
+
+    def save(self) -> None:
+        if distributed.is_main():
+            files.write_json(self.ledger, self.record)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process (rank 0 of a distributed run); a second one is refused.
+
+        Raises:
+            UserError: another process works on the run.
+        """
+        if not distributed.is_main():
+            yield
+            return
+        import fcntl
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                owner = handle.read().strip() or "unknown"
+                raise UserError(f"run {self.path} is in use by another process (pid {owner})") from None
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+            yield
+
+    # -- the ledger ----------------------------------------------------------------------------------------------
+
+    def is_done(self, stage: str) -> bool:
+        return stage in self.record["stages"]
+
+    def once(self, stage: str, work: Callable[[], dict[str, Any] | None]) -> bool:
+        """Do a stage unless the ledger has it; returns whether it was done now. `work` may return facts to enter."""
+        if self.is_done(stage):
+            return False
+        started = time.monotonic()
+        facts = work() or {}
+        distributed.barrier()
+        entry = {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory_bytes(), **facts}
+        self.record["stages"][stage] = entry
+        self.save()
+        distributed.barrier()
+        return True
+
+    def note(self, text: str) -> None:
+        self.record["notes"].append({"at": now(), "text": text})
+        self.save()
+
+    def seconds_by_kind(self) -> dict[str, float]:
+        """Wall seconds summed over the sequence: prepare, gradient, train, consolidate, evaluate."""
+        total: dict[str, float] = {}
+        for stage, entry in self.record["stages"].items():
+            kind = stage.split("/")[1] if "/" in stage else stage
+            total[kind] = round(total.get(kind, 0.0) + entry["seconds"], 3)
+        return total
+
+    def peak_memory_bytes(self) -> int:
+        return max((entry["peak_memory_bytes"] for entry in self.record["stages"].values()), default=0)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], origin: str) -> list[str]:
+    """One line for each key that two flattened configs do not share."""
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, "absent"), after.get(key, "absent")
+        if old != new:
+            lines.append(f"{key}: {old!r} in {origin}, {new!r} now")
+    return lines
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far (host), or the GPU's peak where there is one."""
+    import resource
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import torch
+
+    return max(host, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else host
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
