@@ -1,0 +1,141 @@
+"""A benchmark: a named, ordered collection of domains, from a shipped YAML, a file, or the run's own YAML.
+
+Nothing here knows one benchmark from another; `generator` names a drawer of data that is made at first use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mllm_keeplora.config import RunConfig, find_config, read_yaml, validation_faults
+from mllm_keeplora.data.readers import read_test, read_train
+from mllm_keeplora.data.schema import Record
+from mllm_keeplora.errors import UserError, known, several
+from mllm_keeplora.metrics import SCORERS
+
+DATA_ROOT = "MLLM_KEEPLORA_DATA"
+
+
+class TestSet(BaseModel):
+    """Graded questions: files, scorer and how the prompt is put. Paths are relative to the benchmark's root."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    test: str
+    images: str | None = Field(None, description="folder that image paths are relative to; null = the test file's folder")
+    scorer: str = "exact"
+    prompt_suffix: str = ""
+    max_new_tokens: int = Field(16, ge=1)
+
+
+class Domain(TestSet):
+    """One member of the sequence with its train and test set."""
+
+    train: str
+    validation: str | None = None
+
+
+class Benchmark(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str = "own"
+    title: str = ""
+    generator: str | None = None
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    domains: dict[str, Domain]
+    suites: dict[str, TestSet] = Field(default_factory=dict)
+    root: Path = Path()
+
+    def train_records(self, domain: str) -> list[Record]:
+        part = self.domains[domain]
+        path = self.root / part.train
+        return read_train(path, self._images(part, path))
+
+    def test_records(self, name: str) -> list[Record]:
+        """Test records of a domain or a suite, by its name."""
+        part = self.graded(name)
+        path = self.root / part.test
+        return read_test(path, self._images(part, path))
+
+    def graded(self, name: str) -> TestSet:
+        """The domain or suite of that name: whatever can be asked and graded."""
+        return self.domains[name] if name in self.domains else self.suites[name]
+
+    def _images(self, part: TestSet, path: Path) -> Path:
+        return self.root / part.images if part.images is not None else path.parent
+
+
+GENERATORS: dict[str, str] = {"mini_dcl": "mllm_keeplora.data.mini.write:ensure_mini_dcl"}
+
+
+def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> Benchmark:
+    """Resolve the run's benchmark: definition, root folder (drawn first where a generator makes it), chosen domains.
+
+    Raises:
+        UserError: unknown benchmark, domain, scorer or generator; a key that does not belong.
+    """
+    benchmark, origin = _definition(config)
+    faults = [
+        f"domain or suite {name}: unknown scorer {part.scorer!r}; known: {known(SCORERS)} ({origin})"
+        for name, part in [*benchmark.domains.items(), *benchmark.suites.items()]
+        if part.scorer not in SCORERS
+    ]
+    wanted = config.domains if config.domains is not None else list(benchmark.domains)
+    faults += [
+        f"domains names {name!r}; {benchmark.name} has {known(benchmark.domains)} ({origin})"
+        for name in [*wanted, *config.per_domain]
+        if name not in benchmark.domains
+    ]
+    faults += [f"domains names {name!r} twice" for name in {n for n in wanted if wanted.count(n) > 1}]
+    faults += [f"{name!r} is both a domain and a suite ({origin})" for name in benchmark.suites if name in benchmark.domains]
+    if not wanted:
+        faults.append(f"domains is empty; {benchmark.name} has {known(benchmark.domains)}")
+    if faults:
+        raise several(faults)
+    benchmark.domains = {name: benchmark.domains[name] for name in wanted}
+    if benchmark.generator is not None:
+        benchmark.root = _generate(benchmark.generator, origin, progress)
+    elif config.data_root or os.environ.get(DATA_ROOT):
+        benchmark.root = Path(config.data_root or os.environ[DATA_ROOT])
+    return benchmark
+
+
+def _definition(config: RunConfig) -> tuple[Benchmark, str]:
+    given = config.benchmark
+    if isinstance(given, str):
+        path = find_config("benchmarks", given)
+        return _parse(read_yaml(path), given, path.parent)
+    if isinstance(given, list):
+        names = [entry.get("name") for entry in given]
+        if not all(isinstance(name, str) for name in names):
+            raise UserError("benchmark: every domain of an inline list needs a `name`")
+        given = {name: {k: v for k, v in entry.items() if k != "name"} for name, entry in zip(names, given, strict=True)}
+    values = given if "domains" in given else {"domains": given}
+    return _parse(values, f"benchmark of run {config.name}", Path())
+
+
+def _parse(values: dict[str, Any], origin: str, root: Path) -> tuple[Benchmark, str]:
+    defaults = values.get("defaults") or {}
+    values = dict(values)
+    for group in ("domains", "suites"):
+        parts = values.get(group) or {}
+        if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
+            raise UserError(f"{group} must map each name to its files, e.g. Birds: {{train: ..., test: ...}} ({origin})")
+        values[group] = {name: {**defaults, **part} for name, part in parts.items()}
+    try:
+        return Benchmark.model_validate({"root": root, **values}), origin
+    except ValidationError as error:
+        raise several(validation_faults(error, origin)) from None
+
+
+def _generate(name: str, origin: str, progress: Callable[[int, int], None] | None) -> Path:
+    if name not in GENERATORS:
+        raise UserError(f"unknown generator {name!r}; known: {known(GENERATORS)} ({origin})")
+    from importlib import import_module
+
+    module, function = GENERATORS[name].split(":")
+    return getattr(import_module(module), function)(progress=progress)
