@@ -1,0 +1,161 @@
+"""The adapters of a base model: the past restored, one branch open for training, its factors read back.
+
+A thin layer over peft. The plan of what trains is stated here once (`trainable`) and asserted before every training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora.adapters.factors import Branch, Factors, concatenate, peft_settings
+from mllm_keeplora.adapters.history import PristineWeights, choose_history
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OPEN, PAST = "domain", "history"
+
+
+class Adapters:
+    """Low-rank branches of one base model.
+
+    Args:
+        model: the base model (transformers), all parameters frozen; changed in place.
+        layers: target layers by exact module name.
+        history: `merged`, `factors` or `auto`.
+        dropout: LoRA dropout of open branches.
+        full: names of parameters that train in full beside the branch (the projector's with `projector: full`).
+    """
+
+    def __init__(self, model: Any, layers: tuple[str, ...], history: str, dropout: float, full: tuple[str, ...] = ()):
+        self.base = model
+        self.layers = layers
+        self.mode = choose_history(history, model)
+        self.dropout = dropout
+        self.full = full
+        self.peft: Any = None
+        self.branch: Branch | None = None
+        self.past: list[Factors] = []
+        self.past_full: list[dict[str, Tensor]] = []
+        self._pristine = PristineWeights(model, layers if self.mode == "merged" else (), full)
+
+    @property
+    def model(self) -> Any:
+        """What runs: the base model, wrapped by peft while a branch is open or the past is one."""
+        return self.base if self.peft is None else self.peft
+
+    def restore(self, past: list[Factors], past_full: list[dict[str, Tensor]]) -> None:
+        """Put the model where it was after `past` (in order); closes an open branch without keeping it."""
+        self._unload()
+        self.past, self.past_full = list(past), list(past_full)
+        self._pristine.shift(self.past_full)
+        if self.mode == "merged":
+            self._pristine.merge(self.past)
+        elif self.past:
+            together = concatenate(self.past)
+            self._add(PAST, together.A, together.alpha)
+            self._fill(PAST, together.A, together.B)
+        self._freeze()
+
+    def open(self, branch: Branch) -> None:
+        """Open a branch for training: A as given, B zero. The function of the model does not change."""
+        assert self.branch is None, "a branch is open already"
+        self.branch = branch
+        self._add(OPEN, branch.A, branch.alpha)
+        self._fill(OPEN, branch.A, None)
+        self._freeze()
+
+    def trainable(self) -> dict[str, Any]:
+        """Parameters that train now, by their name within `model`: of the open branch, and those trained in full."""
+        if self.branch is None:
+            return {}
+        chosen = {}
+        for name, parameter in self.model.named_parameters():
+            in_branch = any(f".lora_{part}.{OPEN}." in name for part in self.branch.train)
+            if in_branch or name.removeprefix("base_model.model.") in self.full:
+                chosen[name] = parameter
+        return chosen
+
+    def read(self) -> Factors:
+        """The open branch's factors, copied to float32 on the CPU; a frozen A is the one it was opened with."""
+        assert self.branch is not None, "no branch is open"
+        A, B = {}, {}
+        for layer in self.branch.A:
+            module = self._module(layer)
+            B[layer] = module.lora_B[OPEN].weight.detach().float().cpu().clone()
+            trained = "A" in self.branch.train
+            A[layer] = module.lora_A[OPEN].weight.detach().float().cpu().clone() if trained else self.branch.A[layer]
+        return Factors(A, B, self.branch.alpha)
+
+    def read_full(self) -> dict[str, Tensor]:
+        """What was added to the parameters trained in full since the branch was opened."""
+        return self._pristine.shifted(self.past_full)
+
+    def load(self, factors: Factors, full: dict[str, Tensor]) -> None:
+        """Set the open branch to trained factors (a run continued after training)."""
+        self._fill(OPEN, factors.A, factors.B)
+        self._pristine.shift([*self.past_full, full] if full else self.past_full)
+
+    def weight(self, layer: str) -> Tensor:
+        """Current weight (d_out, d_in) of a target layer, without any open branch."""
+        module = self.base.get_submodule(layer)
+        return (module.base_layer if hasattr(module, "base_layer") else module).weight
+
+    @contextmanager
+    def plan_kept(self) -> Iterator[None]:
+        """Assert before and after a training that exactly the stated parameters train."""
+        self.assert_plan()
+        yield
+        self.assert_plan()
+
+    def assert_plan(self) -> None:
+        wanted = set(self.trainable())
+        found = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        assert wanted == found, f"trained but not planned: {sorted(found - wanted)}, missing: {sorted(wanted - found)}"
+
+    # -- peft ----------------------------------------------------------------------------------------------------
+
+    def _add(self, name: str, A: dict[str, Tensor], alpha: dict[str, float]) -> None:
+        from peft import LoraConfig, PeftModel
+
+        if not A:
+            return
+        ranks = {layer: tensor.shape[0] for layer, tensor in A.items()}
+        settings = peft_settings(ranks, alpha, self.dropout if name == OPEN else 0.0)
+        config = LoraConfig(**{k: v for k, v in settings.items() if k not in {"peft_type", "inference_mode"}})
+        if self.peft is None:
+            self.peft = PeftModel(self.base, config, adapter_name=name)
+        else:
+            self.peft.add_adapter(name, config)
+        device = next(self.base.parameters()).device
+        for layer in ranks:
+            module = self._module(layer)
+            module.lora_A[name].float().to(device)
+            module.lora_B[name].float().to(device)
+        self.peft.base_model.set_adapter(list(self.peft.peft_config))
+
+    def _fill(self, name: str, A: dict[str, Tensor], B: dict[str, Tensor] | None) -> None:
+        for layer, tensor in A.items():
+            module = self._module(layer)
+            module.lora_A[name].weight.data.copy_(tensor)
+            if B is None:
+                module.lora_B[name].weight.data.zero_()
+            else:
+                module.lora_B[name].weight.data.copy_(B[layer])
+
+    def _freeze(self) -> None:
+        wanted = self.trainable()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+
+    def _unload(self) -> None:
+        self.branch = None
+        if self.peft is not None:
+            self.base = self.peft.unload()
+            self._pristine.model = self.base
+            self.peft = None
+
+    def _module(self, layer: str) -> Any:
+        return self.base.get_submodule(layer)

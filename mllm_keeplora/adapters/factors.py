@@ -1,0 +1,127 @@
+"""What a domain teaches, as numbers: per target layer a pair (A, B) and a scale, kept in peft's own file format.
+
+delta weight of a layer = alpha / rank * B A. Knows no strategy; files here are what plain peft loads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mllm_keeplora import files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "base_model.model."
+
+
+@dataclass
+class Branch:
+    """How a low-rank branch starts: A per layer, its scale, and which of A and B are trained. B starts at zero.
+
+    `A[layer]` is (rank, d_in) float32; a layer without room for a direction has no entry. `alpha[layer]` is peft's:
+    scaling = alpha / rank, with any layer scale g_l already inside.
+    """
+
+    A: dict[str, Tensor]
+    alpha: dict[str, float]
+    train: tuple[str, ...] = ("B",)
+
+    def __post_init__(self):
+        assert self.A.keys() == self.alpha.keys(), "every layer of a branch needs A and alpha"
+        assert set(self.train) <= {"A", "B"} and self.train, self.train
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {layer: A.shape[0] for layer, A in self.A.items()}
+
+    def save(self, path: Path) -> None:
+        tensors = {f"{layer}.A": A for layer, A in self.A.items()}
+        files.write_tensors(path, tensors, {"alpha": json.dumps(self.alpha), "train": json.dumps(self.train)})
+
+    @classmethod
+    def load(cls, path: Path) -> Branch:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as stored:
+            A = {name.removesuffix(".A"): stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            facts = stored.metadata()
+        alpha = json.loads(facts["alpha"])
+        return cls({layer: A[layer] for layer in alpha}, alpha, tuple(json.loads(facts["train"])))
+
+
+@dataclass
+class Factors:
+    """A trained branch: A (rank, d_in), B (d_out, rank), both float32 on the CPU, and alpha, per layer."""
+
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+    alpha: dict[str, float]
+
+    def scaling(self, layer: str) -> float:
+        return self.alpha[layer] / self.A[layer].shape[0]
+
+    def delta(self, layer: str) -> Tensor:
+        """Delta weight (d_out, d_in) in float32."""
+        return self.scaling(layer) * (self.B[layer] @ self.A[layer])
+
+    def save(self, folder: Path, dropout: float = 0.0) -> None:
+        """Write peft's two files, read them back and check that every tensor is there, with its shape, and finite.
+
+        Raises:
+            RuntimeError: what was read back differs (an empty adapter must never pass for a trained one).
+        """
+        tensors = {}
+        for layer in self.A:
+            tensors[f"{PREFIX}{layer}.lora_A.weight"] = self.A[layer]
+            tensors[f"{PREFIX}{layer}.lora_B.weight"] = self.B[layer]
+        files.write_json(folder / "adapter_config.json", peft_settings(self.ranks, self.alpha, dropout))
+        files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+        stored = files.read_tensors(folder / "adapter_model.safetensors")
+        for name, tensor in tensors.items():
+            if name not in stored or stored[name].shape != tensor.shape or not stored[name].isfinite().all():
+                raise RuntimeError(f"{folder}: tensor {name} was not written as it should be")
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {layer: A.shape[0] for layer, A in self.A.items()}
+
+    @classmethod
+    def load(cls, folder: Path) -> Factors:
+        settings = files.read_json(folder / "adapter_config.json")
+        stored = files.read_tensors(folder / "adapter_model.safetensors")
+        alpha = settings["alpha_pattern"]
+        A = {layer: stored[f"{PREFIX}{layer}.lora_A.weight"] for layer in alpha}
+        B = {layer: stored[f"{PREFIX}{layer}.lora_B.weight"] for layer in alpha}
+        return cls(A, B, alpha)
+
+
+def concatenate(history: list[Factors]) -> Factors:
+    """All branches as one: ranks add up, every scale is folded into B, so that scaling is 1."""
+    import torch
+
+    layers = list(dict.fromkeys(layer for factors in history for layer in factors.A))
+    A, B = {}, {}
+    for layer in layers:
+        having = [factors for factors in history if layer in factors.A]
+        A[layer] = torch.cat([factors.A[layer] for factors in having])
+        B[layer] = torch.cat([factors.scaling(layer) * factors.B[layer] for factors in having], dim=1)
+    return Factors(A, B, {layer: float(A[layer].shape[0]) for layer in layers})
+
+
+def peft_settings(ranks: dict[str, int], alpha: dict[str, float], dropout: float) -> dict:
+    """Content of adapter_config.json: every layer by its exact name, with its own rank and alpha."""
+    return {
+        "peft_type": "LORA",
+        "r": max(ranks.values(), default=1),
+        "lora_alpha": 1.0,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "target_modules": sorted(ranks),
+        "rank_pattern": dict(ranks),
+        "alpha_pattern": {layer: float(alpha[layer]) for layer in ranks},
+        "inference_mode": True,
+    }

@@ -1,0 +1,65 @@
+"""The past of a model: pristine base plus the stored factors of the domains learnt so far.
+
+`merged` sums in float32 from the pristine weights and casts once. `factors` runs the past as one frozen branch beside
+the base weights, because a cast of W + delta to bfloat16 destroys small updates.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora.adapters.factors import Factors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def choose_history(mode: str, model: Any) -> str:
+    """`auto` is `merged` where the compute weights are float32, `factors` otherwise."""
+    import torch
+
+    if mode != "auto":
+        return mode
+    return "merged" if next(model.parameters()).dtype == torch.float32 else "factors"
+
+
+class PristineWeights:
+    """Untouched copies of the weights that a history changes, and the way back to any point of it.
+
+    Args:
+        model: the base model, unwrapped.
+        layers: names of the target layers (for `merged`).
+        parameters: names of whole parameters that are trained in full (the projector's, if so configured).
+    """
+
+    def __init__(self, model: Any, layers: tuple[str, ...], parameters: tuple[str, ...]):
+        self.model = model
+        self.weights = {layer: model.get_submodule(layer).weight.detach().clone() for layer in layers}
+        self.parameters = {name: model.get_parameter(name).detach().clone() for name in parameters}
+
+    def merge(self, history: list[Factors]) -> None:
+        """Set every target weight to pristine + sum of deltas: summed in float32, in order, cast once."""
+        for layer, pristine in self.weights.items():
+            total = pristine.float()
+            for factors in history:
+                if layer in factors.A:
+                    total = total + factors.delta(layer).to(total.device)
+            self.model.get_submodule(layer).weight.data.copy_(total)
+
+    def shift(self, deltas: list[dict[str, Tensor]]) -> None:
+        """Set every fully trained parameter to pristine + sum of its deltas."""
+        for name, pristine in self.parameters.items():
+            total = pristine.float()
+            for delta in deltas:
+                total = total + delta[name].to(total.device)
+            self.model.get_parameter(name).data.copy_(total)
+
+    def shifted(self, before: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What training added to the fully trained parameters beyond `before`: float32 deltas on the CPU."""
+        deltas = {}
+        for name, pristine in self.parameters.items():
+            start = pristine.float()
+            for delta in before:
+                start = start + delta[name].to(start.device)
+            deltas[name] = (self.model.get_parameter(name).detach().float() - start).cpu()
+        return deltas

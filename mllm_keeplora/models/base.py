@@ -1,0 +1,125 @@
+"""Load a base MLLM by config and name its parts. What is learnt on top of it belongs to `adapters`."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
+from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.models.parts import Parts, name_parts
+from mllm_keeplora.models.prompt import ChatPrompt
+
+PACKAGE = "package:"
+EDGE = 1 << 20  # bytes read from either end of a weight file for the fingerprint
+
+
+@dataclass
+class Base:
+    """A loaded base model with its processor, its parts by exact name and the prompt that it was trained with."""
+
+    name: str
+    model: Any
+    processor: Any
+    prompt: ChatPrompt
+    parts: Parts
+    fingerprint: str
+
+
+def resolve(config: BaseConfig) -> tuple[str, str]:
+    """Where the weights are (folder or hub id) and which prompt style goes with them.
+
+    Raises:
+        UserError: the name is neither shipped, a folder, nor of the form owner/name.
+    """
+    location, prompt = config.model, "chat_template"
+    if config.model in shipped("models"):
+        settings = read_yaml(find_config("models", config.model))
+        location, prompt = settings["path"], settings.get("prompt", prompt)
+    if location.startswith(PACKAGE):
+        location = str(resources.files("mllm_keeplora") / location.removeprefix(PACKAGE))
+    if not Path(location).is_dir() and (location.count("/") != 1 or location.startswith((".", "/"))):
+        raise UserError(
+            f"base.model {config.model!r} is neither a shipped base ({known(shipped('models'))}), nor a folder, "
+            "nor a hub id of the form owner/name"
+        )
+    return location, config.prompt if config.prompt != "auto" else prompt
+
+
+def load_base(config: BaseConfig, projector: str) -> Base:
+    """Load model and processor; every parameter is frozen and the model is in evaluation mode.
+
+    Args:
+        config: the `base` section of a run.
+        projector: `adapters.projector`; with `keeplora` the projector's linear layers are target layers too.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, or has no part that must be named.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    location, prompt_style = resolve(config)
+    if prompt_style != "chat_template":
+        raise UserError(f"base.prompt {prompt_style!r} is not known; allowed: auto, chat_template")
+    if config.quantization is not None:
+        raise UserError(f"base.quantization {config.quantization!r} is not supported yet; allowed: null")
+    try:
+        processor = AutoProcessor.from_pretrained(location)
+        model = AutoModelForImageTextToText.from_pretrained(
+            location, dtype=compute_dtype(config.dtype), attn_implementation=config.attn
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"base.model {config.model!r} cannot be loaded: {_first_line(error)}") from error
+    model.requires_grad_(False).eval()
+    if torch.cuda.is_available():
+        from mllm_keeplora import distributed
+
+        model.to(distributed.device())
+    return Base(
+        name=config.model,
+        model=model,
+        processor=processor,
+        prompt=ChatPrompt(processor),
+        parts=name_parts(model, projector),
+        fingerprint=fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(model, location),
+    )
+
+
+def compute_dtype(name: str):
+    """`auto` is float32 on a CPU and bfloat16 on a GPU, never float16 (transformers' own auto is the checkpoint's)."""
+    import torch
+
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, name)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the config and, for each weight file, its size and its first and last mebibyte (not the whole)."""
+    total = hashlib.sha256()
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in [folder / "config.json", *weights]:
+        if not path.is_file():
+            raise UserError(f"base folder {folder} has no {path.name}")
+        size = path.stat().st_size
+        total.update(f"{path.name}:{size}".encode())
+        with open(path, "rb") as handle:
+            total.update(handle.read(EDGE))
+            handle.seek(max(0, size - EDGE))
+            total.update(handle.read(EDGE))
+    return total.hexdigest()[:16]
+
+
+def _hub_revision(model: Any, location: str) -> str:
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision is None:
+        raise UserError(f"base.model {location!r}: the hub gave no revision, so results could not name their base")
+    return f"{location}@{revision}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

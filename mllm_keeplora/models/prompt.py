@@ -1,0 +1,102 @@
+"""Turns to token ids: the processor's chat template, and the mask that lets only answers carry loss.
+
+The mask comes from the token ids of rendered prefixes, never from a search for strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mllm_keeplora.data.schema import Record
+from mllm_keeplora.errors import UserError
+
+IGNORED = -100
+
+
+class ChatPrompt:
+    """Encodes records with a processor's own chat template."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        if not getattr(processor, "chat_template", None):
+            raise UserError("the base's processor has no chat template, so its prompt is not known")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def training_batch(self, records: Sequence[Record], images: Sequence[list], max_length: int | None) -> dict:
+        """Right-padded tensors of whole conversations with `labels` (b, t), IGNORED everywhere but on answers.
+
+        Raises:
+            UserError: a record is longer than `max_length` tokens, or has no token that carries loss.
+        """
+        texts = [self._render(record, len(record.turns)) for record in records]
+        batch = self._process(texts, images, side="right")
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        labels = batch["input_ids"].new_full(batch["input_ids"].shape, IGNORED)
+        for row, (record, length) in enumerate(zip(records, lengths, strict=True)):
+            if max_length is not None and length > max_length:
+                raise UserError(f"{record.origin}: {length} tokens, train.max_length allows {max_length}")
+            for start, stop in self._answer_spans(record, texts[row], length):
+                labels[row, start:stop] = batch["input_ids"][row, start:stop]
+        if bool((labels != IGNORED).any(dim=1).logical_not().any()):
+            silent = [r.origin for r, row in zip(records, labels, strict=True) if bool((row == IGNORED).all())]
+            raise UserError(f"{silent[0]}: no token of the answer carries loss; does the chat template fit the base?")
+        batch["labels"] = labels
+        return batch
+
+    def question_batch(self, records: Sequence[Record], images: Sequence[list], suffix: str = "") -> dict:
+        """Left-padded tensors of questions, ready for generation; `suffix` is appended to each question's text."""
+        texts = [self._render(record, 1, suffix=suffix) for record in records]
+        return self._process(texts, images, side="left")
+
+    def answers(self, tokens: Any, prompt_length: int) -> list[str]:
+        """Text of generated tokens (b, prompt + new), without prompt and special tokens, outer spaces stripped."""
+        texts = self.tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def length(self, record: Record) -> int:
+        """Text tokens of a question, without image tokens: the key for sorting by length."""
+        return len(self._ids(self._render(record, 1)))
+
+    def _answer_spans(self, record: Record, text: str, length: int) -> list[tuple[int, int]]:
+        """Token ranges of the assistant turns within the processed ids, where images take more tokens than in text."""
+        whole = self._ids(text)
+        widened = length - len(whole)
+        spans = []
+        for turn in range(1, len(record.turns), 2):
+            before = self._ids(self._render(record, turn))
+            after = self._ids(self._render(record, turn + 1, generation=False))
+            if whole[: len(before)] != before or whole[: len(after)] != after:
+                raise UserError(f"{record.origin}: the chat template is not the same for a prefix of the conversation")
+            spans.append((len(before) + widened, len(after) + widened))
+        return spans
+
+    def _render(self, record: Record, turns: int, suffix: str = "", generation: bool | None = None) -> str:
+        """The chat template over the first `turns` turns; open for an answer if the last one is the user's."""
+        messages = []
+        for position, turn in enumerate(record.turns[:turns]):
+            pictures = [{"type": "image"} for _ in record.media] if position == 0 else []
+            text = turn.text + suffix if turn.role == "user" else turn.text
+            messages.append({"role": turn.role, "content": [*pictures, {"type": "text", "text": text}]})
+        open_end = messages[-1]["role"] == "user" if generation is None else generation
+        return self.processor.apply_chat_template(messages, add_generation_prompt=open_end, tokenize=False)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=not self._starts_with_bos(text))["input_ids"]
+
+    def _starts_with_bos(self, text: str) -> bool:
+        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+
+    def _process(self, texts: list[str], images: Sequence[list], side: str) -> dict:
+        pictures = [list(each) for each in images] if any(images) else None
+        batch = self.processor(
+            text=texts,
+            images=pictures,
+            padding=True,
+            padding_side=side,
+            add_special_tokens=not self._starts_with_bos(texts[0]),
+            return_tensors="pt",
+        )
+        return dict(batch)
