@@ -54,8 +54,9 @@ class ScoreMatrix:
             mft, plasticity: mean of A[j][j], the score right after learning.
             maa: mean over i of the mean of A[i][1..i].
             bwt: mean over j < T of A[T][j] - A[j][j].
-            forgetting, ft: mean over j < T of (max over i < T of A[i][j]) - A[T][j] (Chaudhry et al.; GainLoRA).
-                The maximum runs over measured cells, as the formula says: those before learning too, if there are any.
+            forgetting, ft: mean over j < T of (max over j <= i < T of A[i][j]) - A[T][j] (Chaudhry et al.; GainLoRA).
+                Scores from before a domain was learned do not enter, although the papers' index would let them: a run
+                would get another number only for having measured more.
             fwt: mean over j >= 2 of A[j-1][j] - A[0][j] (GEM).
             fwt_alone: mean over j of A[j][j] - alone[j] (SAPT).
             None where a cell it needs was not measured, or where T = 1 leaves nothing to average. The lower triangle is
@@ -83,13 +84,8 @@ class ScoreMatrix:
         return _mean(np.array([self.rows[:j, j].mean() for j in range(1, self.num_domains)]))
 
     def _forgetting(self) -> Score:
-        drops = np.array(
-            [
-                np.nanmax(self.rows[:-1, j]) - self.rows[-1, j] if not np.isnan(self.rows[j:, j]).any() else np.nan
-                for j in range(self.num_domains - 1)
-            ]
-        )
-        return _mean(drops)
+        # np.max hands on the NaN of a cell that was not measured.
+        return _mean(np.array([self.rows[j:-1, j].max() - self.rows[-1, j] for j in range(self.num_domains - 1)]))
 
     def _per_domain(self, name: str, scores: Sequence[Score] | None) -> np.ndarray:
         if scores is None:

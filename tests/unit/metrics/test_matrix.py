@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
+from tests.oracles import score_matrix as oracle
 
 BASE = [20, 30, 40]
 STAGES = [[70, 32, 38], [74, 60, 42], [65, 54, 90]]
@@ -91,10 +92,13 @@ def test_a_missing_cell_is_never_counted_as_zero():
 
 
 def test_forgetting_compares_with_the_best_earlier_score_not_with_the_first():
-    metrics = ScoreMatrix([[70, None], [80, 60]]).after(1).metrics()
-    assert metrics["forgetting"] is None
     metrics = ScoreMatrix([[70, 0, 0], [80, 60, 0], [60, 60, 1]]).metrics()
     assert (metrics["forgetting"], -metrics["bwt"]) == (10.0, 5.0)
+
+
+def test_a_score_from_before_learning_is_not_forgotten():
+    metrics = ScoreMatrix([[70, 90, 0], [70, 60, 0], [70, 50, 1]]).metrics()
+    assert metrics["forgetting"] == metrics["ft"] == 5.0
 
 
 def test_metrics_survive_strict_json():
@@ -102,16 +106,35 @@ def test_metrics_survive_strict_json():
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
 
-@given(
-    st.integers(2, 7).flatmap(
-        lambda t: st.lists(st.lists(st.floats(0, 100), min_size=t, max_size=t), min_size=t, max_size=t)
-    )
-)
+CELL = st.one_of(st.none(), st.floats(0, 100), st.floats(0, 100), st.floats(0, 100))
+
+
+def square(cell):
+    return st.integers(1, 6).flatmap(lambda t: st.lists(st.lists(cell, min_size=t, max_size=t), min_size=t, max_size=t))
+
+
+@given(square(st.floats(0, 100)).filter(lambda rows: len(rows) > 1))
 def test_bwt_is_the_scaled_difference_of_mfn_and_mft(rows):
     t = len(rows)
     metrics = ScoreMatrix(lower_triangle(rows)).metrics()
     assert metrics["bwt"] == pytest.approx(t / (t - 1) * (metrics["mfn"] - metrics["mft"]), abs=1e-9)
     assert metrics["forgetting"] >= -metrics["bwt"] - 1e-9
+
+
+@given(square(CELL), st.data())
+def test_every_metric_equals_the_loops_of_the_oracle(rows, data):
+    t = len(rows)
+    base, alone = (data.draw(st.lists(CELL, min_size=t, max_size=t)) for _ in range(2))
+    expected = {
+        name: getattr(oracle, name)(rows) for name in ("last", "average", "transfer", "mft", "mfn", "maa", "bwt")
+    }
+    expected |= {"plasticity": oracle.mft(rows), "forgetting": oracle.forgetting(rows)}
+    expected |= {"ap": oracle.ap(rows, t), "ft": oracle.ft(rows, t)}
+    expected |= {"fwt": oracle.fwt(rows, base), "fwt_alone": oracle.fwt_alone(rows, alone)}
+    metrics = ScoreMatrix(rows, base, alone).metrics()
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert metrics[name] == (None if value is None else pytest.approx(value, abs=1e-9)), name
 
 
 @pytest.mark.parametrize(
