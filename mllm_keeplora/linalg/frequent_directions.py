@@ -1,0 +1,103 @@
+"""Frequent Directions: a small deterministic stand-in for a long stream of feature rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import as_count, as_matrix, full_precision
+from .decompose import leading_eigenvectors
+
+
+class FrequentDirections:
+    """Sketch of at most `size` rows whose energy along every direction bounds that of the stream from below.
+
+    For every unit vector v and every k < size:
+    0 <= ||X v||^2 - ||S v||^2 <= ||X - X_k||_F^2 / (size - k), X the rows seen, S the sketch, X_k the best
+    approximation of rank k. Up to `size` rows, and for size >= d_in, the sketch loses nothing.
+
+    Args:
+        d_in: width of a feature row.
+        size: most rows of the sketch; twice as many are buffered.
+        device: where the buffer lives.
+
+    Source: Ghashami, Liberty, Phillips and Woodruff (2016), Frequent Directions with a buffer of twice the size.
+    """
+
+    def __init__(self, d_in: int, size: int, device: torch.device | str = "cpu") -> None:
+        self.d_in = as_count(d_in, "d_in", 1)
+        self.size = as_count(size, "size", 1)
+        self._rows = torch.zeros(0, d_in, dtype=torch.float32, device=device)
+        self._total_energy = 0.0
+        self._count = 0
+
+    def update(self, rows: Tensor) -> None:
+        """Add feature rows (n, d_in); ValueError if the width differs or a value is not finite."""
+        rows = as_matrix(rows, "rows", columns=self.d_in)
+        self._total_energy += float(torch.linalg.vector_norm(rows, dtype=torch.float64).square())
+        self._count += rows.shape[0]
+        self._append(rows)
+
+    def merge(self, other: FrequentDirections) -> None:
+        """Add another sketch of the same width and size; the bound then holds for both streams together."""
+        if not isinstance(other, FrequentDirections):
+            raise ValueError(f"only a FrequentDirections can be merged here, got {type(other).__name__}")
+        if (other.d_in, other.size) != (self.d_in, self.size):
+            raise ValueError(
+                f"sketches to merge must agree in (d_in, size), got {(self.d_in, self.size)} "
+                f"and {(other.d_in, other.size)}"
+            )
+        self._total_energy += other._total_energy
+        self._count += other._count
+        self._append(other._rows)
+
+    @property
+    def sketch(self) -> Tensor:
+        """(m, d_in) float32, m <= size; reading it does not change what later rows do."""
+        return self._rows if self._rows.shape[0] <= self.size else _shrink(self._rows, self.size)
+
+    @property
+    def total_energy(self) -> float:
+        """Sum of squares of all rows seen, in float64; nothing is lost here."""
+        return self._total_energy
+
+    @property
+    def shrunken_energy(self) -> float:
+        """Energy of the rows seen that the sketch no longer holds: `total_energy` less that of the sketch."""
+        kept = float(torch.linalg.vector_norm(self.sketch, dtype=torch.float64).square())
+        return max(self._total_energy - kept, 0.0)
+
+    @property
+    def count(self) -> int:
+        """Number of rows seen."""
+        return self._count
+
+    def _append(self, rows: Tensor) -> None:
+        rows = rows.to(device=self._rows.device, dtype=torch.float32)
+        while rows.shape[0]:
+            if self._rows.shape[0] >= 2 * self.size:
+                self._rows = _shrink(self._rows, self.size)
+            room = 2 * self.size - self._rows.shape[0]
+            self._rows = torch.cat([self._rows, rows[:room]])
+            rows = rows[room:]
+
+
+def _shrink(rows: Tensor, size: int) -> Tensor:
+    """Reduce rows (n, d_in) to at most `size`: every squared singular value loses the (size + 1)-th one."""
+    squares = torch.zeros(0)
+
+    def count(values: Tensor) -> int:
+        nonlocal squares
+        floor = values[size] if values.shape[0] > size else values.new_zeros(())
+        squares = (values - floor).clamp(min=0.0)[:size]
+        squares = squares[squares > torch.finfo(torch.float32).tiny]
+        return squares.shape[0]
+
+    with full_precision(rows.device):
+        matrix = rows.to(torch.float64)
+        if matrix.shape[0] >= matrix.shape[1]:
+            directions = leading_eigenvectors(matrix.mT @ matrix, count)
+        else:
+            mapped = matrix.mT @ leading_eigenvectors(matrix @ matrix.mT, count)
+            directions = mapped / mapped.norm(dim=0).clamp(min=torch.finfo(mapped.dtype).tiny)
+        return (directions * squares.sqrt()).mT.to(torch.float32).contiguous()
