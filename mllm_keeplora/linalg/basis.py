@@ -1,0 +1,250 @@
+"""A protected subspace of a layer's input space: orthonormal columns that only ever grow.
+
+Knows no layer. A basis holds float32 columns; what decides about them is computed in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .accumulators import MomentAccumulator
+from .checks import as_choice, as_count, as_matrix, as_share, full_precision
+from .decompose import (
+    NOISE_RATIO,
+    fix_signs,
+    largest_singular_value,
+    leading_eigenvectors,
+    leading_right_vectors,
+    orthonormal_complement,
+)
+from .energy import rank_for_energy
+from .frequent_directions import FrequentDirections
+
+ENERGY_REFERENCES = ("total", "residual")
+# Gram matrix error of given columns: up to the first they are kept bit for bit (float32 rounding of orthonormal
+# columns), up to the second re-orthonormalised (columns stored in bf16 or fp16), beyond it refused.
+KEEP_TOLERANCE = 5e-7
+REPAIR_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much of an input space is taken: `share` = rank / d_in, `free` = d_in - rank."""
+
+    rank: int
+    d_in: int
+    share: float
+    free: int
+
+
+@dataclass(frozen=True)
+class _Leftover:
+    """Features without their part inside a basis, float64: rows (n, d_in), or moments (d_in, d_in)."""
+
+    matrix: Tensor
+    is_moments: bool
+    energy: float
+    covered: float  # share of total_energy
+    total_energy: float
+    noise_floor: float  # squared singular values up to this are rounding noise
+
+
+class Basis:
+    """Orthonormal columns in R^d_in that grow by the directions of new features.
+
+    Args:
+        d_in: dimension of the space.
+        device: where the columns live.
+
+    Source: KeepLoRA (ICLR 2026), the unified subspace Q_t of Eqs. (3) and (10).
+    """
+
+    def __init__(self, d_in: int, device: torch.device | str = "cpu") -> None:
+        self._columns = torch.zeros(as_count(d_in, "d_in", 1), 0, dtype=torch.float32, device=device)
+
+    @classmethod
+    def from_columns(cls, Q: Tensor) -> Basis:
+        """Make a basis of given orthonormal columns.
+
+        Args:
+            Q: (d_in, k), k <= d_in, any floating dtype. Orthonormal to float32 rounding: kept bit for bit;
+                to half-precision rounding (Gram error up to 2e-2): re-orthonormalised, same span and order.
+
+        Raises:
+            ValueError: not a matrix, too many columns, not finite, or not orthonormal.
+        """
+        columns = as_matrix(Q, "Q")
+        d_in, rank = columns.shape
+        if rank > d_in:
+            raise ValueError(f"a basis of dimension {d_in} has at most {d_in} columns, got {rank}")
+        basis = cls(d_in, device=columns.device)
+        if rank:
+            with full_precision(columns.device):
+                exact = columns.to(torch.float64)
+                identity = torch.eye(rank, dtype=torch.float64, device=exact.device)
+                error = float((exact.mT @ exact - identity).abs().max())
+                if error > REPAIR_TOLERANCE:
+                    raise ValueError(
+                        f"columns of a basis must be orthonormal to {REPAIR_TOLERANCE}, got a Gram error of {error:.3g}"
+                    )
+                if error > KEEP_TOLERANCE:
+                    exact = orthonormal_complement(exact, exact[:, :0])
+                if exact.shape[1] != rank:
+                    raise ValueError(f"columns of a basis must be independent, got rank {exact.shape[1]} of {rank}")
+                basis._columns = exact.to(torch.float32, copy=True)
+        return basis
+
+    @property
+    def columns(self) -> Tensor:
+        """(d_in, rank) float32, orthonormal."""
+        return self._columns
+
+    @property
+    def rank(self) -> int:
+        """Number of columns."""
+        return self._columns.shape[1]
+
+    @property
+    def d_in(self) -> int:
+        """Dimension of the space."""
+        return self._columns.shape[0]
+
+    def project(self, X: Tensor) -> Tensor:
+        """Part of rows X (n, d_in) inside the subspace: X Q Q^T, (n, d_in) float32, float64 for float64 rows."""
+        rows = as_matrix(X, "X", columns=self.d_in)
+        with full_precision(rows.device):
+            columns = self._columns.to(rows)
+            return (rows @ columns) @ columns.mT
+
+    def residual(self, X: Tensor) -> Tensor:
+        """Part of rows X (n, d_in) outside the subspace: X - X Q Q^T, of the same shape and dtype as `project`."""
+        return as_matrix(X, "X", columns=self.d_in) - self.project(X)
+
+    def grow(
+        self,
+        moments_or_rows: Tensor | MomentAccumulator | FrequentDirections,
+        energy: float,
+        reference: str = "total",
+        limit: int | None = None,
+    ) -> int:
+        """Add the fewest directions with which the basis covers a share of the energy of new features.
+
+        Args:
+            moments_or_rows: feature rows (n, d_in), not centred; or what was accumulated from them. Of a sketch, the
+                energy it no longer holds counts as not covered, which errs on the side of adding directions.
+            energy: share to reach, in [0, 1].
+            reference: "total": of all energy, what is covered already counts; "residual": of the energy outside
+                the basis alone, which always adds directions while there is any.
+            limit: most columns to add; None for no limit but d_in.
+
+        Returns:
+            Number of columns added, 0 if the features are covered or carry no energy. Earlier columns are unchanged
+            bit for bit. New ones come in order of falling energy, their entry of largest magnitude positive.
+
+        Raises:
+            ValueError: the width differs, a value is not finite, or an argument is out of range.
+
+        Source: KeepLoRA (ICLR 2026), Eqs. (8)-(10). Directions below rounding noise are never added: singular
+            values up to 1e-6 of the features' largest one, 3.5e-4 for float32 moments.
+        """
+        energy = as_share(energy, "energy")
+        as_choice(reference, "reference", ENERGY_REFERENCES)
+        room = self.d_in - self.rank
+        if limit is not None:
+            room = min(room, as_count(limit, "limit", 0))
+        leftover = self._leftover(moments_or_rows)
+        total = leftover.total_energy if reference == "total" else leftover.energy
+        covered = leftover.covered if reference == "total" else 0.0
+        if room == 0 or total == 0.0 or covered >= energy:
+            return 0
+
+        def count(squares: Tensor) -> int:
+            signal = squares[squares > leftover.noise_floor]
+            return min(rank_for_energy(signal.sqrt(), energy, total=total, covered=covered), room)
+
+        with full_precision(leftover.matrix.device):
+            leading = leading_eigenvectors if leftover.is_moments else leading_right_vectors
+            candidates = leading(leftover.matrix, count)
+            kept = self._columns.to(candidates)
+            added = fix_signs(orthonormal_complement(candidates, kept)).to(self._columns)
+        self._columns = torch.cat([self._columns, added], dim=1)
+        return added.shape[1]
+
+    def coverage(self, moments_or_rows: Tensor | MomentAccumulator | FrequentDirections) -> float:
+        """Share of the energy of features that lies inside the subspace, in [0, 1]; 1 if they carry none.
+
+        For a sketch this is a lower bound, as in `grow`.
+        """
+        return self._leftover(moments_or_rows).covered
+
+    def capacity(self) -> Capacity:
+        """Rank, dimension, share taken and directions left."""
+        return Capacity(rank=self.rank, d_in=self.d_in, share=self.rank / self.d_in, free=self.d_in - self.rank)
+
+    def _leftover(self, source: Tensor | MomentAccumulator | FrequentDirections) -> _Leftover:
+        """Remove from features the part inside the basis, and measure both."""
+        matrix, is_moments, noise_ratio, total = _source_matrix(source, self.d_in)
+        with full_precision(matrix.device):
+            columns = self._columns.to(matrix)
+            held = _energy(matrix, is_moments)
+            # Of moments the singular values are squares already.
+            largest = largest_singular_value(matrix) ** (1 if is_moments else 2)
+            left = matrix - (matrix @ columns) @ columns.mT
+            if is_moments:
+                left = left - columns @ (columns.mT @ left)
+            energy = max(_energy(left, is_moments), 0.0)
+        total = held if total is None else total
+        covered = 1.0 if total <= 0.0 else min(max((held - energy) / total, 0.0), 1.0)
+        return _Leftover(left, is_moments, energy, covered, max(total, 0.0), noise_ratio * largest)
+
+
+def leak(delta_weight: Tensor, basis: Basis) -> float:
+    """Share of a weight change's norm that acts inside a protected subspace: ||dW Q||_F / ||dW||_F.
+
+    Args:
+        delta_weight: (d_out, d_in).
+        basis: protected subspace of dimension d_in.
+
+    Returns:
+        A number in [0, 1]; 0 for a zero change.
+
+    Raises:
+        ValueError: d_in differs or a value is not finite.
+    """
+    delta = as_matrix(delta_weight, "delta_weight", columns=basis.d_in).to(torch.float64)
+    norm = float(delta.norm())
+    if norm == 0.0:
+        return 0.0
+    with full_precision(delta.device):
+        return min(float((delta @ basis.columns.to(delta)).norm()) / norm, 1.0)
+
+
+def _source_matrix(
+    source: Tensor | MomentAccumulator | FrequentDirections, d_in: int
+) -> tuple[Tensor, bool, float, float | None]:
+    """Float64 rows or moments; whether they are moments; noise ratio of squared values; total energy if not theirs."""
+    if isinstance(source, MomentAccumulator):
+        # The trace of the moments, not the exact energy, is the total: rounding of the sums cancels in the share.
+        single = source.moments.dtype == torch.float32
+        moments = as_matrix(source.moments, "moments", columns=d_in, rows=d_in).to(torch.float64)
+        return moments, True, torch.finfo(torch.float32).eps if single else NOISE_RATIO**2, None
+    if isinstance(source, FrequentDirections):
+        rows = as_matrix(source.sketch, "sketch", columns=d_in)
+        return rows.to(torch.float64), False, NOISE_RATIO**2, source.total_energy
+    rows = as_matrix(source, "rows", columns=d_in)
+    if rows.shape[0] <= d_in:
+        return rows.to(torch.float64), False, NOISE_RATIO**2, None
+    moments = torch.zeros(d_in, d_in, dtype=torch.float64, device=rows.device)
+    with full_precision(rows.device):
+        for part in rows.split(d_in):
+            part = part.to(torch.float64)
+            moments.addmm_(part.mT, part)
+    return moments, True, NOISE_RATIO**2, None
+
+
+def _energy(matrix: Tensor, is_moments: bool) -> float:
+    """Energy of rows (sum of squares) or of moments (trace)."""
+    return float(matrix.diagonal().sum() if is_moments else matrix.square().sum())
