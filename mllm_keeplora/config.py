@@ -1,4 +1,4 @@
-"""The schema of a run: one YAML, dotted overrides, every fault named at once with key, value, what is allowed and origin.
+"""The schema of a run: one YAML, dotted overrides; every fault at once, with key, value, what is allowed and origin.
 
 Knows no strategy's own options (those are a pydantic model beside the strategy; `check` puts the two together).
 """
@@ -120,7 +120,7 @@ class RunConfig(Section):
 
     def result_defining(self) -> dict[str, Any]:
         """The resolved config without its runtime keys, flattened to dotted names, for comparison with a run's own."""
-        return flatten(_without_runtime(type(self), self.resolved()))
+        return result_defining(self)
 
 
 def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -167,6 +167,11 @@ def validation_faults(error: ValidationError, origin: str, prefix: str = "") -> 
     return faults
 
 
+def result_defining(section: BaseModel) -> dict[str, Any]:
+    """Keys of a section that can change results, flattened to dotted names."""
+    return flatten(_without_runtime(type(section), section.model_dump(mode="json")))
+
+
 def find_config(kind: str, source: str | Path) -> Path:
     """A config file by path, or by its shipped name within configs/<kind>."""
     path = Path(source)
@@ -175,7 +180,9 @@ def find_config(kind: str, source: str | Path) -> Path:
             raise UserError(f"no config file {path}; shipped {kind}: {known(shipped(kind))}")
         return path
     if str(source) not in shipped(kind):
-        raise UserError(f"unknown name {str(source)!r} in configs/{kind}; known: {known(shipped(kind))}, or a .yaml path")
+        raise UserError(
+            f"unknown name {str(source)!r} in configs/{kind}; known: {known(shipped(kind))}, or a .yaml path"
+        )
     return Path(str(resources.files("mllm_keeplora.configs") / kind / f"{source}.yaml"))
 
 

@@ -1,7 +1,7 @@
 """Rank, barrier, reduce, gather: the bottom rung of every distributed step. One process is the identity.
 
-Knows no model and no run. The process group is opened by `process_group`, which also closes it, because a gloo group left
-open aborts the interpreter at exit.
+Knows no model and no run. The process group is opened by `process_group`, which also closes it: a gloo group left open
+aborts the interpreter at exit.
 """
 
 from __future__ import annotations

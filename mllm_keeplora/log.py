@@ -12,7 +12,7 @@ log = logging.getLogger("mllm_keeplora")
 
 
 def start_logging(run_log: Path | None = None, level: int = logging.INFO) -> None:
-    """Send the package's log to the terminal and, in the main process, to `run_log`. Called again, it replaces the old targets."""
+    """Send the package's log to the terminal and, in the main process, to `run_log`; replaces earlier targets."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()

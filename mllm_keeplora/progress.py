@@ -19,11 +19,18 @@ def console():
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yield `advance(n=1, note="")`; the bar vanishes when the block ends."""
-    if not distributed.is_main():
+    """Yield `advance(n=1, note="")`; the bar vanishes when the block ends. No bar where the output is a file."""
+    if not (distributed.is_main() and console().is_terminal):
         yield lambda n=1, note="": None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

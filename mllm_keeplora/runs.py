@@ -22,6 +22,22 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What is trained at once: a place in the sequence (1-based) and the domains that are trained there together."""
+
+    index: int
+    name: str
+    domains: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.index:02d}_{self.name}"
+
+
+BASE_UNIT = Unit(0, "base", ())
+
+
+@dataclass(frozen=True)
 class DomainDir:
     """Paths of what one trained unit of the sequence leaves; `00_base` stands for the untouched base model."""
 
@@ -94,9 +110,23 @@ class RunDir:
     def kept_by_prepare(self) -> Path:
         return self.path / "prepare" / "basis.safetensors"
 
-    def unit(self, index: int, name: str) -> DomainDir:
-        """Folder of the unit trained at position `index` (1-based; 0 is the base model)."""
-        return DomainDir(self.path / "domains" / f"{index:02d}_{name}")
+    def folder(self, unit: Unit) -> DomainDir:
+        return DomainDir(self.path / "domains" / unit.key)
+
+    @property
+    def units(self) -> list[Unit]:
+        """Units of the sequence as recorded, finished or not."""
+        return [Unit(each["index"], each["name"], tuple(each["domains"])) for each in self.record["units"]]
+
+    @property
+    def finished_units(self) -> list[Unit]:
+        """The leading units that can be loaded: trained and consolidated."""
+        finished = []
+        for unit in self.units:
+            if not self.is_done(f"{unit.key}/consolidate"):
+                break
+            finished.append(unit)
+        return finished
 
     # -- opening -------------------------------------------------------------------------------------------------
 
@@ -119,10 +149,15 @@ class RunDir:
             raise UserError(f"{self.ledger} has format {self.record.get('format')!r}; this version reads {FORMAT}")
         return self
 
-    def create(self, record: dict[str, Any]) -> None:
-        """Start a new run; the folder must be absent or empty."""
-        if self.path.exists() and any(entry.name not in {".lock", "log.txt"} for entry in self.path.iterdir()):
+    def refuse_foreign_content(self) -> None:
+        """A new run's folder must be absent or empty, but for what a run killed at its very start left."""
+        ours = {".lock", "log.txt", "domains", "prepare", "run.json.tmp"}
+        if self.path.exists() and any(entry.name not in ours for entry in self.path.iterdir()):
             raise UserError(f"output folder {self.path} is not empty and holds no run; choose another `output`")
+
+    def create(self, record: dict[str, Any]) -> None:
+        """Start a new run: enter its first record."""
+        self.refuse_foreign_content()
         self.record = {"format": FORMAT, "stages": {}, "notes": [], **record}
         self.save()
 

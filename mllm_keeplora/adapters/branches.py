@@ -104,6 +104,26 @@ class Adapters:
         return (module.base_layer if hasattr(module, "base_layer") else module).weight
 
     @contextmanager
+    def closed(self) -> Iterator[None]:
+        """The model as it was before the open branch: for teachers. The trained set is the same afterwards."""
+        assert self.branch is not None, "no branch is open"
+        past = [name for name in self.peft.peft_config if name != OPEN]
+        full = {name: self.base.get_parameter(name).detach().clone() for name in self.full}
+        self._pristine.shift(self.past_full)
+        if past:
+            self.peft.base_model.set_adapter(past)
+        else:
+            self.peft.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.peft.base_model.enable_adapter_layers()
+            self.peft.base_model.set_adapter(list(self.peft.peft_config))
+            for name, value in full.items():
+                self.base.get_parameter(name).data.copy_(value)
+            self._freeze()
+
+    @contextmanager
     def plan_kept(self) -> Iterator[None]:
         """Assert before and after a training that exactly the stated parameters train."""
         self.assert_plan()

@@ -27,7 +27,9 @@ class TestSet(BaseModel):
     __test__ = False  # not a test class, whatever pytest thinks of the name
     model_config = ConfigDict(extra="forbid", frozen=True)
     test: str
-    images: str | None = Field(None, description="folder that image paths are relative to; null = the test file's folder")
+    images: str | None = Field(
+        None, description="folder that image paths are relative to; null = the test file's folder"
+    )
     scorer: str = "exact"
     prompt_suffix: str = ""
     max_new_tokens: int = Field(16, ge=1)
@@ -91,7 +93,9 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
         if name not in benchmark.domains
     ]
     faults += [f"domains names {name!r} twice" for name in {n for n in wanted if wanted.count(n) > 1}]
-    faults += [f"{name!r} is both a domain and a suite ({origin})" for name in benchmark.suites if name in benchmark.domains]
+    faults += [
+        f"{name!r} is both a domain and a suite ({origin})" for name in benchmark.suites if name in benchmark.domains
+    ]
     if not wanted:
         faults.append(f"domains is empty; {benchmark.name} has {known(benchmark.domains)}")
     if faults:
@@ -113,7 +117,9 @@ def _definition(config: RunConfig) -> tuple[Benchmark, str]:
         names = [entry.get("name") for entry in given]
         if not all(isinstance(name, str) for name in names):
             raise UserError("benchmark: every domain of an inline list needs a `name`")
-        given = {name: {k: v for k, v in entry.items() if k != "name"} for name, entry in zip(names, given, strict=True)}
+        given = {
+            name: {k: v for k, v in entry.items() if k != "name"} for name, entry in zip(names, given, strict=True)
+        }
     values = given if "domains" in given else {"domains": given}
     return _parse(values, f"benchmark of run {config.name}", Path())
 
@@ -124,7 +130,9 @@ def _parse(values: dict[str, Any], origin: str, root: Path) -> tuple[Benchmark, 
     for group in ("domains", "suites"):
         parts = values.get(group) or {}
         if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
-            raise UserError(f"{group} must map each name to its files, e.g. Birds: {{train: ..., test: ...}} ({origin})")
+            raise UserError(
+                f"{group} must map each name to its files, e.g. Birds: {{train: ..., test: ...}} ({origin})"
+            )
         values[group] = {name: {**defaults, **part} for name, part in parts.items()}
     try:
         return Benchmark.model_validate({"root": root, **values}), origin

@@ -1,4 +1,4 @@
-"""Read records: LLaVA JSON for training, the benchmarks' test records for grading. Every fault of a file is collected."""
+"""Read records: LLaVA JSON for training, the benchmarks' test records for grading. All faults of a file are told."""
 
 from __future__ import annotations
 

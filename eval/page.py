@@ -1,0 +1,52 @@
+"""The report page of a run: results, pictures, and samples of what was answered wrongly."""
+
+from __future__ import annotations
+
+from mllm_keeplora.eval.results import Results
+
+from mllm_keeplora import files
+from mllm_keeplora.data import Benchmark
+from mllm_keeplora.report import WrongAnswer, render_html
+from mllm_keeplora.runs import RunDir
+
+SAMPLES = 3
+
+
+def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
+    """Write report.html, one self-contained file."""
+    values = {**results.to_dict(), "config": run.config.read_text(encoding="utf-8")}
+    files.write_text(run.report, render_html(values, wrong_answers=wrong_answers(run, benchmark)))
+
+
+def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = SAMPLES) -> list[WrongAnswer]:
+    """The first few questions of each domain that the last unit's model got wrong, with their pictures."""
+    found: list[WrongAnswer] = []
+    if not run.finished_units:
+        return found
+    folder = run.folder(run.finished_units[-1])
+    for name in benchmark.domains:
+        path = folder.predictions(name)
+        if not path.is_file():
+            continue
+        pictures = {record.id: record.media for record in benchmark.test_records(name)}
+        wrong = [row for row in files.read_json_lines(path) if row["score"] < 1][:samples]
+        for row in wrong:
+            media = pictures.get(row["id"])
+            found.append(
+                WrongAnswer(
+                    name, row["question"], row["prediction"], row["answer"], _png(media[0].path) if media else None
+                )
+            )
+    return found
+
+
+def _png(path) -> bytes:
+    from io import BytesIO
+
+    from mllm_keeplora.data.images import read_image
+
+    buffer = BytesIO()
+    picture = read_image(path)
+    picture.thumbnail((256, 256))
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

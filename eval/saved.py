@@ -1,0 +1,161 @@
+"""Evaluation of a saved run: its model after any domain, asked again or for the first time. Trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mllm_keeplora.eval.page import write_report
+from mllm_keeplora.eval.results import Results, collect_results
+from mllm_keeplora.eval.rows import blind_score, evaluate_named
+
+from mllm_keeplora import distributed
+from mllm_keeplora.adapters import Adapters
+from mllm_keeplora.adapters.stored import past_of
+from mllm_keeplora.config import RunConfig, parse_config, read_yaml
+from mllm_keeplora.data import Benchmark, Domain, TestSet
+from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.models import Base, load_base
+from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
+
+
+@dataclass
+class SavedRun:
+    """A run directory that is read, not continued."""
+
+    run: RunDir
+    config: RunConfig
+
+    @cached_property
+    def base(self) -> Base:
+        base = load_base(self.config.base, self.config.adapters.projector)
+        recorded = self.run.record["base"]["fingerprint"]
+        if recorded not in (None, base.fingerprint):
+            raise UserError(f"{self.run.path} was made with other weights of {self.config.base.model}")
+        return base
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        return self._adapters(self.config.adapters.history)
+
+    @cached_property
+    def benchmark(self) -> Benchmark:
+        """Domains and suites as the run recorded them, every path absolute."""
+        record = self.run.record
+        domains = {each["name"]: Domain(**each["files"]) for each in record["domains"]}
+        suites = {each["name"]: TestSet(**each["files"]) for each in record["suites"]}
+        return Benchmark(name=record["benchmark"], domains=domains, suites=suites)
+
+    def load(self, after: int | None = None) -> tuple[Any, Any]:
+        """Plain transformers model with everything learnt by the first `after` units merged, and its processor.
+
+        Args:
+            after: number of units; None for all that are finished, 0 for the base.
+        """
+        adapters = self._adapters("merged")
+        adapters.restore(*past_of(self.run, self._first(after)))
+        return adapters.base, self.base.processor
+
+    def folder(self, after: int) -> DomainDir:
+        return self.run.folder(self.run.units[after - 1] if after else BASE_UNIT)
+
+    def restore(self, after: int) -> Any:
+        """The model as the run itself would ask it after so many units."""
+        self.adapters.restore(*past_of(self.run, self._first(after)))
+        return self.adapters.model
+
+    def _adapters(self, history: str) -> Adapters:
+        full: tuple[str, ...] = ()
+        if self.config.adapters.projector == "full":
+            prefix = f"{self.base.parts.mm_projector}."
+            full = tuple(name for name, _ in self.base.model.named_parameters() if name.startswith(prefix))
+        return Adapters(self.base.model, self.base.parts.target_layers, history, 0.0, full)
+
+    def _first(self, after: int | None) -> list[Unit]:
+        finished = self.run.finished_units
+        if after is not None and not 0 <= after <= len(finished):
+            raise UserError(f"--after must be between 0 and {len(finished)} for {self.run.path}, got {after}")
+        return finished[:after]
+
+
+def load_run(path: str | Path) -> SavedRun:
+    """Open a run directory for reading.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    run = RunDir(path).load()
+    return SavedRun(run, parse_config(read_yaml(run.config), origin=str(run.config)))
+
+
+def evaluate(
+    run: str | Path | SavedRun,
+    after: int | None = None,
+    domains: Sequence[str] | None = None,
+    suite: str | Path | None = None,
+    batch_size: int | None = None,
+) -> dict[str, float]:
+    """Ask a saved run's model and grade it; predictions are kept in the run directory.
+
+    Args:
+        run: a run directory, or an opened one.
+        after: number of learnt units; None for all, 0 for the base model.
+        domains: names of domains or suites of the run; None for all of them.
+        suite: a suite's name, or a JSON file of test records, graded by the `exact` scorer.
+        batch_size: questions per forward; None as in the run.
+
+    Returns:
+        Set name -> mean score in percent.
+
+    Raises:
+        UserError: unknown name, unfinished unit, unreadable data; another process works on the run.
+    """
+    saved = run if isinstance(run, SavedRun) else load_run(run)
+    after = len(saved.run.finished_units) if after is None else after
+    model = None
+    benchmark, names = _sets(saved, domains, suite)
+    config = saved.config
+    if batch_size is not None:
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": batch_size})})
+    scores = {}
+    with saved.run.locked():
+        for name in names:
+            model = saved.restore(after) if model is None else model
+            facts = evaluate_named(saved.base, model, benchmark, name, config, saved.folder(after))
+            scores[name] = facts["score"]
+    return scores
+
+
+def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | None) -> tuple[Benchmark, list[str]]:
+    benchmark = saved.benchmark
+    if suite is not None and Path(suite).suffix == ".json":
+        name = Path(suite).stem
+        if not Path(suite).is_file():
+            raise UserError(f"--suite: {suite} does not exist")
+        part = TestSet(test=str(Path(suite).resolve()))
+        return benchmark.model_copy(update={"suites": {name: part}}), [name]
+    allowed = [*benchmark.domains, *benchmark.suites]
+    chosen = list(domains) if domains is not None else allowed
+    if suite is not None:
+        chosen = [*(domains or []), str(suite)]
+    unknown = [name for name in chosen if name not in allowed]
+    if unknown:
+        raise UserError(
+            f"{saved.run.path} has no domain or suite {unknown[0]!r}; known: {known(allowed)}, or a .json file"
+        )
+    return benchmark, chosen
+
+
+def refresh_results(saved: SavedRun) -> Results:
+    """Collect a run's results from its predictions again; rewrites results.json and report.html."""
+    benchmark = saved.benchmark
+    blind = [blind_score(benchmark, name, saved.config) for name in benchmark.domains]
+    with saved.run.locked():
+        results = collect_results(saved.run, blind)
+        if distributed.is_main():
+            results.save(saved.run.results)
+            write_report(saved.run, results, benchmark)
+    return results

@@ -1,0 +1,43 @@
+"""`python -m mllm_keeplora` and the `mllm-keeplora` command: exit codes and nothing else."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line; exits 0 on success, 2 on a user's mistake, 130 on Ctrl-C, 1 on a fault of ours."""
+    code = _run()
+    if "RANK" in os.environ:
+        # Interpreter shutdown after a distributed run can abort although all work is done (seen with ZeRO-3 and gloo).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    from mllm_keeplora.cli import app
+    from mllm_keeplora.errors import UserError
+
+    try:
+        app(standalone_mode=True)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else (0 if stop.code is None else 1)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues the run", file=sys.stderr)
+        return 130
+    except Exception:  # a fault of ours: show where, and let no launcher take it for a user's mistake
+        import traceback
+
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

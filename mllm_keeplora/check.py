@@ -1,0 +1,102 @@
+"""Every fault of a run's config, strategy options, data and base, found before anything runs and told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mllm_keeplora.config import RunConfig
+from mllm_keeplora.data import Benchmark, Record, load_benchmark
+from mllm_keeplora.data.images import unreadable_images
+from mllm_keeplora.errors import UserError, several
+from mllm_keeplora.models.base import fingerprint, resolve
+from mllm_keeplora.progress import progress_bar
+from mllm_keeplora.strategies import Strategy, build_strategy
+from mllm_keeplora.training.deepspeed import deepspeed_file
+
+
+@dataclass
+class Checked:
+    """What a faultless config resolves to."""
+
+    strategy: Strategy
+    benchmark: Benchmark
+    base_location: str
+    base_fingerprint: str | None  # None for a hub id, known once it is loaded
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def check_run(config: RunConfig, decode_images: bool = True) -> Checked:
+    """Resolve a run and look for every fault it could fail of later.
+
+    Args:
+        config: a loaded config.
+        decode_images: open every image once; without it they only have to exist.
+
+    Raises:
+        UserError: one sentence a fault, all of them in one error.
+    """
+    faults: list[str] = []
+
+    def collect(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except UserError as error:
+            faults.extend(_sentences(error))
+            return None
+
+    strategy = collect(lambda: build_strategy(config.strategy, origin=f"run {config.name}"))
+    location = collect(lambda: resolve(config.base)[0])
+    base_fingerprint = None
+    if location is not None and Path(location).is_dir():
+        base_fingerprint = collect(lambda: fingerprint(Path(location)))
+    collect(lambda: deepspeed_file(config.deepspeed))
+    benchmark = collect(lambda: load_benchmark(config, _drawing()))
+    counts: dict[str, dict[str, int]] = {}
+    if benchmark is not None:
+        records = _read_all(benchmark, counts, collect)
+        if decode_images:
+            with progress_bar("check images", len({m.path for r in records for m in r.media})) as advance:
+                faults += unreadable_images(records, advance)
+    if strategy is not None and strategy.stream == "none":
+        faults.append(f"strategy {config.strategy.name} trains nothing")
+    if faults:
+        raise several(faults)
+    return Checked(strategy, benchmark, location, base_fingerprint, counts)
+
+
+def _read_all(benchmark: Benchmark, counts: dict[str, dict[str, int]], collect: Callable) -> list[Record]:
+    together: list[Record] = []
+    for name in benchmark.domains:
+        train = collect(lambda name=name: benchmark.train_records(name)) or []
+        test = collect(lambda name=name: benchmark.test_records(name)) or []
+        counts[name] = {"train": len(train), "test": len(test)}
+        together += train + test
+    for name in benchmark.suites:
+        test = collect(lambda name=name: benchmark.test_records(name)) or []
+        counts[name] = {"test": len(test)}
+        together += test
+    return together
+
+
+def _sentences(error: UserError) -> list[str]:
+    """The single faults of an error made by `several`."""
+    lines = str(error).splitlines()
+    return [line.removeprefix("  - ") for line in lines[1:]] if len(lines) > 1 else lines
+
+
+def _drawing() -> Callable[[int, int], None]:
+    """Progress of data that is drawn at first use, told in the log at every fifth of the way."""
+    from mllm_keeplora.log import log
+
+    told: set[int] = set()
+
+    def progress(done: int, total: int) -> None:
+        fifth = 5 * done // max(total, 1)
+        if fifth not in told:
+            told.add(fifth)
+            log.info("drawing the benchmark's pictures: %d %%", 20 * fifth)
+
+    return progress

@@ -1,0 +1,212 @@
+"""Open a run: start it, continue it, extend it by domains, or start from another run's state."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm_keeplora import distributed, files
+from mllm_keeplora.check import Checked
+from mllm_keeplora.config import RunConfig, flatten, result_defining
+from mllm_keeplora.data import Benchmark, Domain
+from mllm_keeplora.data.readers import digest
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.log import log
+from mllm_keeplora.runs import BASE_UNIT, RunDir, differences, now
+from mllm_keeplora.training.units import plan_units
+
+PATHS = ("train", "validation", "test", "images")
+MAY_DIFFER_FROM_PARENT = ("name:", "seed:", "eval.domains:", "eval.zero_shot:")
+
+
+def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, after: int | None = None) -> RunDir:
+    """Create the run directory or accept the one that is there; afterwards `run.record` describes this run.
+
+    Args:
+        config, checked: the config and what it resolves to; `checked.benchmark` gains inherited domains.
+        parent, after: start from the state of another run after its first `after` domains.
+
+    Raises:
+        UserError: the folder holds another run (the difference is shown), or the parent does not fit.
+    """
+    run = RunDir(config.output_dir)
+    source = RunDir(parent).load() if parent is not None else None
+    if run.exists():
+        run.load()
+        inherited = run.record["parent"]
+        if source is not None and (inherited or {}).get("run") != str(parent):
+            raise UserError(f"{run.path} was not started from {parent}; choose another `output`")
+        if inherited is not None:
+            _inherit_definitions(checked.benchmark, run.record["domains"][: inherited["after"]])
+        _accept(run, config, checked)
+    else:
+        if source is not None:
+            _fits_parent(source, config, checked, after)
+            _inherit_definitions(checked.benchmark, source.record["domains"][:after])
+        record = _record(config, checked, source, after or 0)
+        if source is not None:
+            record["stages"] = _inherited_stages(source, after)
+            if distributed.is_main():
+                _copy_state(source, run, after)
+        run.create(record)
+    if distributed.is_main():
+        files.write_text(run.config, yaml.safe_dump(config.resolved(), sort_keys=False))
+        files.remove_leftovers(run.path)
+    return run
+
+
+def _record(config: RunConfig, checked: Checked, source: RunDir | None, after: int) -> dict[str, Any]:
+    from mllm_keeplora.eval.results import environment
+
+    inherited = source.record["domains"][:after] if source is not None else []
+    names = list(checked.benchmark.domains)
+    return {
+        "name": config.name,
+        "created": now(),
+        "environment": environment(),
+        "benchmark": checked.benchmark.name,
+        "base": {"name": config.base.model, "fingerprint": checked.base_fingerprint},
+        "seed": config.seed,
+        "parent": {"run": str(source.path), "after": after} if source is not None else None,
+        "config": _comparable(config),
+        "domains": [*inherited, *(_domain(config, checked.benchmark, name) for name in names[after:])],
+        "units": [asdict(unit) for unit in plan_units(names, checked.strategy.stream)],
+        "suites": [_graded(checked.benchmark, name) for name in checked.benchmark.suites],
+    }
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """Result-defining keys that are compared as they are; domains are compared by their definitions instead."""
+    by_definition = {"domains", "benchmark", "train", "per_domain"}
+    return {key: value for key, value in config.result_defining().items() if key.split(".")[0] not in by_definition}
+
+
+def _domain(config: RunConfig, benchmark: Benchmark, name: str) -> dict[str, Any]:
+    """A domain as the run records it: its files and how it is trained."""
+    return {**_graded(benchmark, name), "train": result_defining(config.train_of(name))}
+
+
+def _graded(benchmark: Benchmark, name: str) -> dict[str, Any]:
+    """A domain or suite with absolute paths and the digests of its files."""
+    part = benchmark.graded(name)
+    values = part.model_dump()
+    for key in PATHS:
+        if values.get(key) is not None:
+            values[key] = str((benchmark.root / values[key]).resolve())
+    digests = {key: digest(Path(values[key])) for key in ("train", "test") if values.get(key) is not None}
+    return {"name": name, "files": values, "sha256": digests}
+
+
+def _accept(run: RunDir, config: RunConfig, checked: Checked) -> None:
+    """Compare an existing run with the config; extend it where domains were appended."""
+    record, origin = run.record, str(run.path)
+    before = record["config"]
+    lines = differences(before, _comparable(config), origin)
+    if checked.base_fingerprint is not None and record["base"]["fingerprint"] not in (None, checked.base_fingerprint):
+        lines.append("base: the weights of the base model are not those that the run was started with")
+    old = [each["name"] for each in record["domains"]]
+    new = list(checked.benchmark.domains)
+    if new[: len(old)] != old:
+        lines.append(f"domains: {old} in {origin}, {new} now; domains may only be appended")
+    elif new != old and checked.strategy.stream == "union":
+        lines.append(f"domains: {config.strategy.name} learns all domains at once, so none can be appended")
+    num_inherited = (record["parent"] or {"after": 0})["after"]
+    for each in record["domains"][num_inherited:]:
+        if each["name"] in checked.benchmark.domains:
+            lines += _part_differences(each, _domain(config, checked.benchmark, each["name"]), origin)
+    for each in record["suites"]:
+        if each["name"] in checked.benchmark.suites:
+            lines += _part_differences(each, _graded(checked.benchmark, each["name"]), origin)
+    if lines:
+        raise UserError(
+            "\n  ".join([f"run {origin} was started with another config; choose another `output`:", *lines])
+        )
+    for name in new[len(old) :]:
+        record["domains"].append(_domain(config, checked.benchmark, name))
+        run.note(f"domain {name} appended")
+        log.info("domain %s appended to %s", name, origin)
+    record["units"] = [asdict(unit) for unit in plan_units(new, checked.strategy.stream)]
+    run.save()
+    _note_runtime_changes(run, config)
+
+
+def _part_differences(old: dict[str, Any], new: dict[str, Any], origin: str) -> list[str]:
+    """Where a recorded domain or suite differs from the config's; files may move, their content may not change."""
+    name = old["name"]
+    lines = []
+    for key, prefix in (("files", f"{name}."), ("train", f"{name}.train.")):
+        before, after = (flatten(_without_paths(each.get(key, {})), prefix) for each in (old, new))
+        lines += differences(before, after, origin)
+    if old["sha256"] != new["sha256"]:
+        lines.append(f"{name}: its data files are not those that the run was started with")
+    return lines
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in PATHS}
+
+
+def _note_runtime_changes(run: RunDir, config: RunConfig) -> None:
+    if not run.config.is_file():
+        return
+    before = flatten(yaml.safe_load(run.config.read_text(encoding="utf-8")))
+    defining = config.result_defining()
+    for line in differences(before, flatten(config.resolved()), "before"):
+        if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):
+            run.note(f"runtime key changed: {line}")
+            log.info("runtime key changed: %s", line)
+
+
+def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int | None) -> None:
+    names = [each["name"] for each in source.record["domains"]]
+    if checked.strategy.stream == "union":
+        raise UserError(f"--from: strategy {config.strategy.name} learns all domains at once and cannot continue a run")
+    if after is None or not 1 <= after <= len(names):
+        raise UserError(f"--after must be between 1 and {len(names)} for {source.path}, got {after}")
+    if after > len(source.finished_units):
+        raise UserError(f"--from {source.path}: domain {names[after - 1]} (--after {after}) is not finished there")
+    if checked.base_fingerprint not in (None, source.record["base"]["fingerprint"]):
+        raise UserError(f"--from {source.path}: its base model is not {config.base.model} as it is now")
+    lines = [
+        line
+        for line in differences(source.record["config"], _comparable(config), str(source.path))
+        if not line.startswith(MAY_DIFFER_FROM_PARENT)
+    ]
+    if lines:
+        raise UserError("\n  ".join([f"--from {source.path}: its state does not fit this config:", *lines]))
+
+
+def _inherit_definitions(benchmark: Benchmark, inherited: list[dict[str, Any]]) -> None:
+    """Put inherited domains, as the parent defined them, before the config's own."""
+    names = [each["name"] for each in inherited]
+    own = list(benchmark.domains)
+    if own[: len(names)] != names and set(own) & set(names):
+        raise UserError(f"--from: the config's domains {own} neither begin with the inherited {names} nor avoid them")
+    before = {each["name"]: Domain(**each["files"]) for each in inherited}
+    for name, domain in before.items():
+        if not (Path(domain.train).is_file() and Path(domain.test).is_file()):
+            raise UserError(f"--from: inherited domain {name} needs its data at {domain.train} and {domain.test}")
+    benchmark.domains = {**before, **{name: benchmark.domains[name] for name in own if name not in before}}
+
+
+def _inherited_stages(source: RunDir, after: int) -> dict[str, Any]:
+    """Ledger entries of the base and of the inherited units."""
+    keys = {unit.key for unit in [BASE_UNIT, *source.units[:after]]}
+    stages = source.record["stages"]
+    return {name: entry for name, entry in stages.items() if name.split("/")[0] in keys or name == "prepare"}
+
+
+def _copy_state(source: RunDir, run: RunDir, after: int) -> None:
+    """Copy what the inherited units left; the parent is not needed afterwards."""
+    run.refuse_foreign_content()
+    if source.kept_by_prepare.is_file():
+        shutil.copytree(source.kept_by_prepare.parent, run.kept_by_prepare.parent, dirs_exist_ok=True)
+    unfinished = shutil.ignore_patterns("checkpoints", "*.part", "*.tmp")
+    for unit in [BASE_UNIT, *source.units[:after]]:
+        folder = source.folder(unit).path
+        if folder.is_dir():
+            shutil.copytree(folder, run.folder(unit).path, ignore=unfinished, dirs_exist_ok=True)

@@ -1,0 +1,117 @@
+"""The main job, read from top to bottom: teach a base model one domain after another, and show what it still knows.
+
+    prepare                 what to keep of the untouched base
+    for each domain:
+      gradient              where to learn: the start of the domain's branch
+      train                 the branch, under Trainer and DeepSpeed
+      consolidate           grow what is kept; merge from pristine base and all factors
+      evaluate              one row of the score matrix
+    report                  metrics, table, HTML
+
+Each stage is done once: killed at any moment, the same call continues at the first stage that is not done.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mllm_keeplora import distributed
+from mllm_keeplora.check import Checked, check_run
+from mllm_keeplora.config import RunConfig
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval.page import write_report
+from mllm_keeplora.eval.results import Results, collect_results
+from mllm_keeplora.eval.rows import blind_score, evaluate_named, sets_after
+from mllm_keeplora.log import log, start_logging
+from mllm_keeplora.opening import open_run
+from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
+from mllm_keeplora.training.learner import Learner
+
+
+def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: int | None = None) -> Results:
+    """Run a whole sequence, or continue it; returns its results, which are also in the run directory.
+
+    Args:
+        config: from `load_config`.
+        from_run, after: start from another run's state after its first `after` domains.
+
+    Raises:
+        UserError: a fault of config, data, base, or of the run directory; nothing was started or changed.
+    """
+    start_logging()
+    _limit_threads(config)
+    with distributed.process_group(deepspeed=config.deepspeed is not None):
+        checked = _check_on_main_first(config)
+        with RunDir(config.output_dir).locked():
+            run = open_run(config, checked, Path(from_run) if from_run is not None else None, after)
+            start_logging(run.log)
+            return _run_stages(config, run, checked)
+
+
+def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:
+    learner = Learner(config, run, checked.benchmark, checked.strategy)
+    run.once("prepare", learner.prepare)
+    evaluate(learner, BASE_UNIT)
+    for unit in run.units:
+        _announce(run, unit)
+        run.once(f"{unit.key}/gradient", partial(learner.gradient, unit))
+        run.once(f"{unit.key}/train", partial(learner.train, unit))
+        run.once(f"{unit.key}/consolidate", partial(learner.consolidate, unit))
+        evaluate(learner, unit)
+    return report(learner)
+
+
+def evaluate(learner: Learner, unit: Unit) -> None:
+    """Row of the score matrix after a unit; cells that are measured already are left alone."""
+    config, run, benchmark = learner.config, learner.run, learner.benchmark
+
+    def ask(name: str) -> dict[str, Any]:
+        learner.bring_to(unit.index)
+        return evaluate_named(learner.base, learner.adapters.model, benchmark, name, config, run.folder(unit))
+
+    names = sets_after(unit, run.units, benchmark, config)
+    asked = [run.once(f"{unit.key}/evaluate/{name}", partial(ask, name)) for name in names]
+    if any(asked):
+        scores = (f"{name} {run.record['stages'][f'{unit.key}/evaluate/{name}']['score']:.1f}" for name in names)
+        log.info("after %s: %s", unit.name, ", ".join(scores))
+
+
+def report(learner: Learner) -> Results:
+    """Collect what was measured, compute the metrics, write results.json and report.html."""
+    run, benchmark = learner.run, learner.benchmark
+    blind = [blind_score(benchmark, name, learner.config) for name in benchmark.domains]
+    results = collect_results(run, blind)
+    if distributed.is_main():
+        results.save(run.results)
+        write_report(run, results, benchmark)
+    distributed.barrier()
+    return results
+
+
+def _check_on_main_first(config: RunConfig) -> Checked:
+    """The main process draws data and decodes images; the others then check without that."""
+    failure: UserError | None = None
+    checked = None
+    if distributed.is_main():
+        try:
+            checked = check_run(config, decode_images=not RunDir(config.output_dir).exists())
+        except UserError as error:
+            failure = error
+    failure = distributed.from_main(failure)
+    if failure is not None:
+        raise failure
+    return checked if checked is not None else check_run(config, decode_images=False)
+
+
+def _limit_threads(config: RunConfig) -> None:
+    if config.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.threads)
+
+
+def _announce(run: RunDir, unit: Unit) -> None:
+    if not run.is_done(f"{unit.key}/consolidate"):
+        log.info("[%d/%d] %s", unit.index, len(run.units), ", ".join(unit.domains))

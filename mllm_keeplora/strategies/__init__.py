@@ -1,0 +1,45 @@
+"""What to learn and what to keep: one file per method and this literal registry.
+
+A strategy is a class with options (a pydantic model), declarations and hooks; see `base.Strategy`.
+"""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from mllm_keeplora.config import StrategyConfig, validation_faults
+from mllm_keeplora.errors import UserError, known, several
+from mllm_keeplora.strategies.base import Context, DomainInfo, Strategy, StrategyOptions
+from mllm_keeplora.strategies.finetune import Finetune
+from mllm_keeplora.strategies.joint import Joint
+from mllm_keeplora.strategies.keeplora import KeepLoRA
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "finetune": Finetune,
+    "joint": Joint,
+    "keeplora": KeepLoRA,
+}
+
+
+def build_strategy(config: StrategyConfig, origin: str = "config") -> Strategy:
+    """The strategy of a run, its options checked: defaults, then the preset's, then those given.
+
+    Raises:
+        UserError: unknown strategy, preset or option; an option out of range.
+    """
+    if config.name not in STRATEGIES:
+        raise UserError(f"strategy.name {config.name!r} is unknown; known: {known(STRATEGIES)} ({origin})")
+    strategy = STRATEGIES[config.name]
+    if config.preset is not None and config.preset not in strategy.presets:
+        raise UserError(
+            f"strategy.preset {config.preset!r} is unknown; {config.name} has {known(strategy.presets)} ({origin})"
+        )
+    preset = strategy.presets[config.preset] if config.preset is not None else {}
+    try:
+        options = strategy.Options.model_validate({**preset, **config.options})
+    except ValidationError as error:
+        raise several(validation_faults(error, origin, prefix="strategy.")) from None
+    return strategy(options)
+
+
+__all__ = ["STRATEGIES", "Context", "DomainInfo", "Strategy", "StrategyOptions", "build_strategy"]

@@ -1,0 +1,115 @@
+"""The contract of a strategy: what to learn and what to keep. A strategy never sees DeepSpeed, paths or scores.
+
+Every hook is a no-op by default, so a strategy states only its differences. The context is everything it may touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mllm_keeplora.adapters import Adapters
+    from mllm_keeplora.linalg import Basis, GradientAccumulator, MomentAccumulator
+
+
+class StrategyOptions(BaseModel):
+    """Options that every strategy has; a strategy's own model extends it. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0.0)
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """The domain being learnt: its 0-based place in the sequence and its name."""
+
+    index: int
+    name: str
+
+
+class Context(Protocol):
+    """What a strategy may use, and nothing else."""
+
+    branches: Adapters
+    target_layers: tuple[str, ...]
+    domain: DomainInfo
+    kept: dict[str, Basis]
+    optimizer: torch.optim.Optimizer | None
+    step: int
+    rng: torch.Generator
+
+    def weight(self, layer: str) -> Tensor:
+        """Current weight (d_out, d_in) of a target layer, open branch not included."""
+
+    def d_in(self, layer: str) -> int:
+        """Input size of a target layer."""
+
+    def depth(self, layer: str) -> int | None:
+        """Index of the transformer layer; None for the projector's."""
+
+    def collect_inputs(self, samples: int | float) -> dict[str, MomentAccumulator]:
+        """Second moments of every target layer's inputs, over so many (or that share of) evenly spaced records."""
+
+    def collect_weight_gradients(self, samples: int | float) -> dict[str, GradientAccumulator]:
+        """Mean loss gradient of every target layer, over so many (or that share of) evenly spaced records."""
+
+    def teacher_forward(self, batch: Mapping[str, Any]) -> Any:
+        """Outputs of the model as it was before this domain, without gradient."""
+
+    def reduce(self, tensors: list[Tensor]) -> None:
+        """Sum tensors over processes, in place."""
+
+    def edit_parameter(self, name: str, edit: Callable[[Tensor], Tensor]) -> None:
+        """Change a trained parameter outside the optimiser, its float32 master copy included."""
+
+    def log(self, facts: dict[str, Any]) -> None:
+        """Enter facts of this domain in the run's records."""
+
+
+class Strategy:
+    """Base of all strategies. `stream` and the other declarations tell the sequence how to drive it."""
+
+    Options: ClassVar[type[StrategyOptions]] = StrategyOptions
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    stream: ClassVar[Literal["sequential", "union", "none"]] = "sequential"
+    start_from: ClassVar[Literal["previous", "base"]] = "previous"
+    combine: ClassVar[Literal["merge", "sum", "gate", "route", "oracle"]] = "merge"
+    needs_domain_id: ClassVar[bool] = False
+
+    def __init__(self, options: StrategyOptions):
+        self.options = options
+
+    def prepare(self, context: Context) -> None:
+        """Once, before the first domain, with the untouched base; `context.domain` has index -1."""
+
+    def before_domain(self, context: Context) -> None:
+        """Open the branch that this domain trains, possibly after a pass over its data."""
+
+    def batch(self, context: Context, batch: dict[str, Any]) -> dict[str, Any]:
+        """Change a training batch (replay)."""
+        return batch
+
+    def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any) -> Tensor | float:
+        """A term added to the task loss."""
+        return 0.0
+
+    def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:
+        """Before clipping and the optimiser's step (`grad`), and after it (`post`)."""
+
+    def after_domain(self, context: Context) -> None:
+        """Statistics and growth, with the finished branch active and not yet merged."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must survive to the next domain beyond branches and kept bases."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""

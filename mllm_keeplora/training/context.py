@@ -1,0 +1,115 @@
+"""The context that strategies work through: data passes, branches, kept bases, reduce and log of one domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora import distributed
+from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced
+from mllm_keeplora.probes import collect_mean_gradients, collect_moments
+from mllm_keeplora.progress import progress_bar
+from mllm_keeplora.strategies import DomainInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mllm_keeplora.adapters import Adapters
+    from mllm_keeplora.data import Record
+    from mllm_keeplora.linalg import Basis, GradientAccumulator, MomentAccumulator
+    from mllm_keeplora.models import Base
+
+
+class RunContext:
+    """One domain as a strategy sees it.
+
+    Args:
+        base: the loaded base model.
+        branches: its adapters.
+        kept: kept basis of every target layer, shared over the domains.
+        domain: place and name; index -1 before the first domain.
+        records: training records of the domain.
+        collator: turns records into model inputs.
+        rng: generator seeded from seed, domain and stage.
+        probe_batch_size: records per forward of a data pass.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        branches: Adapters,
+        kept: dict[str, Basis],
+        domain: DomainInfo,
+        records: list[Record],
+        collator: TrainCollator,
+        rng: torch.Generator,
+        probe_batch_size: int,
+    ):
+        self.base = base
+        self.branches = branches
+        self.kept = kept
+        self.domain = domain
+        self.records = records
+        self.collator = collator
+        self.rng = rng
+        self.probe_batch_size = probe_batch_size
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.step = 0
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def target_layers(self) -> tuple[str, ...]:
+        return self.branches.layers
+
+    def weight(self, layer: str) -> Tensor:
+        return self.branches.weight(layer)
+
+    def d_in(self, layer: str) -> int:
+        return self.weight(layer).shape[1]
+
+    def depth(self, layer: str) -> int | None:
+        return self.base.parts.depth(layer)
+
+    def collect_inputs(self, samples: int | float) -> dict[str, MomentAccumulator]:
+        return collect_moments(self.branches.model, self._modules(), self._pass(samples, "features"))
+
+    def collect_weight_gradients(self, samples: int | float) -> dict[str, GradientAccumulator]:
+        return collect_mean_gradients(self.branches.model, self._modules(), self._pass(samples, "gradient"))
+
+    def teacher_forward(self, batch: Mapping[str, Any]) -> Any:
+        import torch
+
+        with torch.no_grad(), self.branches.closed():
+            return self.branches.model(**{key: value for key, value in batch.items() if key != "labels"})
+
+    def reduce(self, tensors: list[Tensor]) -> None:
+        distributed.all_reduce(tensors)
+
+    def edit_parameter(self, name: str, edit: Callable[[Tensor], Tensor]) -> None:
+        import torch
+
+        parameter = self.branches.trainable()[name]
+        with torch.no_grad():
+            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+                from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+                safe_set_full_fp32_param(parameter, edit(safe_get_full_fp32_param(parameter)))
+            parameter.data.copy_(edit(parameter.data))
+
+    def log(self, facts: dict[str, Any]) -> None:
+        self.facts.update(facts)
+
+    def _modules(self) -> dict[str, Any]:
+        return {layer: self.branches.base.get_submodule(layer) for layer in self.target_layers}
+
+    def _pass(self, samples: int | float, title: str) -> Iterator[dict]:
+        """Model inputs over evenly spaced records; each process takes its share."""
+        count = samples if samples >= 1 else max(1, round(samples * len(self.records)))
+        chosen = evenly_spaced(self.records, int(count))
+        own = chosen[distributed.rank() :: distributed.world_size()] or chosen[:1]
+        device = next(self.branches.base.parameters()).device
+        with progress_bar(f"{self.domain.name}: {title}", len(own)) as advance:
+            for part in batches(own, self.probe_batch_size):
+                yield {key: value.to(device) for key, value in self.collator(part).items()}
+                advance(len(part))

@@ -1,0 +1,232 @@
+"""Fit one domain with the Hugging Face Trainer (and DeepSpeed, where the run asks for it).
+
+Only the parameters that the adapters declare are trained, saved in checkpoints and restored from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from mllm_keeplora import distributed, files
+from mllm_keeplora.config import TrainConfig
+from mllm_keeplora.data.schema import Record
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.progress import progress_bar
+from mllm_keeplora.strategies import Strategy
+from mllm_keeplora.training.context import RunContext
+
+WEIGHTS, COMPLETE = "trained.safetensors", "complete.json"
+
+
+def fit_domain(
+    strategy: Strategy,
+    context: RunContext,
+    settings: TrainConfig,
+    epochs: float,
+    arguments: TrainingArguments,
+    metrics_file: Path,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """Train the open branch on the context's records; continues from the last whole checkpoint of the same identity.
+
+    Args:
+        settings, epochs: the domain's training settings.
+        arguments: from `training_arguments`.
+        metrics_file: JSON lines of loss, rate and gradient norm are appended here.
+        identity: facts that a checkpoint must share to be continued.
+
+    Returns:
+        Facts for the ledger: steps, mean loss, trained parameters.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+    """
+    branches = context.branches
+    if settings.gradient_checkpointing:
+        branches.base.enable_input_require_grads()
+    trainer = DomainTrainer(
+        strategy=strategy,
+        context=context,
+        identity=identity,
+        model=branches.model,
+        args=arguments,
+        train_dataset=Records(context.records),
+        data_collator=context.collator,
+    )
+    trainer.lr_full = settings.lr_projector
+    trainer.remove_callback(PrinterCallback)
+    steps = math.ceil(len(context.records) / settings.batch_size * epochs)
+    with progress_bar(f"{context.domain.name}: train", steps) as advance, branches.plan_kept():
+        trainer.add_callback(Reporter(context, strategy, metrics_file, advance))
+        outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(arguments.output_dir), identity))
+    facts = {
+        "steps": outcome.global_step,
+        "loss": outcome.training_loss,
+        "trained_parameters": sum(parameter.numel() for parameter in branches.trainable().values()),
+    }
+    trainer.accelerator.free_memory()
+    branches.base.eval()
+    return facts
+
+
+def training_arguments(
+    settings: TrainConfig, epochs: float, folder: Path, seed: int, deepspeed: str | None, bf16: bool
+) -> TrainingArguments:
+    """The Trainer's arguments; `batch_size` is global, so the number of processes never changes the result.
+
+    Raises:
+        UserError: the batch does not divide over processes and micro-batches, or `train.args` names no such field.
+    """
+    world = distributed.world_size()
+    micro = settings.micro_batch_size or settings.batch_size // world
+    if micro == 0 or settings.batch_size % (micro * world):
+        raise UserError(
+            f"train.batch_size {settings.batch_size} must be a multiple of micro_batch_size x processes = "
+            f"{settings.micro_batch_size or 1} x {world}"
+        )
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": settings.batch_size // (micro * world),
+        "learning_rate": settings.lr,
+        "num_train_epochs": epochs,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup_ratio,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "dataloader_num_workers": settings.workers,
+        "save_strategy": "steps",
+        "save_steps": settings.checkpoint_steps,
+        "save_total_limit": 2,
+        "logging_steps": settings.log_steps,
+        "logging_nan_inf_filter": False,
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "deepspeed": deepspeed,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": "none",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+    try:
+        return TrainingArguments(**{**values, **settings.args})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train: the Trainer refuses its arguments: {error}") from error
+
+
+def last_checkpoint(folder: Path, identity: dict[str, Any]) -> str | None:
+    """The newest checkpoint that was written to its end and belongs to the same training; None to start afresh."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).is_file() and files.read_json(path / COMPLETE) == identity:
+            found.append((int(path.name.split("-")[1]), str(path)))
+    return max(found)[1] if found else None
+
+
+class Records(torch.utils.data.Dataset):
+    """Records by index; images are decoded by the collator."""
+
+    def __init__(self, records: list[Record]):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[index]
+
+
+class DomainTrainer(Trainer):
+    """The Trainer with a strategy's hooks, and checkpoints that hold the trained parameters only."""
+
+    def __init__(self, strategy: Strategy, context: RunContext, identity: dict[str, Any], **arguments: Any):
+        super().__init__(**arguments)
+        self.strategy = strategy
+        self.context = context
+        self.identity = identity
+        self.lr_full: float | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch = self.strategy.batch(self.context, inputs)
+        loss, outputs = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        extra = self.strategy.extra_loss(self.context, batch, outputs)
+        loss = loss + extra / self.current_gradient_accumulation_steps
+        if not torch.isfinite(loss):
+            where = f"{self.context.domain.name}, optimizer step {self.state.global_step}"
+            raise RuntimeError(f"the loss is {loss.item()} in domain {where}; lower train.lr or look at the data")
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model=None):
+        """AdamW over the trained parameters; those trained in full may have a rate of their own."""
+        if self.optimizer is None:
+            cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups: dict[float, list] = {}
+            for name, parameter in self.context.branches.trainable().items():
+                rate = self.args.learning_rate if ".lora_" in name else (self.lr_full or self.args.learning_rate)
+                groups.setdefault(rate, []).append(parameter)
+            decay = self.args.weight_decay
+            self.optimizer = cls([{"params": p, "lr": r, "weight_decay": decay} for r, p in groups.items()], **keywords)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        self.strategy.around_step(self.context, "grad")
+        return super()._clip_grad_norm(model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            files.write_tensors(Path(output_dir) / WEIGHTS, self.context.branches.trainable())
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        distributed.barrier()
+        if self.args.should_save:
+            files.write_json(
+                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE, self.identity
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        stored = files.read_tensors(Path(resume_from_checkpoint) / WEIGHTS)
+        for name, parameter in self.context.branches.trainable().items():
+            parameter.data.copy_(stored[name])
+
+
+class Reporter(TrainerCallback):
+    """Moves the bar, tells the strategy of steps, appends metrics."""
+
+    def __init__(self, context: RunContext, strategy: Strategy, metrics_file: Path, advance):
+        self.context = context
+        self.strategy = strategy
+        self.metrics_file = metrics_file
+        self.advance = advance
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.context.optimizer = optimizer
+        self.context.step = state.global_step
+        self.advance(state.global_step)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.strategy.around_step(self.context, "post")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.context.step = state.global_step
+        self.advance()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        self.advance(0, note=f"loss {logs['loss']:.3f}")
+        row = {"domain_index": self.context.domain.index, "stage": "train", "optimizer_step": state.global_step, **logs}
+        with contextlib.suppress(KeyError):
+            del row["epoch"]
+        with open(self.metrics_file, "a", encoding="utf-8") as handle:
+            handle.write(files.one_line(row))

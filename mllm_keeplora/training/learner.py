@@ -1,0 +1,224 @@
+"""One unit of the sequence, stage by stage: gradient, train, consolidate. Each stage starts from files if it must.
+
+Memory is only a cache of the run directory: whatever a stage needs and is not in memory is read back, so a run that was
+killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora import distributed, files
+from mllm_keeplora.adapters import Adapters, Branch, Factors
+from mllm_keeplora.adapters.stored import kept_of, past_of, save_new_columns, write_manifest
+from mllm_keeplora.config import RunConfig, result_defining
+from mllm_keeplora.data import Benchmark
+from mllm_keeplora.data.collate import TrainCollator
+from mllm_keeplora.log import log
+from mllm_keeplora.models import Base, load_base
+from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
+from mllm_keeplora.strategies import DomainInfo, Strategy
+from mllm_keeplora.training.context import RunContext
+from mllm_keeplora.training.seeds import seed_everything, stage_seed
+from mllm_keeplora.training.units import training_records
+
+if TYPE_CHECKING:
+    from mllm_keeplora.linalg import Basis
+
+PROBE_BATCH = 8  # records per forward of a data pass: no activations of a whole training batch at once
+
+
+class Learner:
+    """Model, strategy and kept bases of a run, brought to wherever the next stage starts.
+
+    Args:
+        config, run, benchmark, strategy: of the run; `run.units` are the sequence.
+    """
+
+    def __init__(self, config: RunConfig, run: RunDir, benchmark: Benchmark, strategy: Strategy):
+        self.config = config
+        self.run = run
+        self.benchmark = benchmark
+        self.strategy = strategy
+        self.units = run.units
+        self.kept: dict[str, Basis] = {}
+        self.learnt: int | None = None  # units that the adapters hold now
+        self.open_unit: Unit | None = None
+
+    @cached_property
+    def base(self) -> Base:
+        log.info("loading base %s", self.config.base.model)
+        base = load_base(self.config.base, self.config.adapters.projector)
+        expected = self.run.record["base"]["fingerprint"]
+        if expected is None:
+            self.run.record["base"]["fingerprint"] = base.fingerprint
+            self.run.save()
+        assert expected in (None, base.fingerprint), "the check compares fingerprints before"
+        return base
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        full: tuple[str, ...] = ()
+        if self.config.adapters.projector == "full":
+            prefix = f"{self.base.parts.mm_projector}."
+            full = tuple(name for name, _ in self.base.model.named_parameters() if name.startswith(prefix))
+        settings = self.config.adapters
+        return Adapters(self.base.model, self.base.parts.target_layers, settings.history, settings.dropout, full)
+
+    # -- the stages ----------------------------------------------------------------------------------------------
+
+    def prepare(self) -> dict[str, Any]:
+        """Once, on the untouched base: what the strategy keeps of it (principal subspaces of the weights)."""
+        self.bring_to(0)
+        context = self._context(BASE_UNIT, "prepare", records=[])
+        self.strategy.prepare(context)
+        if distributed.is_main():
+            files.write_tensors(self.run.kept_by_prepare, {name: basis.columns for name, basis in self.kept.items()})
+        return {"target_layers": len(self.base.parts.target_layers), **_ranks(self.kept)}
+
+    def gradient(self, unit: Unit) -> dict[str, Any]:
+        """Open the unit's branch (for KeepLoRA after a gradient pass) and keep its start on disk."""
+        self.bring_to(self._before(unit))
+        context = self._context(unit, "gradient")
+        self.strategy.before_domain(context)
+        branch = self.adapters.branch
+        assert branch is not None, f"{type(self.strategy).__name__}.before_domain opened no branch"
+        folder = self.folder(unit)
+        if distributed.is_main():
+            branch.save(folder.init)
+            files.write_json(folder.gradient, context.facts)
+        self.open_unit = unit
+        self._same_start_everywhere(folder)
+        return {"rank_min": min(branch.ranks.values(), default=0), "rank_max": max(branch.ranks.values(), default=0)}
+
+    def train(self, unit: Unit) -> dict[str, Any]:
+        """Train the open branch; leave its factors in peft's format."""
+        from mllm_keeplora.training.fit import fit_domain, training_arguments
+
+        folder = self.folder(unit)
+        if self.open_unit != unit:
+            self.bring_to(self._before(unit))
+            self._reopen(unit, trained=False)
+        seed = stage_seed(self.config.seed, unit.key, "train")
+        settings = self.config.train_of(unit.domains[0]) if len(unit.domains) == 1 else self.config.train
+        records, epochs = training_records(unit, self.benchmark, self.config)
+        bf16 = next(self.base.model.parameters()).dtype.itemsize == 2
+        arguments = training_arguments(settings, epochs, folder.checkpoints, seed, self._deepspeed(), bf16)
+        seed_everything(seed)
+        context = self._context(unit, "train", records)
+        identity = {
+            "config": self.run.record["config"],
+            "unit": unit.key,
+            "epochs": epochs,
+            "train": result_defining(settings),
+        }
+        self._log_plan(unit, len(records), epochs, arguments)
+        facts = fit_domain(
+            self.strategy, context, settings, epochs, arguments, self.run.path / "metrics.jsonl", identity
+        )
+        factors, full = self.adapters.read(), self.adapters.read_full()
+        if distributed.is_main():
+            factors.save(folder.adapter, self.config.adapters.dropout)
+            if full:
+                files.write_tensors(folder.projector, full)
+            write_manifest(folder, self.strategy.combine, self.strategy.start_from)
+        return facts
+
+    def consolidate(self, unit: Unit) -> dict[str, Any]:
+        """Grow what is kept, with the finished branch still active; then merge from pristine base and all factors."""
+        folder = self.folder(unit)
+        if self.open_unit != unit:
+            self.bring_to(self._before(unit))
+            self._reopen(unit, trained=True)
+        context = self._context(unit, "consolidate")
+        before = {layer: basis.rank for layer, basis in self.kept.items()}
+        self.strategy.after_domain(context)
+        if distributed.is_main():
+            save_new_columns(folder, self.kept, before)
+            state = self.strategy.state_dict()
+            if state:
+                files.write_tensors(folder.strategy, state)
+            facts = files.read_json(folder.gradient)
+            files.write_json(folder.gradient, {**facts, **context.facts})
+        distributed.barrier()
+        self.open_unit = None
+        self.learnt = None  # forces the merge from files, the same whether the run was interrupted or not
+        self.bring_to(unit.index)
+        if distributed.is_main():
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        return _ranks(self.kept)
+
+    # -- where the model is --------------------------------------------------------------------------------------
+
+    def bring_to(self, learnt: int) -> None:
+        """Put model, kept bases and strategy to the end of unit number `learnt` (0: the untouched base)."""
+        if self.learnt == learnt and self.open_unit is None:
+            return
+        done = self.units[:learnt]
+        self.adapters.restore(*past_of(self.run, done))
+        self.kept = kept_of(self.run, done)
+        if done and self.folder(done[-1]).strategy.is_file():
+            self.strategy.load_state_dict(files.read_tensors(self.folder(done[-1]).strategy))
+        self.learnt, self.open_unit = learnt, None
+
+    def folder(self, unit: Unit) -> DomainDir:
+        return self.run.folder(unit)
+
+    def _before(self, unit: Unit) -> int:
+        return 0 if self.strategy.start_from == "base" else unit.index - 1
+
+    def _reopen(self, unit: Unit, trained: bool) -> None:
+        folder = self.folder(unit)
+        self.adapters.open(Branch.load(folder.init))
+        if trained:
+            full = files.read_tensors(folder.projector) if folder.projector.is_file() else {}
+            self.adapters.load(Factors.load(folder.adapter), full)
+        self.open_unit = unit
+
+    def _same_start_everywhere(self, folder: DomainDir) -> None:
+        """Singular vectors may differ in sign or order between processes: all start from the main one's file."""
+        if distributed.world_size() > 1:
+            distributed.barrier()
+            unit, self.open_unit = self.open_unit, None
+            self.adapters.restore(self.adapters.past, self.adapters.past_full)
+            self.adapters.open(Branch.load(folder.init))
+            self.open_unit = unit
+
+    def _context(self, unit: Unit, stage: str, records: list | None = None) -> RunContext:
+        import torch
+
+        seed = stage_seed(self.config.seed, unit.key, stage)
+        seed_everything(seed)
+        if records is None:
+            records, _ = training_records(unit, self.benchmark, self.config)
+        collator = TrainCollator(self.base.prompt, self.config.train.max_length)
+        rng = torch.Generator().manual_seed(seed)
+        info = DomainInfo(unit.index - 1, unit.name)
+        return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, PROBE_BATCH)
+
+    def _deepspeed(self) -> str | None:
+        from mllm_keeplora.training.deepspeed import deepspeed_file
+
+        return deepspeed_file(self.config.deepspeed)
+
+    def _log_plan(self, unit: Unit, num_records: int, epochs: float, arguments: Any) -> None:
+        trained = self.adapters.trainable()
+        world, micro, steps = (
+            distributed.world_size(),
+            arguments.per_device_train_batch_size,
+            arguments.gradient_accumulation_steps,
+        )
+        log.info(
+            "%s: %d records x %g epochs, batch %d = %d processes x %d x %d accumulated, %s trained parameters",
+            unit.name, num_records, epochs, world * micro * steps, world, micro, steps,
+            f"{sum(parameter.numel() for parameter in trained.values()):,}",
+        )  # fmt: skip
+
+
+def _ranks(kept: dict[str, Basis]) -> dict[str, int]:
+    ranks = sorted(basis.rank for basis in kept.values())
+    if not ranks:
+        return {}
+    return {"kept_min": ranks[0], "kept_median": ranks[len(ranks) // 2], "kept_max": ranks[-1]}

@@ -1,0 +1,36 @@
+"""What is trained at once: one domain of a sequential stream, or all of them for a union (joint training)."""
+
+from __future__ import annotations
+
+import random
+
+from mllm_keeplora.config import RunConfig
+from mllm_keeplora.data import Benchmark, Record
+from mllm_keeplora.runs import Unit
+from mllm_keeplora.training.seeds import stage_seed
+
+
+def plan_units(domains: list[str], stream: str) -> list[Unit]:
+    """Units of a sequence: `sequential` trains each domain by itself, `union` all at once, `none` nothing."""
+    if stream == "union":
+        return [Unit(1, "joint", tuple(domains))]
+    if stream == "none":
+        return []
+    return [Unit(index, name, (name,)) for index, name in enumerate(domains, start=1)]
+
+
+def training_records(unit: Unit, benchmark: Benchmark, config: RunConfig) -> tuple[list[Record], float]:
+    """Records of a unit and the number of epochs over them.
+
+    A union repeats each domain's records by that domain's own epochs (a fraction by a seeded sample) and is passed
+    once, so that joint training sees every record exactly as often as the sequence does.
+    """
+    if len(unit.domains) == 1:
+        name = unit.domains[0]
+        return benchmark.train_records(name), config.train_of(name).epochs
+    together: list[Record] = []
+    for name in unit.domains:
+        records, epochs = benchmark.train_records(name), config.train_of(name).epochs
+        sampler = random.Random(stage_seed(config.seed, name, "union"))
+        together += records * int(epochs) + sampler.sample(records, round(len(records) * (epochs % 1)))
+    return together, 1.0
