@@ -40,7 +40,8 @@ class Branch:
 
     def save(self, path: Path) -> None:
         tensors = {f"{layer}.A": A for layer, A in self.A.items()}
-        files.write_tensors(path, tensors, {"alpha": json.dumps(self.alpha), "train": json.dumps(self.train)})
+        facts = json.dumps({"alpha": self.alpha, "train": self.train})  # one key: safetensors keeps no order of keys
+        files.write_tensors(path, tensors, {"branch": facts})
 
     @classmethod
     def load(cls, path: Path) -> Branch:
@@ -48,9 +49,8 @@ class Branch:
 
         with safe_open(path, "pt") as stored:
             A = {name.removesuffix(".A"): stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            facts = stored.metadata()
-        alpha = json.loads(facts["alpha"])
-        return cls({layer: A[layer] for layer in alpha}, alpha, tuple(json.loads(facts["train"])))
+            facts = json.loads(stored.metadata()["branch"])
+        return cls({layer: A[layer] for layer in facts["alpha"]}, facts["alpha"], tuple(facts["train"]))
 
 
 @dataclass
