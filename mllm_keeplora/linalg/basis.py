@@ -76,7 +76,7 @@ class Basis:
         Raises:
             ValueError: not a matrix, too many columns, not finite, or not orthonormal.
         """
-        columns = as_matrix(Q, "Q")
+        columns = as_matrix(Q, "basis columns")
         d_in, rank = columns.shape
         if rank > d_in:
             raise ValueError(f"a basis of dimension {d_in} has at most {d_in} columns, got {rank}")
@@ -113,7 +113,7 @@ class Basis:
         return self._columns.shape[0]
 
     def project(self, X: Tensor) -> Tensor:
-        """Part of rows X (n, d_in) inside the subspace: X Q Q^T, (n, d_in) float32, float64 for float64 rows."""
+        """Part of rows X (n, d_in) inside the subspace: X Q Q^T, detached, float32 or for float64 rows float64."""
         rows = as_matrix(X, "X", columns=self.d_in)
         with full_precision(rows.device):
             columns = self._columns.to(rows)

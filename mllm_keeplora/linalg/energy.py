@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import as_choice, as_float, as_matrix, as_share, full_precision
-from .decompose import NOISE_RATIO, fix_signs, leading_right_vectors
+from .decompose import fix_signs, leading_right_vectors
 
 RANK_RULES = ("reach", "below_legacy")
 # A threshold counts as reached within this: sums of thousands of float64 terms are not exact, so 1.0 would
@@ -95,8 +95,8 @@ def principal_subspace(weight: Tensor, energy: float, rule: str = "reach") -> Te
         total = float(squares.sum())
         if total == 0.0:
             return 0
-        signal = squares[squares > NOISE_RATIO**2 * squares[0]]
-        return max(rank_for_energy(signal.sqrt(), energy, total=total, rule=rule), 1)
+        rounding = squares.numel() * torch.finfo(squares.dtype).eps * squares[0]
+        return max(rank_for_energy(squares[squares > rounding].sqrt(), energy, total=total, rule=rule), 1)
 
     with full_precision(matrix.device):
         return fix_signs(leading_right_vectors(matrix.to(torch.float64), count)).to(torch.float32)

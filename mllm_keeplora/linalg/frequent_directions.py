@@ -89,7 +89,7 @@ def _shrink(rows: Tensor, size: int) -> Tensor:
     def count(values: Tensor) -> int:
         nonlocal squares
         floor = values[size] if values.shape[0] > size else values.new_zeros(())
-        squares = (values - floor).clamp(min=0.0)[:size]
+        squares = (values - floor).clamp(min=0.0)
         squares = squares[squares > torch.finfo(torch.float32).tiny]
         return squares.shape[0]
 
