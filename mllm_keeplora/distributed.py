@@ -7,10 +7,12 @@ aborts the interpreter at exit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -42,6 +44,8 @@ def process_group(timeout_s: int = 1800, deepspeed: bool = False) -> Iterator[No
     DeepSpeed has to open the group itself, before `TrainingArguments` exists: otherwise its batch arithmetic is
     done for one process.
     """
+    if "RANK" not in os.environ:  # no launcher: one process means one GPU, never torch's DataParallel over all
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if world_size() == 1 and not deepspeed:
         yield
         return
@@ -117,3 +121,17 @@ def from_main(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Run `work` in the main process, then in the others; an error of the main process is raised in all."""
+    result, error = None, None
+    if is_main():
+        try:
+            result = work()
+        except Exception as failure:  # raised below, in every process
+            error = failure
+    error = from_main(error)
+    if error is not None:
+        raise error
+    return result if is_main() else work()

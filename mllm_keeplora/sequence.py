@@ -20,7 +20,6 @@ from typing import Any
 from mllm_keeplora import distributed
 from mllm_keeplora.check import Checked, check_run
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.rows import blind_score, evaluate_named, sets_after
@@ -43,9 +42,11 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
     start_logging()
     _limit_threads(config)
     with distributed.process_group(deepspeed=config.deepspeed is not None):
-        checked = _check_on_main_first(config)
+        started = RunDir(config.output_dir).exists()
+        checked = distributed.main_first(lambda: check_run(config, decode_images=distributed.is_main() and not started))
         with RunDir(config.output_dir).locked():
-            run = open_run(config, checked, Path(from_run) if from_run is not None else None, after)
+            parent = Path(from_run) if from_run is not None else None
+            run = distributed.main_first(lambda: open_run(config, checked, parent, after))
             start_logging(run.log)
             return _run_stages(config, run, checked)
 
@@ -88,21 +89,6 @@ def report(learner: Learner) -> Results:
         write_report(run, results, benchmark)
     distributed.barrier()
     return results
-
-
-def _check_on_main_first(config: RunConfig) -> Checked:
-    """The main process draws data and decodes images; the others then check without that."""
-    failure: UserError | None = None
-    checked = None
-    if distributed.is_main():
-        try:
-            checked = check_run(config, decode_images=not RunDir(config.output_dir).exists())
-        except UserError as error:
-            failure = error
-    failure = distributed.from_main(failure)
-    if failure is not None:
-        raise failure
-    return checked if checked is not None else check_run(config, decode_images=False)
 
 
 def _limit_threads(config: RunConfig) -> None:
