@@ -1,0 +1,151 @@
+"""Results as tables for a terminal of 80 to 100 columns."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.columns import Columns
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mllm_keeplora.report.view import (
+    METRICS,
+    duration_text,
+    memory_text,
+    metric_text,
+    run_title,
+    score_sheet,
+    score_text,
+)
+
+Results = Mapping[str, Any]
+STYLES = {"reference": "italic", "general": "cyan", "learned": "bold green", "seen": "", "unseen": "dim"}
+
+
+def results_table(results: Results) -> RenderableType:
+    """Show one run: its score sheet, its metrics, the time of every stage.
+
+    Args:
+        results: the content of results.json.
+
+    Returns:
+        Something a rich console prints.
+    """
+    facts = [f"{key} {results[key]}" for key in ("strategy", "base", "benchmark", "seed") if key in results]
+    parts = [
+        Text(run_title(results), style="bold"),
+        Text(" · ".join(facts), style="dim"),
+        _sheet_table(results),
+        _metrics_line(results),
+    ]
+    if results.get("wall_seconds"):
+        parts += [Text(""), _times(results)]
+    return Group(*parts)
+
+
+def compare_table(results_list: Sequence[Results]) -> RenderableType:
+    """Show runs side by side: metrics, then the final score on every domain; the best of a column is bold.
+
+    Args:
+        results_list: results of at least one run, all on the same domains in whatever order.
+
+    Returns:
+        Something a rich console prints.
+
+    Raises:
+        ValueError: there is no run, or the runs were not made on the same domains.
+    """
+    if not results_list:
+        raise ValueError("nothing to compare: no results given")
+    domains = list(results_list[0]["domains"])
+    for results in results_list:
+        if sorted(results["domains"]) != sorted(domains):
+            raise ValueError(
+                f"{run_title(results)} learned {results['domains']}, {run_title(results_list[0])} {domains}"
+            )
+    labels = _run_labels(results_list)
+    metrics = [[results["metrics"].get(metric.key) for metric in METRICS] for results in results_list]
+    texts = [[metric_text(metric, value) for metric, value in zip(METRICS, row, strict=True)] for row in metrics]
+    best = _best_rows(metrics, [metric.higher_is_better for metric in METRICS])
+    by_domain = [dict(zip(results["domains"], results["score_matrix"][-1], strict=True)) for results in results_list]
+    finals = [[scores[domain] for domain in domains] for scores in by_domain]
+    final_texts = [[score_text(score) for score in row] for row in finals]
+    return Group(
+        Text("Metrics", style="bold"),
+        _ranked_table(labels, [metric.label for metric in METRICS], texts, best),
+        Text("Final score", style="bold"),
+        _ranked_table(labels, domains, final_texts, _best_rows(finals, [True] * len(domains))),
+    )
+
+
+def _ranked_table(
+    labels: Sequence[str], columns: Sequence[str], texts: Sequence[Sequence[str]], best: Sequence[set[int]]
+) -> Table:
+    table = _plain_table("run", columns)
+    for i, (label, row) in enumerate(zip(labels, texts, strict=True)):
+        table.add_row(Text(label), *(Text(text, "bold green" if i in best[k] else "") for k, text in enumerate(row)))
+    return table
+
+
+def _sheet_table(results: Results) -> Table:
+    sheet = score_sheet(results)
+    table = _plain_table("", sheet.columns, gap=3)
+    for suite in table.columns[1 + len(sheet.domains) :]:
+        suite.header_style = "cyan"
+    counts = results.get("questions") or {}
+    if counts:
+        table.add_row(Text("questions"), *(Text(str(counts.get(name, ""))) for name in sheet.columns), style="dim")
+    stages = [row for row in sheet.stages if row.is_measured]
+    rows = [*sheet.references, *stages]
+    for row in rows:
+        cells = [
+            Text(score_text(score), style=STYLES[row.phase(j, len(sheet.domains))] if score is not None else "dim")
+            for j, score in enumerate(row.scores)
+        ]
+        ends_block = row is rows[len(sheet.references) - 1] and bool(sheet.references)
+        table.add_row(Text(row.label), *cells, end_section=ends_block)
+    return table
+
+
+def _metrics_line(results: Results) -> Table:
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for metric in METRICS:
+        table.add_column(metric.label, justify="right")
+    values = [Text(metric_text(metric, results["metrics"].get(metric.key)), style="bold") for metric in METRICS]
+    table.add_row(*values)
+    return table
+
+
+def _times(results: Results) -> Columns:
+    seconds = results["wall_seconds"]
+    parts = [Text.assemble((stage, "dim"), " ", duration_text(value)) for stage, value in seconds.items()]
+    parts.append(Text.assemble(("total", "dim"), " ", (duration_text(sum(seconds.values())), "bold")))
+    if results.get("peak_memory_bytes"):
+        parts.append(Text.assemble(("peak memory", "dim"), " ", memory_text(results["peak_memory_bytes"])))
+    return Columns(parts, padding=(0, 3))
+
+
+def _run_labels(results_list: Sequence[Results]) -> list[str]:
+    """Name the runs, with the seed where seeds differ."""
+    has_seeds = len({results.get("seed") for results in results_list}) > 1
+    return [run_title(results) + (f" seed {results.get('seed')}" if has_seeds else "") for results in results_list]
+
+
+def _plain_table(corner: str, columns: Sequence[str], gap: int = 2) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column(Text(corner), overflow="fold")
+    for column in columns:
+        longest_word = max((len(word) for word in column.split()), default=1)
+        table.add_column(Text(column), justify="right", overflow="fold", min_width=min(longest_word, 12))
+    return table
+
+
+def _best_rows(values: Sequence[Sequence[float | None]], higher_is_better: Sequence[bool]) -> list[set[int]]:
+    """Return for each column the rows that hold its best value; none where there is nothing to choose from."""
+    best = []
+    for column, is_higher in zip(zip(*values, strict=True), higher_is_better, strict=True):
+        measured = [value for value in column if value is not None]
+        top = (max if is_higher else min)(measured) if len(measured) > 1 else None
+        best.append({i for i, value in enumerate(column) if top is not None and value == top})
+    return best
