@@ -61,6 +61,8 @@ def process_group(timeout_s: int = 1800, deepspeed: bool = False) -> Iterator[No
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed as ds
 
+        if backend == "gloo":  # else DeepSpeed compiles its own shared-memory all-reduce first: minutes of C++
+            ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ds.init_distributed(backend, timeout=timedelta(seconds=timeout_s))
     else:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
