@@ -95,12 +95,16 @@ def barrier() -> None:
 
 
 def all_reduce(tensors) -> None:
-    """Sum each tensor over all processes, in place and in the given order."""
+    """Sum each tensor over all processes, in place and in the given order; NCCL reduces host tensors via the GPU."""
     if world_size() > 1:
         import torch.distributed as dist
 
+        via_gpu = dist.get_backend() == "nccl"
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            moved = tensor.to(device()) if via_gpu else tensor
+            dist.all_reduce(moved)
+            if moved is not tensor:
+                tensor.copy_(moved)
 
 
 def gather(value: Any) -> list[Any]:
