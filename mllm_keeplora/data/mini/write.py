@@ -1,0 +1,166 @@
+"""Writes the miniature benchmark as folders of the MLLM-DCL layout, once, into a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from . import ad, fin, general, med, rs, sci
+from .draw import Sample
+
+DOMAINS = {"RS": rs, "Med": med, "AD": ad, "Sci": sci, "Fin": fin}
+SIZES: dict[str, int] = {"train": 1500, "val": 200, "test": 400, "general": 1000, "anchors": 256}
+SPLITS = ("train", "val", "test")
+MOST_TURNS = 3
+Progress = Callable[[int, int], None]
+
+
+class _Balance:
+    """Picks questions so that types, and the answers of each question text, stay about equally frequent."""
+
+    def __init__(self) -> None:
+        self.types: Counter = Counter()
+        self.answers: dict[str, Counter] = {}
+
+    def _is_frequent(self, key: str, answer: str) -> bool:
+        counts = self.answers.setdefault(key, Counter())
+        known = {**counts, answer: counts[answer]}
+        return counts[answer] > 1.06 * statistics.median(known.values()) + 1
+
+    def pick(self, rng: np.random.Generator, sample: Sample, most: int) -> list[tuple[str, str, str]]:
+        """At most `most` questions of a picture, one of a type; empty if all would unbalance the set."""
+        chosen = []
+        for _ in range(most):
+            used = {kind for kind, _, _ in chosen}
+            options = [
+                (self.types[kind], rng.random(), (kind, question, answer))
+                for kind, question, answer in sample.qas
+                if kind not in used and not self._is_frequent(question, answer) and not self._is_frequent(kind, answer)
+            ]
+            if not options:
+                break
+            kind, question, answer = min(options)[2]
+            self.types[kind] += 1
+            self.answers[question][answer] += 1
+            if kind != question:
+                self.answers[kind][answer] += 1
+            chosen.append((kind, question, answer))
+        return chosen
+
+
+def _pictures(module, seed: tuple[int, int], count: int, most: int, held_out: bool):
+    """Yield (image, chosen questions) `count` times."""
+    balance, attempt = _Balance(), 0
+    for _ in range(count):
+        chosen = []
+        while not chosen:
+            rng = np.random.default_rng((*seed, attempt))
+            sample, attempt = module.sample(rng, held_out=held_out), attempt + 1
+            chosen = balance.pick(rng, sample, most)
+        yield sample.image, chosen
+
+
+def _train_record(number: str, image: str, qas: list[tuple[str, str, str]]) -> dict:
+    turns = []
+    for i, (_, question, answer) in enumerate(qas):
+        turns.append({"from": "human", "value": question if i else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return {"question_id": number, "image": image, "conversations": turns}
+
+
+def _write_split(folder: Path, name: str, pictures, is_train: bool, seen: dict[str, str], tick) -> None:
+    records = []
+    for i, (image, qas) in enumerate(pictures):
+        pixels = hashlib.sha256(image.tobytes()).hexdigest()
+        assert seen.setdefault(pixels, name) == name, f"a picture of {name} is also in {seen[pixels]}"
+        file = f"images/{name}_{i:05d}.png"
+        image.save(folder / file, compress_level=1)
+        if is_train:
+            records.append(_train_record(f"{name}-{i}", file, qas))
+        else:
+            kind, question, answer = qas[0]
+            record = {"question_id": f"{name}-{i}", "image": file, "text": question, "answer": answer, "type": kind}
+            records.append(record)
+        tick()
+    (folder / f"{name}.json").write_text(json.dumps(records, indent=1))
+
+
+def write_mini_dcl(root: Path, sizes: Mapping[str, int] = SIZES, progress: Progress | None = None) -> None:
+    """Draw all domains and the general set into a folder; the same sizes give the same bytes.
+
+    Args:
+        root: folder to write `RS/ Med/ AD/ Sci/ Fin/ general/` into.
+        sizes: pictures per domain under "train", "val", "test"; of the general set under "general" (its test
+            questions) and "anchors" (training-format records for methods that keep general examples).
+        progress: called with (pictures done, pictures in total).
+    """
+    total = len(DOMAINS) * sum(sizes[s] for s in SPLITS) + sizes["general"] + sizes["anchors"]
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    for number, (name, module) in enumerate(DOMAINS.items()):
+        folder, seen = root / name, {}
+        (folder / "images").mkdir(parents=True)
+        for part, split in enumerate(SPLITS):
+            most = MOST_TURNS if split == "train" else 1
+            pictures = _pictures(module, (number, part), sizes[split], most, held_out=split == "test")
+            _write_split(folder, split, pictures, split == "train", seen, tick)
+    folder, seen = root / "general", {}
+    (folder / "images").mkdir(parents=True)
+    pictures = _pictures(general, (100, 0), sizes["anchors"], MOST_TURNS, held_out=False)
+    _write_split(folder, "anchors", pictures, True, seen, tick)
+    pictures = _pictures(general, (100, 1), sizes["general"], 1, held_out=True)
+    _write_split(folder, "test", pictures, False, seen, tick)
+
+
+def generator_hash(sizes: Mapping[str, int] = SIZES) -> str:
+    """Twelve hexadecimal digits that change whenever the generators or the sizes do."""
+    digest = hashlib.sha256(json.dumps(dict(sizes), sort_keys=True).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def ensure_mini_dcl(
+    cache_dir: Path | None = None, sizes: Mapping[str, int] = SIZES, progress: Progress | None = None
+) -> Path:
+    """The folder of the miniature benchmark, drawn first if it is not there yet.
+
+    Safe against several processes: each draws under a name of its own, the first to finish wins.
+
+    Args:
+        cache_dir: default `$MLLM_KEEPLORA_CACHE`, else `~/.cache/mllm_keeplora`.
+        sizes: as in `write_mini_dcl`.
+        progress: as in `write_mini_dcl`; not called if the folder exists.
+    """
+    default = os.environ.get("MLLM_KEEPLORA_CACHE") or Path.home() / ".cache" / "mllm_keeplora"
+    cache = Path(cache_dir or default)
+    target = cache / f"mini_dcl-{generator_hash(sizes)}"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix="drawing-", dir=cache))
+    try:
+        write_mini_dcl(temporary, sizes, progress)
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
