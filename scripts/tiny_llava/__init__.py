@@ -1,0 +1,1 @@
+"""How the bundled base model `tiny-llava` is made: tokenizer, corpus, network, training stages, gate."""

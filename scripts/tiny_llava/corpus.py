@@ -1,0 +1,107 @@
+"""The pre-training corpus on disk: general pictures with cell targets and tokenised questions, and text-only twins."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+
+from mllm_keeplora.data.mini import ad, fin, general, med, rs, sci
+from mllm_keeplora.data.mini.draw import Sample
+from mllm_keeplora.data.mini.vocabulary import ASSISTANT, EOS, USER, vocabulary
+
+DOMAINS = {"rs": rs, "med": med, "ad": ad, "sci": sci, "fin": fin}
+DESCRIBE = "describe the picture ?"
+EASY_SHARE = 0.1  # the first tenth of the pictures holds one object, the second at most two
+
+
+def encode(text: str, ids: dict[str, int]) -> list[int]:
+    """Token ids of a text made of known words."""
+    return [ids[word] for word in text.split()]
+
+
+def encode_qa(question: str, answer: str, ids: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Prompt ids (user question assistant) and target ids (answer, end)."""
+    return encode(f"{USER} {question} {ASSISTANT}", ids), encode(f"{answer} {EOS}", ids)
+
+
+def caption(sample: Sample) -> str:
+    """All facts of a picture as one text."""
+    return " . ".join(sample.facts)
+
+
+def _draw_part(part: int, num_parts: int, total: int, seed: int, folder: Path) -> None:
+    ids = {token: i for i, token in enumerate(vocabulary())}
+    pixels = np.load(folder / "pixels.npy", mmap_mode="r+")
+    cells = np.load(folder / "cells.npy", mmap_mode="r+")
+    records = []
+    for i in range(part, total, num_parts):
+        rng = np.random.default_rng((seed, i))
+        most = 1 if i < total * EASY_SHARE else 2 if i < total * 2 * EASY_SHARE else 5
+        sample = general.sample(rng, most=most)
+        pixels[i], cells[i] = np.asarray(sample.image), sample.cells
+        qas = [(kind, *encode_qa(q, a, ids)) for kind, q, a in sample.qas]
+        qas.append(("describe", *encode_qa(DESCRIBE, caption(sample), ids)))
+        records.append([i, encode(caption(sample), ids), qas])
+    (folder / f"qas_{part}.json").write_text(json.dumps(records))
+
+
+def _draw_twins(count: int, seed: int, folder: Path) -> None:
+    ids = {token: i for i, token in enumerate(vocabulary())}
+    records = []
+    for number, module in enumerate(DOMAINS.values()):
+        for i in range(count):
+            sample = module.sample(np.random.default_rng((seed, 1 + number, i)))
+            records.append([encode(caption(sample), ids), [encode_qa(q, a, ids) for _, q, a in sample.qas]])
+    (folder / "twins.json").write_text(json.dumps(records))
+
+
+class Corpus:
+    """Drawn once, then read: `pixels` (n, 64, 64, 3), `cells` (n, 6, 8, 8), `facts`, `qas`, `twins`."""
+
+    def __init__(self, folder: Path, total: int, num_twins: int, seed: int = 20):
+        if not (folder / "done").exists():
+            self._draw(folder, total, num_twins, seed)
+        self.pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+        self.cells = np.load(folder / "cells.npy", mmap_mode="r")
+        self.facts: list[list[int]] = [[]] * total
+        self.qas: list[list] = [[]] * total
+        for path in sorted(folder.glob("qas_*.json")):
+            for i, facts, qas in json.loads(path.read_text()):
+                self.facts[i], self.qas[i] = facts, qas
+        self.twins = json.loads((folder / "twins.json").read_text())
+        self.kinds = sorted({kind for qas in self.qas for kind, _, _ in qas})
+
+    def __len__(self) -> int:
+        return len(self.qas)
+
+    @staticmethod
+    def _draw(folder: Path, total: int, num_twins: int, seed: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(folder / "pixels.npy", "w+", np.uint8, (total, 64, 64, 3)).flush()
+        np.lib.format.open_memmap(folder / "cells.npy", "w+", np.uint8, (total, 6, 8, 8)).flush()
+        jobs = [multiprocessing.Process(target=_draw_part, args=(p, 2, total, seed, folder)) for p in range(2)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+            assert job.exitcode == 0
+        _draw_twins(num_twins, seed, folder)
+        (folder / "done").touch()
+
+
+def held_out_general(count: int, seed: int = 999) -> list[tuple[np.ndarray, str, str, str]]:
+    """(pixels, type, question, answer) of general pictures that training never sees, question types in turn."""
+    rng = np.random.default_rng(seed)
+    asked: dict[str, int] = {}
+    records = []
+    for i in range(count):
+        sample = general.sample(np.random.default_rng((seed, i)), held_out=True)
+        fewest = min(asked.get(kind, 0) for kind, _, _ in sample.qas)
+        options = [qa for qa in sample.qas if asked.get(qa[0], 0) == fewest]
+        kind, question, answer = options[int(rng.integers(len(options)))]
+        asked[kind] = asked.get(kind, 0) + 1
+        records.append((np.asarray(sample.image), kind, question, answer))
+    return records
