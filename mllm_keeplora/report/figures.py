@@ -1,0 +1,216 @@
+"""Figures of a score matrix as PNG bytes. matplotlib is imported where it is drawn with, and keeps no global state."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora.report.view import ZERO_SHOT, Sheet, run_title, score_sheet
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Results = Mapping[str, Any]
+# After Okabe and Ito: told apart with every common form of colour blindness; lighter on a dark page.
+LINE_COLOURS = {
+    False: ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C98500", "#56B4E9", "#6A51A3", "#7A7A1F"),
+    True: ("#56B4E9", "#FF8B3D", "#2CC295", "#E39CC4", "#F0B429", "#8FB8FF", "#B39DDB", "#C5C56B"),
+}
+MARKERS = "osD^vPX*"
+INK = {False: "#1f2328", True: "#e6e8eb"}
+FAINT = {False: "#8c959f", True: "#7d8590"}
+REFERENCE_GAP = 0.25
+DPI = 160
+
+
+def score_matrix_figure(
+    results_list: Sequence[Results], titles: Sequence[str] | None = None, dark: bool = False
+) -> bytes:
+    """Draw score matrices as heat maps side by side on one colour scale.
+
+    The reference rows lie on top, a frame marks the domain just learned, hatching a cell that was not measured.
+
+    Args:
+        results_list: results of at least one run.
+        titles: one per run; None = the runs' names.
+        dark: draw light ink on a transparent ground, for a dark page.
+
+    Returns:
+        PNG.
+
+    Raises:
+        ValueError: no run was given, or the number of titles differs.
+    """
+    titles = [run_title(results) for results in results_list] if titles is None else list(titles)
+    if not results_list or len(titles) != len(results_list):
+        raise ValueError(
+            f"got {len(results_list)} results and {len(titles)} titles; need one title per run, at least one"
+        )
+    sheets = [score_sheet(results) for results in results_list]
+    num_rows = max(len(sheet.references) + len(sheet.stages) for sheet in sheets)
+    figure = _new_figure(0.8 + sum(0.55 * len(sheet.columns) + 0.9 for sheet in sheets), 0.38 * num_rows + 0.8)
+    grid = figure.subplots(
+        1, len(sheets), squeeze=False, gridspec_kw={"width_ratios": [len(sheet.columns) for sheet in sheets]}
+    )
+    colours = _colour_scale(sheets)
+    for axes, sheet, title in zip(grid[0], sheets, titles, strict=True):
+        _draw_sheet(axes, sheet, title, colours, dark)
+    bar = figure.colorbar(colours, ax=list(grid[0]), fraction=0.03, pad=0.015, aspect=18)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=INK[dark], labelsize=8, length=0)
+    bar.set_label("score (%)", color=INK[dark], fontsize=8.5)
+    return _png(figure, dark)
+
+
+def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
+    """Draw the score of every domain over the sequence.
+
+    Dashed before the domain is learned, a large marker at the moment it is, solid after; general suites in grey.
+
+    Args:
+        results: results of one run.
+        dark: draw light ink on a transparent ground, for a dark page.
+
+    Returns:
+        PNG.
+    """
+    sheet = score_sheet(results)
+    rows = [*(row for row in sheet.references if row.label == ZERO_SHOT), *sheet.stages]
+    first_stage = len(rows) - len(sheet.stages)
+    figure = _new_figure(max(4.4, 0.62 * len(rows) + 1.3), 3.3)
+    axes = figure.subplots()
+    ends = []
+    for j, name in enumerate(sheet.columns):
+        series = [float("nan") if row.scores[j] is None else row.scores[j] for row in rows]
+        is_domain = j < len(sheet.domains)
+        colour = LINE_COLOURS[dark][j % len(LINE_COLOURS[dark])] if is_domain else FAINT[dark]
+        _draw_curve(axes, series, first_stage + j if is_domain else None, colour, MARKERS[j % len(MARKERS)])
+        measured = [value for value in series if value == value]
+        ends += [(measured[-1], name, colour)] if measured else []
+    _label_ends(axes, ends, len(rows) - 1)
+    axes.set_xticks(range(len(rows)), [row.label.replace("after ", "after\n") for row in rows], parse_math=False)
+    axes.set_xlim(-0.25, len(rows) - 0.75)
+    axes.set_ylabel("score (%)", color=INK[dark], fontsize=9)
+    axes.set_ylim(0, max(100.0, *(end[0] for end in ends)) if ends else 100.0)
+    axes.tick_params(colors=INK[dark], labelsize=8.5, length=0)
+    axes.grid(axis="y", color=FAINT[dark], alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT[dark])
+    return _png(figure, dark)
+
+
+def save_png(png: bytes, path: str | Path) -> None:
+    """Write a figure to a file."""
+    Path(path).write_bytes(png)
+
+
+def data_uri(png: bytes) -> str:
+    """Return a picture as a data URI, for a page that must stand alone."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool) -> None:
+    rows = [*sheet.references, *sheet.stages]
+    tops = [i + (REFERENCE_GAP if i >= len(sheet.references) > 0 else 0.0) for i in range(len(rows))]
+    lefts = [j + (REFERENCE_GAP if j >= len(sheet.domains) else 0.0) for j in range(len(sheet.columns))]
+    for row, top in zip(rows, tops, strict=True):
+        for j, (score, left) in enumerate(zip(row.scores, lefts, strict=True)):
+            is_learned = row.phase(j, len(sheet.domains)) == "learned"
+            _draw_cell(axes, (left, top), score, is_learned, colours, dark)
+    axes.set_xlim(0, lefts[-1] + 1)
+    axes.set_ylim(tops[-1] + 1, 0)
+    axes.set_xticks(
+        [left + 0.5 for left in lefts], sheet.columns, rotation=30 if _is_crowded(sheet) else 0, parse_math=False
+    )
+    axes.set_yticks([top + 0.5 for top in tops], [row.label for row in rows], parse_math=False)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, colors=INK[dark], labelsize=9)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, color=INK[dark], fontsize=10.5, fontweight="bold", pad=10, parse_math=False)
+
+
+def _draw_cell(
+    axes: "Axes", corner: tuple[float, float], score: float | None, is_learned: bool, colours: Any, dark: bool
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    left, top = corner
+    if score is None:
+        style = {"facecolor": "none", "edgecolor": FAINT[dark], "hatch": "////", "linewidth": 0.0, "alpha": 0.45}
+        axes.add_patch(Rectangle((left + 0.03, top + 0.03), 0.94, 0.94, **style))
+        return
+    fill = colours.to_rgba(score)
+    frame = {"edgecolor": INK[dark], "linewidth": 1.6} if is_learned else {"linewidth": 0}
+    axes.add_patch(Rectangle((left + 0.03, top + 0.03), 0.94, 0.94, facecolor=fill, **frame))
+    brightness = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2]
+    ink = "#ffffff" if brightness < 0.5 else "#11161c"
+    axes.text(left + 0.5, top + 0.52, f"{score:.1f}", ha="center", va="center", color=ink, fontsize=9)
+
+
+def _draw_curve(axes: "Axes", series: list[float], learned_at: int | None, colour: str, marker: str) -> None:
+    """Draw one line; `learned_at` is the position of the learning moment, None for a general suite."""
+    steps = range(len(series))
+    if learned_at is None:
+        axes.plot(steps, series, color=colour, linewidth=1.4, linestyle=(0, (1, 1.5)))
+        return
+    style = {"color": colour, "marker": marker, "markersize": 3.5}
+    axes.plot(
+        steps[: learned_at + 1], series[: learned_at + 1], linewidth=1.1, linestyle=(0, (4, 2.5)), alpha=0.6, **style
+    )
+    axes.plot(steps[learned_at:], series[learned_at:], linewidth=2.0, **style)
+    axes.plot([learned_at], [series[learned_at]], color=colour, marker=marker, markersize=8.5, linestyle="none")
+
+
+def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]], position: int) -> None:
+    """Write each line's name at its right end, moved apart where two would touch."""
+    ends = sorted(ends)
+    heights = _spread([value for value, _, _ in ends], distance=5.5)
+    for height, (_, name, colour) in zip(heights, ends, strict=True):
+        style = {"color": colour, "va": "center", "fontsize": 9, "annotation_clip": False, "parse_math": False}
+        axes.annotate(name, (position, height), xytext=(8, 0), textcoords="offset points", **style)
+
+
+def _spread(values: Sequence[float], distance: float) -> list[float]:
+    """Move ascending values apart to at least `distance`, each crowd staying centred on its mean."""
+    crowds: list[tuple[float, int]] = []
+    for value in values:
+        centre, size = value, 1
+        while (
+            crowds
+            and centre - (size - 1) * distance / 2 - crowds[-1][0] - (crowds[-1][1] - 1) * distance / 2 < distance
+        ):
+            other_centre, other_size = crowds.pop()
+            centre = (centre * size + other_centre * other_size) / (size + other_size)
+            size += other_size
+        crowds.append((centre, size))
+    return [centre + (k - (size - 1) / 2) * distance for centre, size in crowds for k in range(size)]
+
+
+def _colour_scale(sheets: Sequence[Sheet]) -> Any:
+    """Return the mapping from score to colour: 0 to 100, further up if a score (captions) exceeds 100."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    scores = [s for sheet in sheets for row in (*sheet.references, *sheet.stages) for s in row.scores if s is not None]
+    return ScalarMappable(Normalize(min(0.0, *scores, 0.0), max(100.0, *scores, 100.0)), cmap="YlGnBu")
+
+
+def _is_crowded(sheet: Sheet) -> bool:
+    return max(len(name) for name in sheet.columns) > 8
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: "Figure", dark: bool) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=dark, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,107 @@
+import base64
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mllm_keeplora.report import data_uri, domain_curves_figure, save_png, score_matrix_figure
+from mllm_keeplora.report.figures import _colour_scale, _draw_cell, _spread
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+
+
+def test_heat_maps_of_several_runs_are_wider_than_one(results, finetune_results):
+    one, two = (
+        pixels(score_matrix_figure([results])),
+        pixels(score_matrix_figure([results, finetune_results], ["a", "b"])),
+    )
+    assert two.shape[1] > 1.6 * one.shape[1]
+    assert two.shape[0] == one.shape[0]
+
+
+def test_a_heat_map_depends_on_scores_and_on_what_was_measured(results):
+    drawn = [score_matrix_figure([results])]
+    results["score_matrix"][0][1] = None
+    drawn.append(score_matrix_figure([results]))
+    results["score_matrix"][0][1] = 0.0
+    drawn.append(score_matrix_figure([results]))
+    assert len(set(drawn)) == 3
+
+
+def test_the_same_results_give_the_same_bytes(results):
+    assert domain_curves_figure(results) == domain_curves_figure(results)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda r, d: score_matrix_figure([r], dark=d), lambda r, d: domain_curves_figure(r, dark=d)]
+)
+def test_dark_figures_are_transparent_and_light_ones_are_white(results, draw):
+    assert pixels(draw(results, True))[0, 0, 3] == 0
+    assert tuple(pixels(draw(results, False))[0, 0]) == (255, 255, 255, 255)
+
+
+def test_curves_of_a_run_on_seen_domains_without_references_can_be_drawn(finetune_results):
+    finetune_results |= {"zero_shot": None, "blind": None, "general": None}
+    assert pixels(domain_curves_figure(finetune_results)).shape[0] > 100
+
+
+def test_a_run_without_any_score_yet_can_be_drawn(results):
+    results |= {"score_matrix": [[None] * 5] * 5, "zero_shot": None, "blind": None, "general": None}
+    assert pixels(score_matrix_figure([results])).size and pixels(domain_curves_figure(results)).size
+
+
+def test_only_a_cell_that_was_not_measured_is_hatched(results):
+    colours = _colour_scale([])
+    for score, hatch in ((None, "////"), (0.0, None)):
+        axes = Figure().subplots()
+        _draw_cell(axes, (0.0, 0.0), score, False, colours, dark=False)
+        assert [patch.get_hatch() for patch in axes.patches] == [hatch]
+
+
+@pytest.mark.parametrize("num_domains", [1, 11])
+def test_short_and_long_sequences_can_be_drawn(results, num_domains):
+    results |= {
+        "domains": [f"StanfordCars{k}" for k in range(num_domains)],
+        "score_matrix": [[110.0] * num_domains] * num_domains,
+        "zero_shot": [50.0] * num_domains,
+        "blind": None,
+        "general": {},
+    }
+    assert pixels(score_matrix_figure([results])).size and pixels(domain_curves_figure(results)).size
+
+
+def test_a_name_with_dollar_signs_is_no_formula(results):
+    results["domains"][0] = results["name"] = "$\\frac{$"
+    assert pixels(score_matrix_figure([results])).size and pixels(domain_curves_figure(results)).size
+
+
+def test_titles_must_match_the_runs(results):
+    with pytest.raises(ValueError, match="1 results and 2 titles"):
+        score_matrix_figure([results], ["a", "b"])
+    with pytest.raises(ValueError, match="at least one"):
+        score_matrix_figure([])
+
+
+def test_crowded_labels_move_apart_around_their_mean():
+    assert _spread([10.0, 50.0, 51.0], 5.0) == pytest.approx([10.0, 48.0, 53.0])
+    assert _spread([10.0, 14.0, 18.0, 19.0], 4.0) == pytest.approx([9.25, 13.25, 17.25, 21.25])
+
+
+def test_a_figure_can_be_saved_and_inlined(results, tmp_path):
+    png = domain_curves_figure(results)
+    save_png(png, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes() == png
+    head, payload = data_uri(png).split(",")
+    assert head == "data:image/png;base64" and base64.b64decode(payload) == png
+
+
+def test_importing_the_report_does_not_import_matplotlib_or_torch():
+    code = "import sys, mllm_keeplora.report; print({'matplotlib', 'torch', 'yaml'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
