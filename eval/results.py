@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safete
 
 @dataclass
 class Results:
-    """Content of results.json; scores in percent, None where not measured."""
+    """Content of results.json; scores in percent, None where not measured.
+
+    `origin` is where the run keeps them: the file that `save` writes when it is given no other.
+    """
 
     benchmark: str
     domains: list[str]
@@ -39,11 +42,23 @@ class Results:
     environment: dict[str, str] = field(default_factory=dict)
     name: str = ""
     format: int = FORMAT
+    origin: InitVar[Path | None] = None
+
+    def __post_init__(self, origin: Path | None):
+        self._origin = origin
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path | None = None) -> None:
+        """Write the results as JSON, by default to the run's own results.json.
+
+        Raises:
+            UserError: no path is given and the results belong to no run.
+        """
+        path = path or self._origin
+        if path is None:
+            raise UserError("results that belong to no run need a path to be saved to")
         files.write_json(Path(path), self.to_dict())
 
     @classmethod
@@ -55,7 +70,7 @@ class Results:
         values = files.read_json(path)
         if values.get("format") != FORMAT:
             raise UserError(f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
-        return cls(**values)
+        return cls(**values, origin=path)
 
 
 def collect_results(run: RunDir, blind: list[float | None]) -> Results:
@@ -94,6 +109,7 @@ def collect_results(run: RunDir, blind: list[float | None]) -> Results:
         peak_memory_bytes=run.peak_memory_bytes(),
         questions=_counts(run),
         environment=environment(),
+        origin=run.results,
     )
 
 

@@ -156,6 +156,6 @@ def refresh_results(saved: SavedRun) -> Results:
     with saved.run.locked():
         results = collect_results(saved.run, blind)
         if distributed.is_main():
-            results.save(saved.run.results)
+            results.save()
             write_report(saved.run, results, benchmark)
     return results

@@ -61,14 +61,18 @@ def evaluate(
 
     Example: mllm-keeplora eval runs/mini_dcl --after 3 --domains RS,Med
     """
+    from mllm_keeplora.distributed import is_main, process_group
     from mllm_keeplora.eval.saved import evaluate, load_run, refresh_results
     from mllm_keeplora.log import start_logging
 
     start_logging()
     saved = load_run(run)
     names = [name.strip() for name in domains.split(",")] if domains is not None else None
-    scores = evaluate(saved, after, names, suite, batch_size)
-    refresh_results(saved)
+    with process_group():
+        scores = evaluate(saved, after, names, suite, batch_size)
+        refresh_results(saved)
+    if not is_main():
+        return
     for name, percent in scores.items():
         typer.echo(f"{name:<12} {percent:6.2f}")
 

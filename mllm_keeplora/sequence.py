@@ -85,7 +85,7 @@ def report(learner: Learner) -> Results:
     blind = [blind_score(benchmark, name, learner.config) for name in benchmark.domains]
     results = collect_results(run, blind)
     if distributed.is_main():
-        results.save(run.results)
+        results.save()
         write_report(run, results, benchmark)
     distributed.barrier()
     return results
