@@ -61,7 +61,9 @@ def load_base(config: BaseConfig, projector: str) -> Base:
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     location, prompt_style = resolve(config)
     if prompt_style != "chat_template":
         raise UserError(f"base.prompt {prompt_style!r} is not known; allowed: auto, chat_template")
