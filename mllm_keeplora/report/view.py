@@ -77,7 +77,7 @@ def score_sheet(results: Mapping[str, Any]) -> Sheet:
     matrix = [_fit("score_matrix row", row, num_domains) for row in results["score_matrix"]]
     if len(matrix) != num_domains:
         raise ValueError(f"score_matrix must have one row per domain ({num_domains}), got {len(matrix)}")
-    general = [_fit(f"general series {name!r}", series, num_domains + 1) for name, series in suites.items()]
+    general = [_general_series(name, series, matrix) for name, series in suites.items()]
     zero_shot = _fit("zero_shot", results.get("zero_shot") or (), num_domains)
     blind = _fit("blind", results.get("blind") or (), num_domains)
     references = (
@@ -132,6 +132,16 @@ def duration_text(seconds: float) -> str:
 def memory_text(num_bytes: float) -> str:
     """Write an amount of memory in MiB or GiB."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _general_series(name: str, series: Sequence[Score], matrix: Sequence[Sequence[Score]]) -> tuple[Score, ...]:
+    """Line a general series up with the rows: it has one score per training, and a training may learn many domains."""
+    measured = [i for i, row in enumerate(matrix) if _is_any(row)]
+    padded = _fit(f"general series {name!r}", series, len(matrix) + 1)
+    if len(series) != len(measured) + 1:
+        return padded
+    after = dict(zip(measured, padded[1:], strict=False))
+    return (padded[0], *(after.get(i) for i in range(len(matrix))))
 
 
 def _fit(name: str, values: Sequence[Score], length: int) -> tuple[Score, ...]:

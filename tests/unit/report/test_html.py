@@ -129,7 +129,7 @@ def test_a_cell_that_was_not_measured_is_marked_empty(finetune_results):
 @quick
 def test_a_single_measured_row_has_no_curves(results):
     results["score_matrix"][:4] = [[None] * 5] * 4
-    results["general"] = {}
+    results["general"] = {"general": [82.4, 78.6]}
     page = render_html(results)
     assert "Over the sequence" not in page and "Heat map" in page
 

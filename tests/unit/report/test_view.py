@@ -31,7 +31,11 @@ def test_a_general_series_that_stops_early_leaves_the_rest_unmeasured(results):
 
 def test_the_only_row_of_joint_training_is_not_named_after_one_domain(results):
     results["score_matrix"][:4] = [[None] * 5] * 4
-    assert view.score_sheet(results).stages[-1].label == "after all"
+    results["general"] = {"general": [82.4, 78.6]}
+    stages = view.score_sheet(results).stages
+    assert stages[-1].label == "after all"
+    assert [row.scores[-1] for row in stages] == [None, None, None, None, 78.6]
+    assert [row.is_measured for row in stages] == [False, False, False, False, True]
 
 
 def test_nan_counts_as_not_measured(results):
