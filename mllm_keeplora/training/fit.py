@@ -48,8 +48,6 @@ def fit_domain(
         RuntimeError: the loss is not finite.
     """
     branches = context.branches
-    if settings.gradient_checkpointing:
-        branches.base.enable_input_require_grads()
     trainer = DomainTrainer(
         strategy=strategy,
         context=context,
@@ -71,6 +69,8 @@ def fit_domain(
         "trained_parameters": sum(parameter.numel() for parameter in branches.trainable().values()),
     }
     trainer.accelerator.free_memory()
+    if settings.gradient_checkpointing:
+        branches.base.gradient_checkpointing_disable()
     branches.base.eval()
     return facts
 
@@ -101,6 +101,7 @@ def training_arguments(
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the frozen embeddings' output needs no gradient
         "dataloader_num_workers": settings.workers,
         "save_strategy": "steps",
         "save_steps": settings.checkpoint_steps,
