@@ -90,7 +90,8 @@ def _ranked_table(
 
 def _sheet_table(results: Results) -> Table:
     sheet = score_sheet(results)
-    table = _plain_table("", sheet.columns, gap=3)
+    widths = [max(map(len, (row.label for row in sheet.stages))), *(max(len(name), 5) for name in sheet.columns)]
+    table = _plain_table("", sheet.columns, gap=3 if sum(widths) + 3 * len(widths) <= 80 else 2)
     for suite in table.columns[1 + len(sheet.domains) :]:
         suite.header_style = "cyan"
     counts = results.get("questions") or {}

@@ -59,6 +59,13 @@ def test_tables_fit_the_terminal(results, finetune_results, width):
             assert whole in "\n".join(lines)
 
 
+def test_long_domain_names_stay_on_one_line(results):
+    names = ["ImageNet-R", "ArxivQA", "VizWiz", "CLEVR-Math", "Flickr30k"]
+    lines = printed(results_table(results | {"domains": names})).splitlines()
+    assert any(all(name in line for name in names) for line in lines)
+    assert any("after CLEVR-Math" in line and "55.3" in line for line in lines)
+
+
 def test_names_are_printed_as_they_are_not_as_markup(results):
     results["domains"][0] = "[red]RS"
     text = printed(results_table(results))
