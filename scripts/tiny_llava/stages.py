@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from mllm_keeplora.data.mini.vocabulary import EOS, vocabulary
+
 from .batches import Batches
 from .corpus import Corpus
 from .network import DenseHeads, language_states, patch_features, to_pixel_values
 
+EOS_ID = vocabulary().index(EOS)
 CHECKPOINT_EVERY, GATE_EVERY = 100, 300  # steps
 TOWER_BATCH, QUESTION_BATCH, TEXT_BATCH = 64, 32, 24  # over all processes
 
@@ -141,7 +144,8 @@ def question_loss(model, patches, rows, batches: Batches | None):
     logits = model.lm_head(states[chosen]).float()
     targets = rows.targets[chosen]
     if batches is not None:
-        batches.update(rows.kinds[chosen], logits.argmax(-1) == targets)
+        words = targets != EOS_ID
+        batches.update(rows.kinds[chosen][words], (logits.argmax(-1) == targets)[words])
     return F.cross_entropy(logits, targets)
 
 
