@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 from mllm_keeplora.eval.results import Results
+
 from mllm_keeplora.report import save_png, score_matrix_figure
 
 
 def main(out: str, *runs: str) -> None:
     results = [Results.load(Path(run) / "results.json").to_dict() for run in runs]
-    titles = [f"{each['strategy']}: Last {each['metrics']['last']:.1f}, BWT {each['metrics']['bwt']:+.1f}" for each in results]
+    titles = []
+    for each in results:
+        titles.append(f"{each['strategy']}: Last {each['metrics']['last']:.1f}, BWT {each['metrics']['bwt']:+.1f}")
     save_png(score_matrix_figure(results, titles), out)
 
 

@@ -1,4 +1,4 @@
-"""Read from a run directory what its model is after N units: pristine base plus stored factors, as the manifests say."""
+"""Read from a run directory what its model is after N units: pristine base plus stored factors, by the manifests."""
 
 from __future__ import annotations
 

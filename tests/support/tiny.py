@@ -11,7 +11,7 @@ SIDE = 32
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 220), "white": (240, 240, 240)}
 PLACES = {"left": 2, "right": 18}
 DOMAINS = {"Alpha": (20, 20, 20), "Beta": (120, 120, 60), "Gamma": (70, 20, 90)}
-WORDS = "what colour is the square where it ? a b user : assistant alpha beta gamma how many one two yes no".split()
+WORDS = ["what", "colour", "is", "the", "square", "where", "?", "user", ":", "assistant", "yes", "no"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ ' ' + m['role'] + ' : ' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
@@ -61,7 +61,12 @@ def write_tiny_llava(folder: Path, seed: int = 0, hidden: int = 32, layers: int 
     )
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=hidden, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=16
+        hidden_size=hidden,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=16,
     )
     text = LlamaConfig(
         vocab_size=len(words),
@@ -98,7 +103,7 @@ def write_tiny_data(root: Path, train: int = 24, test: int = 12, domains: tuple[
 
 
 def tiny_benchmark(root: Path, domains: tuple[str, ...] = tuple(DOMAINS), suite: bool = True) -> dict:
-    """The benchmark section of a run's YAML over `write_tiny_data`'s folder; the first domain's test is also a suite."""
+    """The benchmark of a run's YAML over `write_tiny_data`'s folder; the first domain's test is also a suite."""
     defaults = {"scorer": "exact", "max_new_tokens": 3}
     parts = {n: {"train": f"{root}/{n}/train.json", "test": f"{root}/{n}/test.json"} for n in domains}
     suites = {"general": {"test": f"{root}/{domains[0]}/test.json"}} if suite else {}
