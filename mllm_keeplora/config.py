@@ -63,6 +63,7 @@ class TrainConfig(Section):
     epochs: float = Field(1.0, gt=0.0)
     batch_size: int = Field(64, ge=1)
     micro_batch_size: int | None = runtime(None, ge=1)
+    probe_batch_size: int = runtime(8, ge=1, description="records per forward of gradient and feature passes")
     schedule: str = "cosine"
     warmup_ratio: float = Field(0.03, ge=0.0, le=1.0)
     weight_decay: float = Field(0.0, ge=0.0)

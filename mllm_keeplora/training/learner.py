@@ -27,8 +27,6 @@ from mllm_keeplora.training.units import training_records
 if TYPE_CHECKING:
     from mllm_keeplora.linalg import Basis
 
-PROBE_BATCH = 8  # records per forward of a data pass: no activations of a whole training batch at once
-
 
 class Learner:
     """Model, strategy and kept bases of a run, brought to wherever the next stage starts.
@@ -196,7 +194,8 @@ class Learner:
         collator = TrainCollator(self.base.prompt, self.config.train.max_length)
         rng = torch.Generator().manual_seed(seed)
         info = DomainInfo(unit.index - 1, unit.name)
-        return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, PROBE_BATCH)
+        size = self.config.train.probe_batch_size
+        return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, size)
 
     def _deepspeed(self) -> str | None:
         from mllm_keeplora.training.deepspeed import deepspeed_file
