@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mllm_keeplora.errors import UserError, known, several
 
+SHARED_OPTIONS = {"name", "rank", "alpha"}  # of every strategy: they stay when an override names another one
 RUNTIME = {"runtime": True}  # a key that cannot change results: it may differ when a run is continued
 
 
@@ -127,12 +128,14 @@ class RunConfig(Section):
 def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a run's YAML (a path, or a shipped name such as `mini_dcl`) and lay dotted overrides over it.
 
+    `strategy.name=` with another strategy than the file's keeps only the options that every strategy has.
+
     Raises:
         UserError: file missing, YAML broken, or any key unknown, missing, mistyped or out of range (all at once).
     """
     path = find_config("runs", source)
     values = read_yaml(path)
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith("strategy.name=")):
         _apply_override(values, override)
     return parse_config(values, origin=str(source))
 
@@ -224,9 +227,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {part} is a single value and has no keys below it")
         values = values[part]
     try:
-        values[last] = _number(yaml.safe_load(text))
+        value = _number(yaml.safe_load(text))
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not readable YAML") from None
+    if key == "strategy.name" and value != values.get("name"):
+        for option in values.keys() - SHARED_OPTIONS:
+            del values[option]
+    values[last] = value
 
 
 def _number(value: Any) -> Any:
