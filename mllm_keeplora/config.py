@@ -166,8 +166,10 @@ def validation_faults(error: ValidationError, origin: str, prefix: str = "") -> 
             faults.append(f"{key} is missing ({origin})")
         elif item["type"] == "extra_forbidden":
             faults.append(f"{key} is not a known key, got {item['input']!r} ({origin})")
+        elif item["type"] == "model_type":
+            faults.append(f"{key} must hold keys and values, got {item['input']!r} ({origin})")
         else:
-            faults.append(f"{key}: {item['msg'].lower()}, got {item['input']!r} ({origin})")
+            faults.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r} ({origin})")
     return faults
 
 
