@@ -8,7 +8,7 @@ from .draw import COLORS, Canvas, Sample, pick, shade, vary
 
 LIGHTS = {"red": "stop", "yellow": "slow down", "green": "drive on"}
 CARS = ("red", "blue", "white", "black", "orange")
-LANES = {"left": 14, "middle": 32, "right": 50}
+LANES = {"left": 12, "middle": 32, "right": 52}
 
 
 def _road(canvas: Canvas, rng, dim: float, night: bool) -> None:

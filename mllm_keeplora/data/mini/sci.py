@@ -73,7 +73,9 @@ def _circuit(canvas: Canvas, rng):
     lit, count = bool(rng.random() < 0.5), int(rng.integers(1, 4))
     canvas.line([(10, 18), (54, 18), (54, 54)], INK, 1.6)
     canvas.line([(10, 18), (10, 54), (54, 54)], INK, 1.6)
-    canvas.ellipse(32, 18, 9, 9, (255, 226, 60) if lit else (120, 120, 128), INK, 1.4)
+    if lit:
+        canvas.ellipse(32, 18, 16, 16, (255, 244, 150))
+    canvas.ellipse(32, 18, 10, 10, (255, 214, 20) if lit else (70, 70, 84), INK, 1.4)
     for i in range(count):
         x = 32 + (i - (count - 1) / 2) * 14
         canvas.box(x - 4.5, 47, x + 4.5, 61, (60, 110, 70), outline=INK)

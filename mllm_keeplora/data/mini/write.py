@@ -37,7 +37,10 @@ class _Balance:
         return counts[answer] > 1.06 * statistics.median(known.values()) + 1
 
     def pick(self, rng: np.random.Generator, sample: Sample, most: int) -> list[tuple[str, str, str]]:
-        """At most `most` questions of a picture, one of a type; empty if all would unbalance the set."""
+        """At most `most` questions of a picture, one of a type, in random order so that none always follows another.
+
+        Empty if every question would unbalance the set.
+        """
         chosen = []
         for _ in range(most):
             used = {kind for kind, _, _ in chosen}
@@ -54,7 +57,7 @@ class _Balance:
             if kind != question:
                 self.answers[kind][answer] += 1
             chosen.append((kind, question, answer))
-        return chosen
+        return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
 def _pictures(module, seed: tuple[int, int], count: int, most: int, held_out: bool):
