@@ -40,12 +40,13 @@ def collect_moments(model: Any, layers: dict[str, Any], batches: Iterable[dict])
         inputs_only = {key: value for key, value in batch.items() if key != "labels"}
         with _input_hooks(layers, moments, batch["attention_mask"]), torch.no_grad(), _evaluating(model):
             model(**inputs_only)
-    missing = sorted(layers.keys() - moments.keys())
-    if missing:
-        raise RuntimeError(f"{len(missing)} target layers saw no input, first {missing[0]}")
-    ordered = {name: moments[name] for name in layers}
-    distributed.all_reduce(t for accumulator in _unique(ordered) for t in accumulator.tensors())
-    return ordered
+    groups = distributed.from_main(_sharing(moments))  # a process without records learns here who shares an input
+    _refuse_missing(layers, [name for group in groups for name in group], "saw no input")
+    for group in groups:
+        shared = moments.get(group[0]) or MomentAccumulator(layers[group[0]].in_features)
+        distributed.all_reduce(shared.tensors())
+        moments.update(dict.fromkeys(group, shared))
+    return {name: moments[name] for name in layers}
 
 
 def collect_mean_gradients(
@@ -75,12 +76,11 @@ def collect_mean_gradients(
             loss.backward()
         for accumulator in gradients.values():
             accumulator.count_samples(labels.shape[0])
-    missing = sorted(layers.keys() - gradients.keys())
-    if missing:
-        raise RuntimeError(f"{len(missing)} target layers received no gradient, first {missing[0]}")
-    ordered = {name: gradients[name] for name in layers}
-    distributed.all_reduce(t for accumulator in ordered.values() for t in accumulator.tensors())
-    return ordered
+    _refuse_missing(layers, distributed.from_main(list(gradients)), "received no gradient")
+    for name, layer in layers.items():
+        gradients.setdefault(name, GradientAccumulator(layer.out_features, layer.in_features))
+        distributed.all_reduce(gradients[name].tensors())
+    return {name: gradients[name] for name in layers}
 
 
 def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -185,12 +185,13 @@ def _vision_outputs(model: Any) -> list[Any]:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _real_rows(features: Tensor, attention_mask: Tensor) -> Tensor:
@@ -211,5 +212,15 @@ def _named(name: str, update: Any, *rows: Tensor) -> None:
         raise ValueError(f"layer {name}: {error}") from None
 
 
-def _unique(accumulators: dict[str, MomentAccumulator]) -> list[MomentAccumulator]:
-    return list({id(accumulator): accumulator for accumulator in accumulators.values()}.values())
+def _sharing(moments: dict[str, MomentAccumulator]) -> list[list[str]]:
+    """Names of layers by the accumulator that they share."""
+    groups: dict[int, list[str]] = {}
+    for name, accumulator in moments.items():
+        groups.setdefault(id(accumulator), []).append(name)
+    return list(groups.values())
+
+
+def _refuse_missing(layers: dict[str, Any], reached: list[str], what: str) -> None:
+    missing = sorted(layers.keys() - set(reached))
+    if missing:
+        raise RuntimeError(f"{len(missing)} target layers {what}, first {missing[0]}")

@@ -99,9 +99,14 @@ class Adapters:
         self._pristine.shift([*self.past_full, full] if full else self.past_full)
 
     def weight(self, layer: str) -> Tensor:
-        """Current weight (d_out, d_in) of a target layer, without any open branch."""
+        """Current weight (d_out, d_in) of a target layer: base and past, without any open branch."""
         module = self.base.get_submodule(layer)
-        return (module.base_layer if hasattr(module, "base_layer") else module).weight
+        weight = getattr(module, "base_layer", module).weight
+        if self.mode == "factors":
+            for factors in self.past:
+                if layer in factors.A:
+                    weight = weight.detach().float() + factors.delta(layer).to(weight.device)
+        return weight
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -169,6 +174,7 @@ class Adapters:
         wanted = self.trainable()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in wanted)
+        self.model.eval()  # the Trainer switches to training by itself; everything else answers or probes
 
     def _unload(self) -> None:
         self.branch = None

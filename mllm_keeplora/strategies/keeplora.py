@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.log import log
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
 
 
@@ -57,6 +59,7 @@ class KeepLoRA(Strategy):
             facts[layer] = {"rank": directions.shape[0], "kept": context.kept[layer].rank, **split}
             if directions.shape[0] > 0:
                 A[layer] = directions
+        _tell_of_exhaustion(context, {layer: fact["rank"] for layer, fact in facts.items()}, self.options.rank)
         scaling = self.options.alpha / self.options.rank  # a layer with fewer directions keeps the same scale
         alpha = {layer: scaling * directions.shape[0] for layer, directions in A.items()}
         context.log({"gradient": facts})
@@ -70,3 +73,21 @@ class KeepLoRA(Strategy):
             for layer in context.target_layers
         }
         context.log({"added": added})
+
+
+def _tell_of_exhaustion(context: Context, ranks: dict[str, int], wanted: int) -> None:
+    """Layers with fewer free directions than the rank learn with those; without any they stay as they are.
+
+    Raises:
+        UserError: no layer has a direction left.
+    """
+    if not any(ranks.values()):
+        raise UserError(
+            f"domain {context.domain.name}: no target layer has a direction left to learn in; "
+            "lower strategy.energy_features or strategy.energy_weights"
+        )
+    short = [layer for layer, rank in ranks.items() if rank < wanted]
+    if short:
+        log.warning(
+            "%s: %d layers have fewer than %d directions, first %s", context.domain.name, len(short), wanted, short[0]
+        )

@@ -107,7 +107,7 @@ class RunContext:
         """Model inputs over evenly spaced records; each process takes its share."""
         count = samples if samples >= 1 else max(1, round(samples * len(self.records)))
         chosen = evenly_spaced(self.records, int(count))
-        own = chosen[distributed.rank() :: distributed.world_size()] or chosen[:1]
+        own = chosen[distributed.rank() :: distributed.world_size()]
         device = next(self.branches.base.parameters()).device
         with progress_bar(f"{self.domain.name}: {title}", len(own)) as advance:
             for part in batches(own, self.probe_batch_size):

@@ -248,3 +248,12 @@ def test_a_layer_that_takes_no_part_is_an_error(base, tiny_records, collect):
     layers = {**modules_of(base), "idle": torch.nn.Linear(3, 3)}
     with pytest.raises(RuntimeError, match=r"1 target layers .* idle"):
         collect(base.model, layers, [encode(base, tiny_records["Alpha"][:2])])
+
+
+def test_every_part_of_the_model_gets_its_own_mode_back(base, tiny_records):
+    base.model.train()
+    base.model.get_submodule("model.vision_tower").eval()
+    before = state_of(base.model)
+    collect_moments(base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
+    assert state_of(base.model) == before
+    base.model.eval()

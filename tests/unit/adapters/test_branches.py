@@ -354,3 +354,14 @@ def test_teacher_forward_gives_the_outputs_before_the_branch_without_a_graph(bas
     outputs = context.teacher_forward(batch)
     assert torch.equal(outputs.logits, before) and not outputs.logits.requires_grad
     adapters.assert_plan()
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_weight_is_the_current_one_whatever_the_history(base, pristine, history):
+    factors = random_factors(base, 1)
+    adapters = adapt(base, history)
+    adapters.restore([factors], [])
+    adapters.open(random_branch(base, 2))
+    for layer in base.parts.target_layers:
+        expected = pristine[f"{layer}.weight"] + factors.delta(layer)
+        assert torch.allclose(adapters.weight(layer), expected, atol=1e-6)
