@@ -1,0 +1,242 @@
+"""A user's mistake gives one clear message, exit code 2, no traceback, and leaves the output folder alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.commands import Said, content, shell
+from tests.support.tiny import tiny_benchmark
+
+
+class Desk:
+    """A run's YAML with data of its own, to be spoilt by a test."""
+
+    def __init__(self, folder: Path, settings: Callable):
+        self.output = folder / "out"
+        self.data = folder / "data"
+        self.file = folder / "run.yaml"
+        self.values = settings(self.output, None, benchmark=tiny_benchmark(self.data, ("Alpha", "Beta")))
+
+    def change(self, part: str, edit: Callable) -> None:
+        """Edit the first record of one of Alpha's files, `train` or `test`."""
+        path = self.data / "Alpha" / f"{part}.json"
+        rows = json.loads(path.read_text())
+        edit(rows[0])
+        path.write_text(json.dumps(rows))
+
+    def write(self) -> Path:
+        self.file.write_text(yaml.safe_dump(self.values))
+        return self.file
+
+
+@pytest.fixture
+def desk(world, settings, tmp_path) -> Desk:
+    shutil.copytree(world / "data", tmp_path / "data")
+    return Desk(tmp_path, settings)
+
+
+def assert_refused(said: Said, *parts: str) -> None:
+    """One message, one exit code; `parts` name the thing, the value and what is allowed."""
+    assert said.code == 2, said.err
+    assert said.err.count("error:") == 1
+    assert "Traceback" not in said.err + said.out
+    for part in parts:
+        assert part in said.err
+
+
+OVERRIDES = {
+    "unknown key": ("train.learning=3", ["train.learning is not a known key", "got 3"]),
+    "unknown section": ("trian.lr=3", ["trian is not a known key"]),
+    "wrong type": ("train.batch_size=many", ["train.batch_size", "integer", "'many'"]),
+    "out of range": ("train.lr=-1", ["train.lr", "greater than 0", "got -1"]),
+    "not a choice": ("eval.domains=some", ["eval.domains", "'seen' or 'all'", "'some'"]),
+    "unknown strategy": ("strategy.name=keplora", ["'keplora'", "finetune, joint, keeplora"]),
+    "unknown strategy option": ("strategy.rang=4", ["strategy.rang is not a known key", "got 4"]),
+    "strategy option out of range": ("strategy.energy_weights=1.5", ["strategy.energy_weights", "1.5", "equal to 1"]),
+    "unknown preset": ("strategy.preset=best", ["strategy.preset 'best'", "mllm_dcl, ucit"]),
+    "unknown benchmark": ("benchmark=midi_dcl", ["'midi_dcl'", "mini_dcl"]),
+    "unknown domain": ("domains=[Alpha, Delta]", ["'Delta'", "Alpha, Beta"]),
+    "domain named twice": ("domains=[Alpha, Alpha]", ["'Alpha' twice"]),
+    "no domain": ("domains=[]", ["domains is empty", "Alpha, Beta"]),
+    "settings of an unknown domain": ("per_domain={Delta: {train: {lr: 1}}}", ["'Delta'", "Alpha, Beta"]),
+    "unknown setting of a domain": ("per_domain={Beta: {train: {rate: 1}}}", ["per_domain.Beta.train.rate"]),
+    "unknown scorer": ("benchmark.defaults.scorer=fair", ["unknown scorer 'fair'", "exact", "ucit_exact"]),
+    "unknown base": ("base.model=tiny-lava", ["base.model 'tiny-lava'", "tiny-llava", "owner/name"]),
+    "base folder without weights": ("base.model=tests", ["base", "config.json"]),
+    "unknown deepspeed": ("deepspeed=zero9", ["deepspeed 'zero9'", "zero1, zero2, zero3, zero3_offload"]),
+    "override without value": ("train.lr", ["key=value", "'train.lr'"]),
+    "override below a value": ("name.x=1", ["name is a single value"]),
+    "missing data file": ("benchmark.domains.Alpha.train=nowhere.json", ["nowhere.json does not exist"]),
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_a_wrong_setting_is_refused(name, desk, command):
+    override, parts = OVERRIDES[name]
+    assert_refused(command("run", desk.write(), override), *parts)
+    assert not desk.output.exists()
+
+
+def _says(position: int, key: str, text: str) -> Callable:
+    return lambda row: row["conversations"][position].update({key: text})
+
+
+RECORDS = {
+    "missing image": ("train", lambda row: row.update(image="images/none.png"), ["'images/none.png'", "not exist"]),
+    "image above the folder": ("train", lambda row: row.update(image="../Beta/images/x.png"), ["leaves the data"]),
+    "image with an absolute path": ("test", lambda row: row.update(image="/etc/hostname"), ["'/etc/hostname'"]),
+    "image of a wrong type": ("train", lambda row: row.update(image=3), ["image must be a path", "got 3"]),
+    "no mark for the image": ("train", _says(0, "value", "what ?"), ["0 <image> marks for 1 images"]),
+    "two marks for one image": ("train", _says(0, "value", "<image><image> what ?"), ["2 <image> marks for 1 images"]),
+    "mark in a test question": ("test", lambda row: row.update(text="<image> what ?"), ["carries no <image> mark"]),
+    "two turns of one role": ("train", _says(1, "from", "human"), ["alternate human, gpt", "['user', 'user']"]),
+    "unknown role": ("train", _says(1, "from", "bot"), ["human|gpt", "'bot'"]),
+    "empty answer": ("train", _says(1, "value", " "), ["a gpt turn is empty"]),
+    "no conversations": ("train", lambda row: row.pop("conversations"), ["conversations must be a list", "None"]),
+    "no answer": ("test", lambda row: row.pop("answer"), ["answer must be a str", "None"]),
+    "no question_id": ("test", lambda row: row.pop("question_id"), ["question_id is missing"]),
+    "duplicate question_id": ("test", lambda row: row.update(question_id="test1"), ["'test1' occurs twice"]),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_wrong_record_is_refused_with_its_place(name, desk, command):
+    part, edit, parts = RECORDS[name]
+    desk.change(part, edit)
+    place = f"Alpha/{part}.json record {1 if name.startswith('duplicate') else 0}"
+    assert_refused(command("run", desk.write()), place, *parts)
+    assert not desk.output.exists()
+
+
+FILES = {
+    "empty data": ("[]", ["is empty"]),
+    "no array": ('{"a": 1}', ["must hold one JSON array", "dict"]),
+    "broken JSON": ('[{"id": ', ["is not readable JSON"]),
+    "records that are no objects": ("[1]", ["record 0", "must be a JSON object", "int"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_wrong_data_file_is_refused(name, desk, command):
+    text, parts = FILES[name]
+    (desk.data / "Beta" / "train.json").write_text(text)
+    assert_refused(command("run", desk.write()), "Beta/train.json", *parts)
+    assert not desk.output.exists()
+
+
+def test_a_truncated_image_is_refused_with_the_record_that_names_it(desk, command):
+    path = desk.data / "Alpha" / "images" / "train_3.png"
+    path.write_bytes(path.read_bytes()[:200])
+    assert_refused(command("run", desk.write()), "train.json record 3", "train_3.png cannot be read")
+    assert not desk.output.exists()
+
+
+def test_a_file_that_is_no_image_is_refused(desk, command):
+    (desk.data / "Alpha" / "images" / "test_0.png").write_text("hello")
+    assert_refused(command("check", desk.write()), "test.json record 0", "test_0.png cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("name: [a", ["not readable YAML"]), ("- a\n- b\n", ["must hold keys and values", "list"]), ("", ["NoneType"])],
+)
+def test_a_broken_yaml_is_refused(text, parts, desk, command):
+    desk.file.write_text(text)
+    assert_refused(command("run", desk.file), "run.yaml", *parts)
+
+
+def test_an_absent_config_is_refused_with_the_shipped_names(desk, command):
+    assert_refused(command("run", desk.file), f"no config file {desk.file}", "mini_dcl")
+    assert_refused(command("run", "mini_cdl"), "'mini_cdl'", "mini_dcl", ".yaml path")
+
+
+def test_several_faults_are_told_at_once(desk, command):
+    desk.change("train", lambda row: row.update(image="none.png"))
+    desk.change("test", lambda row: row.pop("answer"))
+    del desk.values["benchmark"]["suites"]
+    said = command("check", desk.write(), "strategy.name=magic", "base.model=nothing", "deepspeed=zero9")
+    assert_refused(said, "5 faults:", "'magic'", "'nothing'", "'zero9'", "'none.png'", "answer must be a str")
+    assert len(said.err.strip().splitlines()) == 6
+
+
+def test_several_unknown_keys_are_told_at_once(desk, command):
+    said = command("run", desk.write(), "nmae=a", "train.lrr=1", "eval.limit=0")
+    assert_refused(said, "3 faults:", "nmae", "train.lrr", "eval.limit")
+
+
+def test_a_folder_that_holds_something_else_is_not_written_to(desk, command):
+    desk.output.mkdir()
+    (desk.output / "thesis.txt").write_text("dear")
+    assert_refused(command("run", desk.write()), str(desk.output), "not empty and holds no run", "`output`")
+    assert {name for name in content(desk.output) if name != ".lock"} == {"thesis.txt"}
+
+
+def test_the_folder_of_another_run_is_refused_with_the_difference(settings, two, tmp_path, command):
+    copy = shutil.copytree(two, tmp_path / "copy")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(copy)))
+    before = content(two)
+    said = command("run", tmp_path / "run.yaml", "seed=3", "train.lr=0.5")
+    assert_refused(said, "started with another config", "seed: 0", "3 now", "Alpha.train.lr: 0.03", "0.5 now")
+    assert {name: data for name, data in content(copy).items() if name != ".lock"} == {
+        name: data for name, data in before.items() if name != ".lock"
+    }
+
+
+def test_a_damaged_or_later_ledger_is_refused(desk, command):
+    desk.output.mkdir()
+    (desk.output / "run.json").write_text('{"format": ')
+    assert_refused(command("run", desk.write()), "run.json is not readable JSON", "damaged")
+    (desk.output / "run.json").write_text('{"format": 99}')
+    assert_refused(command("run", desk.write()), "has format 99", "reads 1")
+
+
+def test_from_and_after_belong_together(desk, two, command):
+    assert_refused(command("run", desk.write(), "--after", "1"), "--from RUN and --after N belong together")
+    assert_refused(command("run", desk.write(), "--from", two), "--from RUN and --after N belong together")
+    assert not desk.output.exists()
+
+
+@pytest.mark.parametrize("after", ["0", "3", "-1"])
+def test_after_out_of_range_is_refused(after, settings, two, tmp_path, command):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(tmp_path / "out")))
+    said = command("run", tmp_path / "run.yaml", "--from", two, "--after", after)
+    assert_refused(said, "--after must be between 1 and 2", f"got {after}")
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_commands_on_a_folder_that_is_no_run_are_refused(tmp_path, command):
+    for name in ("eval", "report"):
+        assert_refused(command(name, tmp_path), f"{tmp_path} is not a run directory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_refuses_what_the_run_does_not_have(two, command):
+    before = content(two)
+    assert_refused(command("eval", two, "--after", "3"), "--after must be between 0 and 2", "got 3")
+    assert_refused(command("eval", two, "--domains", "Alpha,Delta"), "'Delta'", "Alpha, Beta, general")
+    assert_refused(command("eval", two, "--suite", "special"), "'special'", "Alpha, Beta, general", ".json")
+    assert_refused(command("eval", two, "--suite", "none.json"), "none.json does not exist")
+    assert {name for name in content(two) if name != ".lock"} == {name for name in before if name != ".lock"}
+
+
+def test_list_knows_four_kinds(command):
+    assert_refused(command("list", "methods"), "'methods'", "strategies, models, benchmarks and runs")
+
+
+def test_wrong_use_of_the_command_line_exits_with_2(command):
+    for words in (["walk"], ["run"], ["run", "mini_dcl", "--fast"], ["eval", "x", "--batch-size", "0"]):
+        assert command(*words).code == 2
+
+
+def test_a_real_process_exits_with_2_and_one_message(desk):
+    said = shell("run", desk.write(), "strategy.rang=4")
+    assert_refused(said, "strategy.rang is not a known key")
+    desk.change("train", lambda row: row.update(image="../secret.png"))
+    assert_refused(shell("check", desk.write()), "'../secret.png' leaves the data folder")
+    assert not desk.output.exists()
