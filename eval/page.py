@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from mllm_keeplora.eval.results import Results
-
 from mllm_keeplora import files
 from mllm_keeplora.data import Benchmark
+from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report import WrongAnswer, render_html
 from mllm_keeplora.runs import RunDir
 

@@ -8,10 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.eval.rows import stored_score
-
 from mllm_keeplora import files
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval.rows import stored_score
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
 from mllm_keeplora.runs import BASE_UNIT, RunDir
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mllm_keeplora.eval.harness import evaluate_set, mean_score
-
 from mllm_keeplora import files
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.collate import evenly_spaced
+from mllm_keeplora.eval.harness import evaluate_set, mean_score
 from mllm_keeplora.metrics import BlindAnswerer, score
 from mllm_keeplora.models import Base
 from mllm_keeplora.runs import DomainDir, Unit

@@ -8,16 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.eval.page import write_report
-from mllm_keeplora.eval.results import Results, collect_results
-from mllm_keeplora.eval.rows import blind_score, evaluate_named
-
 from mllm_keeplora import distributed
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, TestSet
 from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.eval.page import write_report
+from mllm_keeplora.eval.results import Results, collect_results
+from mllm_keeplora.eval.rows import blind_score, evaluate_named
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 

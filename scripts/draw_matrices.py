@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from mllm_keeplora.eval.results import Results
-
 from mllm_keeplora.report import save_png, score_matrix_figure
 
 
