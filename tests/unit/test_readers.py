@@ -1,0 +1,186 @@
+"""Records from LLaVA JSON and from test files: what is read, and every way to be wrong."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from mllm_keeplora.data.collate import batches, evenly_spaced
+from mllm_keeplora.data.images import read_image, unreadable_images
+from mllm_keeplora.data.readers import digest, read_test, read_train
+from mllm_keeplora.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        Image.new("L", (4, 6), 9).save(tmp_path / "images" / f"{name}.png")
+    return tmp_path
+
+
+def conversation(*texts: str, image: object = "images/a.png", **keys) -> dict:
+    roles = ["human", "gpt"] * len(texts)
+    turns = [{"from": role, "value": text} for role, text in zip(roles, texts, strict=False)]
+    return {"id": "1", "image": image, "conversations": turns, **keys}
+
+
+def trained(folder: Path, *rows: object) -> list:
+    path = folder / "train.json"
+    path.write_text(json.dumps(rows))
+    return read_train(path, folder)
+
+
+def asked(folder: Path, *rows: object) -> list:
+    path = folder / "test.json"
+    path.write_text(json.dumps(rows))
+    return read_test(path, folder)
+
+
+def test_a_training_record_is_read_without_its_mark(folder):
+    [record] = trained(folder, conversation("<image>\nWhat ?", "A cat", "Where ?", "Left"))
+    assert [(turn.role, turn.text) for turn in record.turns] == [
+        ("user", "What ?"),
+        ("assistant", "A cat"),
+        ("user", "Where ?"),
+        ("assistant", "Left"),
+    ]
+    assert record.media[0].path == (folder / "images" / "a.png").resolve()
+    assert record.question_answers() == [("What ?", "A cat"), ("Where ?", "Left")]
+    assert record.question == "What ?"
+    assert record.origin == f"{folder / 'train.json'} record 0"
+
+
+@pytest.mark.parametrize("text", ["<image>\nWhat ?", "What ?\n<image>", "<image> What ?"])
+def test_the_mark_may_stand_before_or_after_the_question(text, folder):
+    assert trained(folder, conversation(text, "A"))[0].turns[0].text == "What ?"
+
+
+def test_a_record_may_have_no_image_or_several(folder):
+    plain, both = trained(
+        folder,
+        conversation("What ?", "A", image=None),
+        conversation("<image><image> Same ?", "yes", image=["images/a.png", "images/b.png"]),
+    )
+    assert plain.media == ()
+    assert [media.path.name for media in both.media] == ["a.png", "b.png"]
+
+
+def test_a_test_record_is_one_question_and_keeps_its_answer_apart(folder):
+    [record] = asked(folder, {"question_id": 7, "image": "images/b.png", "text": "How many ?", "answer": "2"})
+    assert (record.id, record.question, record.answer) == ("7", "How many ?", "2")
+    assert [turn.role for turn in record.turns] == ["user"]
+
+
+WRONG = {
+    "no conversations": ({"id": "1"}, "conversations must be a list"),
+    "not an object": (["a"], "must be a JSON object, got list"),
+    "mark missing": (conversation("What ?", "A"), "0 <image> marks for 1 images"),
+    "mark without image": (conversation("<image> What ?", "A", image=None), "1 <image> marks for 0 images"),
+    "mark in a later turn": (conversation("What ?", "A", "<image> And ?", "B"), "first human turn only"),
+    "ends with a question": (conversation("<image> What ?", "A", "And ?"), "end with gpt"),
+    "no turn": (conversation(image=None), "must alternate"),
+    "empty answer": (conversation("<image> What ?", " "), "a gpt turn is empty"),
+    "turn that is no object": ({"conversations": ["a"]}, "turn 0 must be"),
+    "text that is no text": ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 must be"),
+    "missing image": (conversation("<image> ?", "A", image="images/c.png"), "'images/c.png' does not exist"),
+    "image above the folder": (conversation("<image> ?", "A", image="../a.png"), "leaves the data folder"),
+    "absolute image": (conversation("<image> ?", "A", image="/etc/passwd"), "leaves the data folder"),
+    "folder for an image": (conversation("<image> ?", "A", image="images"), "does not exist"),
+    "number for an image": (conversation("<image> ?", "A", image=4), "path or a list of paths, got 4"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_training_record_is_refused_with_its_index(name, folder):
+    row, message = WRONG[name]
+    with pytest.raises(UserError) as caught:
+        trained(folder, conversation("<image> What ?", "A"), row)
+    assert message in str(caught.value)
+    assert "train.json record 1" in str(caught.value)
+
+
+def test_a_link_that_leaves_the_folder_is_refused(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "x.png"
+    outside.write_bytes((folder / "images" / "a.png").read_bytes())
+    (folder / "images" / "link.png").symlink_to(outside)
+    with pytest.raises(UserError, match="leaves the data folder"):
+        trained(folder, conversation("<image> ?", "A", image="images/link.png"))
+
+
+def test_all_faults_of_a_file_are_told_together(folder):
+    with pytest.raises(UserError) as caught:
+        trained(folder, conversation("What ?", "A"), conversation("<image> ?", "A"), {"id": 1})
+    message = str(caught.value)
+    assert message.startswith("2 faults:")
+    assert "record 0" in message and "record 2" in message and "record 1" not in message
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question_id": 1, "text": "<image> ?", "answer": "A"}, "carries no <image> mark"),
+        ({"question_id": 1, "text": "?"}, "answer must be a str, got None"),
+        ({"question_id": 1, "text": "?", "answer": 3}, "answer must be a str, got 3"),
+        ({"text": "?", "answer": "A"}, "question_id is missing"),
+    ],
+)
+def test_a_wrong_test_record_is_refused(row, message, folder):
+    with pytest.raises(UserError, match=message):
+        asked(folder, row)
+
+
+def test_a_question_id_occurs_once(folder):
+    row = {"question_id": "q", "text": "?", "answer": "A"}
+    with pytest.raises(UserError, match="record 1: question_id 'q' occurs twice"):
+        asked(folder, row, row)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "[", "\xff"])
+def test_a_file_without_records_is_refused_by_its_name(text, folder):
+    (folder / "train.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"train\.json"):
+        read_train(folder / "train.json", folder)
+
+
+def test_a_missing_file_is_refused(folder):
+    with pytest.raises(UserError, match="does not exist"):
+        read_test(folder / "none.json", folder)
+
+
+def test_the_digest_changes_with_the_content(folder):
+    path = folder / "a.txt"
+    path.write_text("one")
+    first = digest(path)
+    path.write_text("two")
+    assert digest(path) != first
+
+
+def test_images_are_read_as_rgb_and_broken_ones_are_named_with_their_record(folder):
+    assert read_image(folder / "images" / "a.png").mode == "RGB"
+    broken = folder / "images" / "b.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    records = trained(folder, conversation("<image> ?", "A"), conversation("<image> ?", "A", image="images/b.png"))
+    advanced = []
+    [fault] = unreadable_images(records, advanced.append)
+    assert "record 1" in fault and "b.png cannot be read" in fault
+    assert advanced == [1, 1]
+
+
+def test_batches_cover_all_in_order():
+    assert [list(batch) for batch in batches(range(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_evenly_spaced_thins_over_the_whole_list():
+    assert evenly_spaced(range(10), 5) == [0, 2, 4, 6, 8]
+    assert evenly_spaced(range(3), 5) == [0, 1, 2]
+    for count in range(1, 24):
+        chosen = evenly_spaced(range(24), count)
+        gaps = {b - a for a, b in pairwise(chosen)}
+        assert len(chosen) == count and chosen == sorted(set(chosen))
+        assert max(gaps, default=0) - min(gaps, default=0) <= 1
