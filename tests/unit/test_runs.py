@@ -1,0 +1,170 @@
+"""The run directory and its ledger: written whole, done once, held by one process."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from mllm_keeplora import files
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit, differences
+from mllm_keeplora.training.seeds import stage_seed
+from mllm_keeplora.training.units import plan_units
+
+RECORD = {"units": [{"index": 1, "name": "A", "domains": ["A"]}, {"index": 2, "name": "B", "domains": ["B"]}]}
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create(dict(RECORD))
+    return run
+
+
+def test_a_stage_is_done_once_and_entered_with_its_facts(run):
+    calls = []
+    assert run.once("prepare", lambda: calls.append(1) or {"layers": 3}) is True
+    assert run.once("prepare", lambda: calls.append(1)) is False
+    assert calls == [1]
+    entry = RunDir(run.path).load().record["stages"]["prepare"]
+    assert entry["layers"] == 3 and entry["seconds"] >= 0 and entry["peak_memory_bytes"] > 0
+
+
+def test_a_stage_that_raises_is_not_entered(run):
+    with pytest.raises(RuntimeError):
+        run.once("prepare", _raise)
+    assert not RunDir(run.path).load().is_done("prepare")
+    assert run.once("prepare", lambda: None)
+
+
+def _raise():
+    raise RuntimeError("broken")
+
+
+def test_finished_units_are_the_leading_ones_that_are_consolidated(run):
+    assert run.finished_units == []
+    run.once("02_B/consolidate", lambda: None)
+    assert run.finished_units == []
+    run.once("01_A/consolidate", lambda: None)
+    assert [unit.name for unit in run.finished_units] == ["A", "B"]
+
+
+def test_seconds_are_summed_by_kind_of_stage(run):
+    run.record["stages"] = {
+        name: {"seconds": seconds, "peak_memory_bytes": 5}
+        for name, seconds in (("prepare", 1.0), ("01_A/evaluate/A", 2.0), ("01_A/evaluate/B", 3.5), ("02_B/train", 4.0))
+    }
+    assert run.seconds_by_kind() == {"prepare": 1.0, "evaluate": 5.5, "train": 4.0}
+
+
+def test_notes_are_kept_with_their_time(run):
+    run.note("hello")
+    [note] = RunDir(run.path).load().record["notes"]
+    assert note["text"] == "hello" and note["at"].endswith("Z")
+
+
+def test_folders_of_units_are_numbered_and_the_base_is_zero(run):
+    assert run.folder(BASE_UNIT).path.name == "00_base"
+    assert run.folder(Unit(2, "Med", ("Med",))).predictions("RS") == run.path / "domains/02_Med/predictions/RS.jsonl"
+
+
+def test_a_folder_with_other_content_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        RunDir(tmp_path).create(dict(RECORD))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", [".lock", "log.txt", "run.json.tmp"])
+def test_what_a_run_killed_at_its_start_left_is_no_other_content(name, tmp_path):
+    (tmp_path / name).write_text("")
+    RunDir(tmp_path).create(dict(RECORD))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not readable JSON"), ('{"format": 2}', "has format 2"), ("{}", "has format None")]
+)
+def test_a_ledger_that_cannot_be_read_is_refused(text, message, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        RunDir(tmp_path).load()
+
+
+def test_a_folder_without_ledger_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="is not a run directory"):
+        RunDir(tmp_path).load()
+
+
+def test_a_run_is_held_once(run):
+    with run.locked():
+        assert (run.path / ".lock").read_text() == str(os.getpid())
+        with pytest.raises(UserError, match=rf"in use by another process \(pid {os.getpid()}\)"):
+            RunDir(run.path).locked().__enter__()
+    with run.locked():
+        pass
+
+
+def test_differences_show_both_values():
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}, "run") == [
+        "b: 2 in run, 3 now",
+        "c: 'absent' in run, 4 now",
+    ]
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    files.write_text(tmp_path / "deep" / "a.txt", "old")
+
+    def half(temporary):
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomically(tmp_path / "deep" / "a.txt", half)
+    assert (tmp_path / "deep" / "a.txt").read_text() == "old"
+    files.remove_leftovers(tmp_path)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.txt"]
+
+
+def test_what_was_not_measured_is_null_and_never_nan(tmp_path):
+    files.write_json(tmp_path / "a.json", {"score": None, "text": "é"})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"score": None, "text": "é"}
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "a.json", {"score": float("nan")})
+    assert files.read_json(tmp_path / "a.json")["score"] is None
+
+
+def test_json_lines_read_back_what_was_written(tmp_path):
+    rows = [{"a": "one\ntwo"}, {"b": "é"}]
+    files.write_json_lines(tmp_path / "a.jsonl", rows)
+    assert files.read_json_lines(tmp_path / "a.jsonl") == rows
+
+
+def test_tensors_are_written_contiguous_and_equal_byte_for_byte(tmp_path):
+    import torch
+
+    tensor = torch.arange(6.0).reshape(2, 3)
+    files.write_tensors(tmp_path / "a.safetensors", {"x": tensor.T})
+    files.write_tensors(tmp_path / "b.safetensors", {"x": tensor.T.contiguous()})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert files.read_tensors(tmp_path / "a.safetensors")["x"].equal(tensor.T)
+
+
+# -- units and seeds ---------------------------------------------------------------------------------------------
+
+
+def test_units_of_a_stream():
+    assert [unit.key for unit in plan_units(["A", "B"], "sequential")] == ["01_A", "02_B"]
+    assert plan_units(["A", "B"], "union") == [Unit(1, "joint", ("A", "B"))]
+    assert plan_units(["A", "B"], "none") == []
+
+
+def test_seeds_differ_by_run_unit_and_stage_and_never_by_process():
+    seeds = {stage_seed(seed, unit, stage) for seed in (0, 1) for unit in ("01_A", "02_B") for stage in ("train", "g")}
+    assert len(seeds) == 8
+    assert stage_seed(0, "01_A", "train") == 967326048  # moves every result if it moves
+    assert all(0 <= seed < 2**31 for seed in seeds)
