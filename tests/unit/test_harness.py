@@ -1,0 +1,166 @@
+"""Asking and grading: the same answers in any batch, a journal that survives, an even thinning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mllm_keeplora.eval import harness
+from mllm_keeplora.eval.harness import Journal, evaluate_set, generate
+
+from mllm_keeplora import files
+from mllm_keeplora.data import TestSet
+from mllm_keeplora.data.readers import read_test
+
+QUESTIONS = ["where ?", "what colour is the square where it is ?", "is it red ?", "what is the colour of the square ?"]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> list:
+    """Twelve questions of unequal length, so that most batches hold padding."""
+    from tests.support.tiny import write_tiny_data
+
+    root = write_tiny_data(tmp_path_factory.mktemp("asked"), train=1, test=12, domains=("Alpha",))
+    rows = json.loads((root / "Alpha" / "test.json").read_text())
+    for index, row in enumerate(rows):
+        row["text"] = QUESTIONS[index * 7 % len(QUESTIONS)]
+    (root / "Alpha" / "test.json").write_text(json.dumps(rows))
+    return read_test(root / "Alpha" / "test.json", root / "Alpha")
+
+
+PART = TestSet(test="test.json", max_new_tokens=4)
+
+
+def answers(base, records, folder: Path, batch_size: int, part: TestSet = PART) -> list[str]:
+    path = folder / f"batch{batch_size}.jsonl"
+    evaluate_set(base, base.model, records, part, path, "test", batch_size)
+    return [row["prediction"] for row in files.read_json_lines(path)]
+
+
+@pytest.mark.parametrize("batch_size", [3, 5, 12])
+def test_batches_answer_as_single_questions_do(batch_size, base, records, tmp_path):
+    single = answers(base, records, tmp_path, 1)
+    assert len(set(single)) > 2, "a model that always says the same would prove nothing"
+    assert answers(base, records, tmp_path, batch_size) == single
+
+
+def test_generated_tokens_do_not_depend_on_the_batch(base, records):
+    """Token by token, special tokens included."""
+    whole = tokens(base, records)
+    single = [tokens(base, [record])[0] for record in records]
+    for one, row in zip(single, whole, strict=True):
+        length = max(index + 1 for index, token in enumerate(one) if token != 0)
+        assert one[:length] == row[:length]
+
+
+def tokens(base, records) -> list[list[int]]:
+    found = []
+
+    class Keeping:
+        def generate(self, **inputs):
+            out = base.model.generate(**inputs)
+            found.extend(out[:, inputs["input_ids"].shape[1] :].tolist())
+            return out
+
+    generate(base, Keeping(), records, "", 4)
+    return found
+
+
+def test_predictions_are_in_the_order_of_the_file_with_scores(base, records, tmp_path):
+    path = tmp_path / "p.jsonl"
+    percent = evaluate_set(base, base.model, records, PART, path, "test", 5)
+    rows = files.read_json_lines(path)
+    assert [row["id"] for row in rows] == [record.id for record in records]
+    assert [row["question"] for row in rows] == [record.question for record in records]
+    assert [list(row) for row in rows] == [["id", "question", "answer", "prediction", "score"]] * len(rows)
+    assert percent == pytest.approx(100 * sum(row["score"] for row in rows) / len(rows))
+    assert [each.name for each in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_a_prompt_suffix_and_a_token_limit_reach_the_model(base, records, tmp_path):
+    plain = answers(base, records, tmp_path, 1)
+    suffix = TestSet(test="test.json", max_new_tokens=4, prompt_suffix=" yes no yes no")
+    assert answers(base, records, tmp_path, 1, suffix) != plain
+    short = TestSet(test="test.json", max_new_tokens=1)
+    assert max(len(text.split()) for text in answers(base, records, tmp_path, 1, short)) <= 1
+    assert max(len(text.split()) for text in plain) > 1
+
+
+# -- the journal -------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_evaluation_asks_nothing_twice_and_ends_the_same(base, records, tmp_path, monkeypatch):
+    asked = []
+
+    def counted(base, model, records, suffix, tokens):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append([record.id for record in records])
+        return generate(base, model, records, suffix, tokens)
+
+    whole = answers(base, records, tmp_path, 3)
+    monkeypatch.setattr(harness, "generate", counted)
+    path = tmp_path / "again.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_set(base, base.model, records, PART, path, "test", 3)
+    assert not path.exists()
+    [journal] = tmp_path.glob("*.part")
+    with open(journal, "a") as handle:
+        handle.write('{"batch": 2, "answers": {"0": "ha')  # a line that a killed process did not finish
+
+    first = list(asked)
+    asked[:] = []
+    monkeypatch.setattr(harness, "generate", lambda *a: asked.append([r.id for r in a[2]]) or generate(*a))
+    evaluate_set(base, base.model, records, PART, path, "test", 3)
+    assert [row["prediction"] for row in files.read_json_lines(path)] == whole
+    assert len(first) == len(asked) == 2
+    assert sorted(name for batch in first + asked for name in batch) == sorted(record.id for record in records)
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_a_journal_keeps_whole_lines_and_drops_a_half_one(tmp_path):
+    journal = Journal(tmp_path / "a.part", "[1]")
+    journal.add(0, {0: "one", 3: "two\nlines"})
+    journal.add(1, {1: "é"})
+    text = (tmp_path / "a.part").read_text(encoding="utf-8")
+    for cut in range(len(text)):
+        (tmp_path / "b.part").write_text(text[:cut], encoding="utf-8")
+        again = Journal(tmp_path / "b.part", "[1]")
+        whole = text[:cut].count("\n")
+        kept = again.answers
+        assert len(kept) in {max(0, whole - 1), whole}  # a line may be whole but for its end
+        assert all(kept[number] == journal.answers[number] for number in kept)
+        again.add(5, {9: "more"})
+        assert Journal(tmp_path / "b.part", "[1]").answers == again.answers
+
+
+def test_a_journal_of_another_question_set_is_not_used(tmp_path):
+    Journal(tmp_path / "a.part", "[1]").add(0, {0: "one"})
+    assert Journal(tmp_path / "a.part", "[2]").answers == {}
+
+
+def test_another_batch_size_starts_the_plan_afresh(base, records, tmp_path):
+    identities = {harness._identity(records, PART, size, 4) for size in (1, 2, 3)}
+    assert len(identities) == 3
+    assert harness._identity(records[:-1], PART, 3, 4) not in identities
+    plan = harness._plan(base, records, 5)
+    assert [len(batch) for batch in plan] == [5, 5, 2]
+    assert sorted(question.index for batch in plan for question in batch) == list(range(12))
+    lengths = [base.prompt.length(question.record) for batch in plan for question in batch]
+    assert lengths == sorted(lengths)
+
+
+def test_a_limit_thins_evenly_and_suites_have_their_own(tmp_path):
+    from mllm_keeplora.eval.rows import asked_records
+
+    from mllm_keeplora.config import parse_config
+    from mllm_keeplora.data import load_benchmark
+    from tests.support.tiny import tiny_config, write_tiny_data
+
+    write_tiny_data(tmp_path, train=1, test=12, domains=("Alpha", "Beta", "Gamma"))
+    values = tiny_config(tmp_path, tmp_path, tmp_path, eval={"limit": 4, "suite_limit": 3})
+    config = parse_config(values, origin="test")
+    benchmark = load_benchmark(config)
+    assert [record.id for record in asked_records(benchmark, "Beta", config)] == ["test0", "test3", "test6", "test9"]
+    assert [record.id for record in asked_records(benchmark, "general", config)] == ["test0", "test4", "test8"]
