@@ -56,9 +56,8 @@ def run_in_child(values: dict[str, Any], kill: tuple[str, int] | None = None, **
 
 
 def _child(values: dict[str, Any], kill: tuple[str, int] | None, options: dict[str, Any]) -> None:
-    from mllm_keeplora.eval import page
-
     from mllm_keeplora.config import parse_config
+    from mllm_keeplora.eval import page
     from mllm_keeplora.sequence import run_sequence
 
     page.render_html = lambda *args, **keywords: "left out"  # drawing takes longer than the whole run

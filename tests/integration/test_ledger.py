@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from mllm_keeplora.eval.saved import evaluate
 
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval.saved import evaluate
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.sequence import run_sequence
 from tests.integration.processes import artefacts, differing, results, run_in_child, stages
@@ -205,7 +205,8 @@ def test_a_state_that_does_not_fit_is_refused(
     domains, after, changes, shown, settings, two, world, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(world)
-    message = refusal(settings(tmp_path / "next", domains, **changes), from_run=two, after=after)
+    values = {**settings(tmp_path / "next", domains), **changes}
+    message = refusal(values, from_run=two, after=after)
     for part in shown:
         assert part in message
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from mllm_keeplora.eval import harness
-from mllm_keeplora.eval.harness import Journal, evaluate_set, generate
 
 from mllm_keeplora import files
 from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.readers import read_test
+from mllm_keeplora.eval import harness
+from mllm_keeplora.eval.harness import Journal, evaluate_set, generate
 
 QUESTIONS = ["where ?", "what colour is the square where it is ?", "is it red ?", "what is the colour of the square ?"]
 
@@ -152,10 +152,9 @@ def test_another_batch_size_starts_the_plan_afresh(base, records, tmp_path):
 
 
 def test_a_limit_thins_evenly_and_suites_have_their_own(tmp_path):
-    from mllm_keeplora.eval.rows import asked_records
-
     from mllm_keeplora.config import parse_config
     from mllm_keeplora.data import load_benchmark
+    from mllm_keeplora.eval.rows import asked_records
     from tests.support.tiny import tiny_config, write_tiny_data
 
     write_tiny_data(tmp_path, train=1, test=12, domains=("Alpha", "Beta", "Gamma"))
