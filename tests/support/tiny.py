@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
 SIDE = 32
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 220), "white": (240, 240, 240)}
@@ -24,68 +28,13 @@ TEMPLATE = (
 def write_tiny_llava(folder: Path, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:
     """A real LlavaForConditionalGeneration with processor, random weights, saved as transformers saves it."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import LlavaForConditionalGeneration
 
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
     words = [*special, *dict.fromkeys([*WORDS, *COLOURS, *PLACES])]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    side = {"height": SIDE, "width": SIDE}
-    pictures = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=side)
-    processor = LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=fast,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
+    processor = _processor(words)
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=hidden,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=16,
-    )
-    text = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=hidden,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-    )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=words.index("<image>"), vision_feature_layer=-1
-    )
-    model = LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(_llava_config(words, hidden, layers))
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -148,3 +97,66 @@ def _record(folder: Path, part: str, index: int, rng: np.random.Generator, backg
         mark = "<image>\n" if number == 0 else ""
         turns += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
     return {"id": f"{part}{index}", "image": name, "conversations": turns}
+
+
+def _processor(words: list[str]) -> LlavaProcessor:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    side = {"height": SIDE, "width": SIDE}
+    pictures = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=side)
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=_tokenizer(words),
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+def _tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def _llava_config(words: list[str], hidden: int, layers: int) -> LlavaConfig:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=16,
+    )
+    text = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=words.index("<image>"), vision_feature_layer=-1
+    )

@@ -53,6 +53,14 @@ def base(new_base):
     return new_base()
 
 
+@pytest.fixture(scope="session", params=["merged", "factors"])
+def taught(request, new_base, tiny_records, tmp_path_factory):
+    """Two domains taught with KeepLoRA, once per history; tests only look at it."""
+    from tests.support.keeplora import teach
+
+    return teach(new_base(), request.param, tiny_records, tmp_path_factory.mktemp(request.param))
+
+
 def encode(base, records) -> dict:
     """Model inputs with labels for records."""
     from mllm_keeplora.data.collate import TrainCollator
