@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import distributed
-from mllm_keeplora.adapters import Adapters
+from mllm_keeplora.adapters import Adapters, adapters_for
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, TestSet
@@ -30,15 +30,11 @@ class SavedRun:
 
     @cached_property
     def base(self) -> Base:
-        base = load_base(self.config.base, self.config.adapters.projector)
-        recorded = self.run.record["base"]["fingerprint"]
-        if recorded not in (None, base.fingerprint):
-            raise UserError(f"{self.run.path} was made with other weights of {self.config.base.model}")
-        return base
+        return self._load_base()
 
     @cached_property
     def adapters(self) -> Adapters:
-        return self._adapters(self.config.adapters.history)
+        return adapters_for(self.base, self.config.adapters.projector, self.config.adapters.history)
 
     @cached_property
     def benchmark(self) -> Benchmark:
@@ -54,9 +50,10 @@ class SavedRun:
         Args:
             after: number of units; None for all that are finished, 0 for the base.
         """
-        adapters = self._adapters("merged")
+        base = self._load_base()  # a fresh one: what was handed out before stays as it is
+        adapters = adapters_for(base, self.config.adapters.projector, "merged")
         adapters.restore(*past_of(self.run, self._first(after)))
-        return adapters.base, self.base.processor
+        return adapters.base, base.processor
 
     def folder(self, after: int) -> DomainDir:
         return self.run.folder(self.run.units[after - 1] if after else BASE_UNIT)
@@ -66,12 +63,12 @@ class SavedRun:
         self.adapters.restore(*past_of(self.run, self._first(after)))
         return self.adapters.model
 
-    def _adapters(self, history: str) -> Adapters:
-        full: tuple[str, ...] = ()
-        if self.config.adapters.projector == "full":
-            prefix = f"{self.base.parts.mm_projector}."
-            full = tuple(name for name, _ in self.base.model.named_parameters() if name.startswith(prefix))
-        return Adapters(self.base.model, self.base.parts.target_layers, history, 0.0, full)
+    def _load_base(self) -> Base:
+        base = load_base(self.config.base, self.config.adapters.projector)
+        recorded = self.run.record["base"]["fingerprint"]
+        if recorded not in (None, base.fingerprint):
+            raise UserError(f"{self.run.path} was made with other weights of {self.config.base.model}")
+        return base
 
     def _first(self, after: int | None) -> list[Unit]:
         finished = self.run.finished_units
