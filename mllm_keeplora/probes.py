@@ -119,12 +119,8 @@ def _input_hooks(layers: dict[str, Any], into: dict[str, MomentAccumulator], att
 
         return hook
 
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
-    try:
+    with _removed_afterwards([module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -144,12 +140,8 @@ def _gradient_hooks(layers: dict[str, Any], into: dict[str, GradientAccumulator]
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
-    try:
+    with _removed_afterwards([module.register_forward_hook(keep(name)) for name, module in layers.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -168,12 +160,20 @@ def _graph_from_inputs(model: Any) -> Iterator[None]:
     handles = [model.get_input_embeddings().register_forward_hook(start_graph)]
     handles += [module.register_forward_pre_hook(start_at_input) for module in _vision_outputs(model)]
     try:
+        with _removed_afterwards(handles):
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _removed_afterwards(handles: list[Any]) -> Iterator[None]:
+    try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def _vision_outputs(model: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 """Low-rank branches on peft: open, set A, freeze, combine, merge, save, load. Knows no strategy and no data."""
 
-from mllm_keeplora.adapters.branches import Adapters
+from mllm_keeplora.adapters.branches import Adapters, adapters_for
 from mllm_keeplora.adapters.factors import Branch, Factors, concatenate
 
-__all__ = ["Adapters", "Branch", "Factors", "concatenate"]
+__all__ = ["Adapters", "Branch", "Factors", "adapters_for", "concatenate"]

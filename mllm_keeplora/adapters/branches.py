@@ -15,6 +15,8 @@ from mllm_keeplora.adapters.history import PristineWeights, choose_history
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.models import Base
+
 OPEN, PAST = "domain", "history"
 
 
@@ -185,3 +187,12 @@ class Adapters:
 
     def _module(self, layer: str) -> Any:
         return self.base.get_submodule(layer)
+
+
+def adapters_for(base: Base, projector: str, history: str, dropout: float = 0.0) -> Adapters:
+    """Adapters of a loaded base as a run's `adapters` section asks for them; `full` trains the projector itself."""
+    full: tuple[str, ...] = ()
+    if projector == "full":
+        prefix = f"{base.parts.mm_projector}."
+        full = tuple(name for name, _ in base.model.named_parameters() if name.startswith(prefix))
+    return Adapters(base.model, base.parts.target_layers, history, dropout, full)

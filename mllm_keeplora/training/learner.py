@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed, files
-from mllm_keeplora.adapters import Adapters, Branch, Factors
+from mllm_keeplora.adapters import Adapters, Branch, Factors, adapters_for
 from mllm_keeplora.adapters.stored import kept_of, past_of, save_new_columns, write_manifest
 from mllm_keeplora.config import RunConfig, result_defining
 from mllm_keeplora.data import Benchmark
@@ -58,12 +58,8 @@ class Learner:
 
     @cached_property
     def adapters(self) -> Adapters:
-        full: tuple[str, ...] = ()
-        if self.config.adapters.projector == "full":
-            prefix = f"{self.base.parts.mm_projector}."
-            full = tuple(name for name, _ in self.base.model.named_parameters() if name.startswith(prefix))
         settings = self.config.adapters
-        return Adapters(self.base.model, self.base.parts.target_layers, settings.history, settings.dropout, full)
+        return adapters_for(self.base, settings.projector, settings.history, settings.dropout)
 
     # -- the stages ----------------------------------------------------------------------------------------------
 
