@@ -18,13 +18,13 @@ HARNESS = "mllm_keeplora.eval.harness"
 # what is killed -> (at which call, the last stage that is done, the stage that is not)
 KILLS = {
     "prepare": ((f"{LINALG}:principal_subspace", 5), None, "prepare"),
-    "gradient_of_the_second_domain": (
+    "gradient_half_way": (
         (f"{PROBES}:per_sample_loss", 4),
         "01_Alpha/evaluate/general",
         "02_Beta/gradient",
     ),
     "train_after_a_checkpoint": ((f"{FIT}:Reporter.on_step_end", 9), "02_Beta/gradient", "02_Beta/train"),
-    "checkpoint_before_it_is_complete": (("rename:complete.json", 2), "01_Alpha/gradient", "01_Alpha/train"),
+    "checkpoint_without_optimizer_state": ((f"+{FIT}:DomainTrainer._save", 5), "02_Beta/gradient", "02_Beta/train"),
     "consolidate_between_two_layers": ((f"{LINALG}:Basis.grow", 3), "01_Alpha/train", "01_Alpha/consolidate"),
     "evaluate_half_way_through_a_set": (
         (f"{HARNESS}:Journal.add", 8),
@@ -40,7 +40,7 @@ MORE_KILLS = {
         "01_Alpha/evaluate/general",
         "02_Beta/gradient",
     ),
-    "checkpoint_without_optimizer_state": ((f"+{FIT}:DomainTrainer._save", 5), "02_Beta/gradient", "02_Beta/train"),
+    "checkpoint_before_it_is_complete": (("rename:complete.json", 2), "01_Alpha/gradient", "01_Alpha/train"),
     "train_between_two_adapter_files": (("rename:adapter_model.safetensors", 2), "02_Beta/gradient", "02_Beta/train"),
     "consolidate_after_its_basis_is_written": (
         ("rename:01_Alpha/gradient.json", 2),
@@ -89,6 +89,18 @@ def test_a_run_killed_inside_a_stage_ends_as_if_uninterrupted(name, settings, tw
 @pytest.mark.parametrize("name", MORE_KILLS)
 def test_a_run_killed_between_two_writes_ends_as_if_uninterrupted(name, settings, two, tmp_path):
     _killed_and_continued(settings, two, tmp_path / "run", *MORE_KILLS[name])
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_gets_to_the_same_end(settings, two, tmp_path):
+    values, kills = settings(tmp_path / "run"), 0
+    while (code := run_in_child(values, kill=("rename:", 14))) != 0:
+        assert code == -signal.SIGKILL
+        kills += 1
+        assert kills < 40, "no progress"
+    assert kills > 3
+    assert differing(tmp_path / "run", two) == []
+    assert leftovers(tmp_path / "run") == []
 
 
 def test_training_continues_at_the_checkpoint_and_not_at_its_start(settings, two, tmp_path):
