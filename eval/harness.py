@@ -101,7 +101,7 @@ class Journal:
     def __init__(self, path: Path, identity: str):
         self.path = path
         self.answers: dict[int, dict[str, str]] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = files.read_lines(path) if path.is_file() else []
         if lines and lines[0] == identity:
             for line in lines[1:]:
                 try:

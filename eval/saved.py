@@ -131,6 +131,8 @@ def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | No
         name = Path(suite).stem
         if not Path(suite).is_file():
             raise UserError(f"--suite: {suite} does not exist")
+        if name in {*benchmark.domains, *benchmark.suites}:
+            raise UserError(f"--suite: {suite} would replace the run's own {name!r}; give the file another name")
         part = TestSet(test=str(Path(suite).resolve()))
         return benchmark.model_copy(update={"suites": {name: part}}), [name]
     allowed = [*benchmark.domains, *benchmark.suites]

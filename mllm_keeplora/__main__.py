@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+INTERRUPTED = 130
+
 
 def main() -> None:
     """Run the command line; exits 0 on success, 2 on a user's mistake, 130 on Ctrl-C, 1 on a fault of ours."""
@@ -24,19 +26,22 @@ def _run() -> int:
     try:
         app(standalone_mode=True)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else (0 if stop.code is None else 1)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues the run", file=sys.stderr)
-        return 130
+        code = 2
     except Exception:  # a fault of ours: show where, and let no launcher take it for a user's mistake
         import traceback
 
         traceback.print_exc()
-        return 1
-    return 0
+        code = 1
+    else:
+        code = 0
+    if code == INTERRUPTED:
+        print("stopped; the same command continues the run", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

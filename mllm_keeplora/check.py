@@ -48,11 +48,12 @@ def check_run(config: RunConfig, decode_images: bool = True) -> Checked:
             return None
 
     strategy = collect(lambda: build_strategy(config.strategy, origin=f"run {config.name}"))
-    location = collect(lambda: resolve(config.base)[0])
+    location = collect(lambda: resolve(config.base))
     base_fingerprint = None
     if location is not None and Path(location).is_dir():
         base_fingerprint = collect(lambda: fingerprint(Path(location)))
     collect(lambda: deepspeed_file(config.deepspeed))
+    collect(lambda: _training_settings(config))
     benchmark = collect(lambda: load_benchmark(config, _drawing()))
     counts: dict[str, dict[str, int]] = {}
     if benchmark is not None:
@@ -65,6 +66,14 @@ def check_run(config: RunConfig, decode_images: bool = True) -> Checked:
     if faults:
         raise several(faults)
     return Checked(strategy, benchmark, location, base_fingerprint, counts)
+
+
+def _training_settings(config: RunConfig) -> None:
+    """Let the Trainer look at the arguments of every domain, which may differ."""
+    from mllm_keeplora.training.fit import training_arguments
+
+    for settings in {repr(each): each for each in [config.train, *map(config.train_of, config.per_domain)]}.values():
+        training_arguments(settings, settings.epochs, Path(config.output_dir), 0, None, bf16=False)
 
 
 def _read_all(benchmark: Benchmark, counts: dict[str, dict[str, int]], collect: Callable) -> list[Record]:

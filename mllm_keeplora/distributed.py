@@ -44,46 +44,52 @@ def process_group(timeout_s: int = 1800, deepspeed: bool = False) -> Iterator[No
     DeepSpeed has to open the group itself, before `TrainingArguments` exists: otherwise its batch arithmetic is
     done for one process.
     """
+    import torch
+
     if "RANK" not in os.environ:  # no launcher: one process means one GPU, never torch's DataParallel over all
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if world_size() == 1 and not deepspeed:
         yield
         return
-    import torch
     import torch.distributed as dist
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(device())
-    if deepspeed:
-        _single_process_rendezvous()
-        if backend == "gloo":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed as ds
-
-        if backend == "gloo":  # else DeepSpeed compiles its own shared-memory all-reduce first: minutes of C++
-            ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        ds.init_distributed(backend, timeout=timedelta(seconds=timeout_s))
-    else:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    alone = _single_process_rendezvous() if "RANK" not in os.environ else {}
+    os.environ.update(alone)
     try:
+        if deepspeed:
+            _open_for_deepspeed(backend, timedelta(seconds=timeout_s))
+        else:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         yield
         dist.barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        for name in alone:
+            del os.environ[name]
 
 
-def _single_process_rendezvous() -> None:
-    """DeepSpeed wants a rendezvous even for one process that no launcher started."""
-    if "RANK" in os.environ:
-        return
+def _open_for_deepspeed(backend: str, timeout: timedelta) -> None:
+    import deepspeed as ds
+
+    if backend == "gloo":  # else DeepSpeed compiles its own shared-memory all-reduce first: minutes of C++
+        ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ds.init_distributed(backend, timeout=timeout)
+
+
+def _single_process_rendezvous() -> dict[str, str]:
+    """Environment of a rendezvous, which DeepSpeed wants even for one process that no launcher started."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def barrier() -> None:

@@ -42,7 +42,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines by line feeds alone: `str.splitlines` would also cut at separators inside a model's answer."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:

@@ -49,9 +49,10 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
             _inherit_definitions(checked.benchmark, source.record["domains"][:after])
         record = _record(config, checked, source, after or 0)
         if source is not None:
-            record["stages"] = _inherited_stages(source, after)
+            names = _graded_alike(source, record)
+            record["stages"] = _inherited_stages(source, after, names)
             if distributed.is_main():
-                _copy_state(source, run, after)
+                _copy_state(source, run, after, names)
         run.create(record)
     if distributed.is_main():
         files.write_text(run.config, yaml.safe_dump(config.resolved(), sort_keys=False))
@@ -193,20 +194,38 @@ def _inherit_definitions(benchmark: Benchmark, inherited: list[dict[str, Any]]) 
     benchmark.domains = {**before, **{name: benchmark.domains[name] for name in own if name not in before}}
 
 
-def _inherited_stages(source: RunDir, after: int) -> dict[str, Any]:
-    """Ledger entries of the base and of the inherited units."""
+def _graded_alike(source: RunDir, record: dict[str, Any]) -> set[str]:
+    """Names of domains and suites that parent and child grade by the same files and rules."""
+    ours = {each["name"]: each for each in [*record["domains"], *record["suites"]]}
+    theirs = [*source.record["domains"], *source.record["suites"]]
+    rules = [({**each, "train": {}}, {**ours[each["name"]], "train": {}}) for each in theirs if each["name"] in ours]
+    return {old["name"] for old, new in rules if not _part_differences(old, new, "")}
+
+
+def _inherited_stages(source: RunDir, after: int, names: set[str]) -> dict[str, Any]:
+    """Ledger entries of the base and of the inherited units; of evaluations only those of `names`."""
     keys = {unit.key for unit in [BASE_UNIT, *source.units[:after]]}
-    stages = source.record["stages"]
-    return {name: entry for name, entry in stages.items() if name.split("/")[0] in keys or name == "prepare"}
+    kept = {}
+    for stage, entry in source.record["stages"].items():
+        unit, _, rest = stage.partition("/")
+        graded = rest.removeprefix("evaluate/") if rest.startswith("evaluate/") else None
+        if stage == "prepare" or (unit in keys and (graded is None or graded in names)):
+            kept[stage] = entry
+    return kept
 
 
-def _copy_state(source: RunDir, run: RunDir, after: int) -> None:
+def _copy_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> None:
     """Copy what the inherited units left; the parent is not needed afterwards."""
+
+    def passed_over(folder: str, entries: list[str]) -> set[str]:
+        unfinished = {entry for entry in entries if entry == "checkpoints" or entry.endswith((".part", ".tmp"))}
+        foreign = {entry for entry in entries if entry.endswith(".jsonl") and entry.removesuffix(".jsonl") not in names}
+        return unfinished | foreign
+
     run.refuse_foreign_content()
     if source.kept_by_prepare.is_file():
         shutil.copytree(source.kept_by_prepare.parent, run.kept_by_prepare.parent, dirs_exist_ok=True)
-    unfinished = shutil.ignore_patterns("checkpoints", "*.part", "*.tmp")
     for unit in [BASE_UNIT, *source.units[:after]]:
         folder = source.folder(unit).path
         if folder.is_dir():
-            shutil.copytree(folder, run.folder(unit).path, ignore=unfinished, dirs_exist_ok=True)
+            shutil.copytree(folder, run.folder(unit).path, ignore=passed_over, dirs_exist_ok=True)

@@ -6,6 +6,7 @@ stage it was in. Knows no model and no strategy.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -188,7 +189,13 @@ class RunDir:
             handle.truncate(0)
             handle.write(str(os.getpid()))
             handle.flush()
-            yield
+            try:
+                yield
+            finally:
+                if not self.exists():  # refused before anything was written: leave no trace
+                    (self.path / ".lock").unlink()
+                    with contextlib.suppress(OSError):
+                        self.path.rmdir()
 
     # -- the ledger ----------------------------------------------------------------------------------------------
 

@@ -29,11 +29,12 @@ class Base:
     fingerprint: str
 
 
-def resolve(config: BaseConfig) -> tuple[str, str]:
-    """Where the weights are (folder or hub id) and which prompt style goes with them.
+def resolve(config: BaseConfig) -> str:
+    """Where the weights are: a folder or a hub id.
 
     Raises:
-        UserError: the name is neither shipped, a folder, nor of the form owner/name.
+        UserError: the name is neither shipped, a folder, nor of the form owner/name; a prompt style or a quantisation
+            that this version does not know.
     """
     location, prompt = config.model, "chat_template"
     if config.model in shipped("models"):
@@ -46,7 +47,12 @@ def resolve(config: BaseConfig) -> tuple[str, str]:
             f"base.model {config.model!r} is neither a shipped base ({known(shipped('models'))}), nor a folder, "
             "nor a hub id of the form owner/name"
         )
-    return location, config.prompt if config.prompt != "auto" else prompt
+    style = config.prompt if config.prompt != "auto" else prompt
+    if style != "chat_template":
+        raise UserError(f"base.prompt {style!r} is not known; allowed: auto, chat_template")
+    if config.quantization is not None:
+        raise UserError(f"base.quantization {config.quantization!r} is not supported yet; allowed: null")
+    return location
 
 
 def load_base(config: BaseConfig, projector: str) -> Base:
@@ -64,11 +70,7 @@ def load_base(config: BaseConfig, projector: str) -> Base:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    location, prompt_style = resolve(config)
-    if prompt_style != "chat_template":
-        raise UserError(f"base.prompt {prompt_style!r} is not known; allowed: auto, chat_template")
-    if config.quantization is not None:
-        raise UserError(f"base.quantization {config.quantization!r} is not supported yet; allowed: null")
+    location = resolve(config)
     try:
         processor = AutoProcessor.from_pretrained(location)
         model = AutoModelForImageTextToText.from_pretrained(

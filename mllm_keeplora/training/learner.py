@@ -70,6 +70,8 @@ class Learner:
         self.strategy.prepare(context)
         if distributed.is_main():
             files.write_tensors(self.run.kept_by_prepare, {name: basis.columns for name, basis in self.kept.items()})
+        distributed.barrier()
+        self.learnt = None  # the next stage reads the file, the same whether the run was interrupted or not
         return {"target_layers": len(self.base.parts.target_layers), **_ranks(self.kept)}
 
     def gradient(self, unit: Unit) -> dict[str, Any]:

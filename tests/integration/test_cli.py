@@ -131,6 +131,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(settings, two, tmp
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(output)))
     said = shell("run", tmp_path / "run.yaml", code=INTERRUPTED)
     assert said.code == 130, said.err
+    assert said.err.rstrip().endswith("stopped; the same command continues the run")
     assert "Traceback" not in said.err
     assert stages(output)[-1] == "01_Alpha/gradient"
 

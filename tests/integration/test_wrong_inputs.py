@@ -240,3 +240,22 @@ def test_a_real_process_exits_with_2_and_one_message(desk):
     desk.change("train", lambda row: row.update(image="../secret.png"))
     assert_refused(shell("check", desk.write()), "'../secret.png' leaves the data folder")
     assert not desk.output.exists()
+
+
+LATE = {
+    "batch_size that does not divide": (
+        ["train.batch_size=6", "train.micro_batch_size=4"],
+        ["train.batch_size 6", "4 x 1"],
+    ),
+    "unknown Trainer argument": (["train.args={warp_drive: 9}"], ["warp_drive"]),
+    "unknown schedule": (["train.schedule=zigzag"], ["zigzag"]),
+    "quantization": (["base.quantization=nf4"], ["base.quantization 'nf4'"]),
+    "prompt": (["base.prompt=vicuna"], ["base.prompt 'vicuna'"]),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_setting_that_would_fail_late_is_refused_before_anything_runs(name, desk, command):
+    overrides, parts = LATE[name]
+    assert_refused(command("run", desk.write(), *overrides), *parts)
+    assert not desk.output.exists()
