@@ -114,6 +114,7 @@ def test_list_names_what_a_config_can_say(kind, names, command):
 
 INTERRUPTED = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background lets its children ignore it
 from mllm_keeplora.training.fit import Reporter
 calls = []
 def interrupted(self, *args, **keywords):
