@@ -26,6 +26,7 @@ from mllm_keeplora.eval.rows import blind_score, evaluate_named, sets_after
 from mllm_keeplora.log import log, start_logging
 from mllm_keeplora.opening import open_run
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
+from mllm_keeplora.training.deepspeed import deepspeed_file
 from mllm_keeplora.training.learner import Learner
 
 
@@ -41,6 +42,7 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
     """
     start_logging()
     _limit_threads(config)
+    deepspeed_file(config.deepspeed)  # refused here if it is not installed: the process group needs it
     with distributed.process_group(deepspeed=config.deepspeed is not None):
         started = RunDir(config.output_dir).exists()
         checked = distributed.main_first(lambda: check_run(config, decode_images=distributed.is_main() and not started))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,4 +259,12 @@ LATE = {
 def test_a_setting_that_would_fail_late_is_refused_before_anything_runs(name, desk, command):
     overrides, parts = LATE[name]
     assert_refused(command("run", desk.write(), *overrides), *parts)
+    assert not desk.output.exists()
+
+
+def test_deepspeed_that_is_not_installed_is_named_with_its_remedy(desk, command, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    said = command("run", desk.write(), "deepspeed=zero2")
+    assert_refused(said, "deepspeed", "not installed", "pip install")
     assert not desk.output.exists()
