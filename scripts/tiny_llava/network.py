@@ -14,6 +14,7 @@ from mllm_keeplora.data.mini.vocabulary import BOS, EOS, IMAGE, PAD, vocabulary
 from .processing import MEAN, PATCH, STD
 
 NUM_IMAGE_TOKENS = 64
+WEIGHTS = (1.5, 1.0, 1.5, 0.6, 0.6, 0.6, 0.5, 0.5)  # of the dense channels in the loss, in the order of CHANNELS
 
 
 def build_model() -> LlavaForConditionalGeneration:
@@ -77,7 +78,7 @@ class DenseHeads(nn.Module):
         targets = cells.flatten(2).transpose(1, 2)
         front = targets[..., 0] > 0
         loss, shares = torch.zeros(()), []
-        for channel, (logits, weight) in enumerate(zip(groups, (1.5, 1.0, 1.5, 0.6, 0.6, 0.6), strict=True)):
+        for channel, (logits, weight) in enumerate(zip(groups, WEIGHTS, strict=True)):
             target = targets[..., channel]
             cost = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
             right = logits.argmax(-1) == target

@@ -5,6 +5,8 @@ Other general pictures (textures, lines, bars, digits, arrows) are in `general_s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from .draw import COLORS, QUARTERS, SHAPES, Canvas, Sample, photo_patch, pick, pick_some, vary
@@ -35,7 +37,8 @@ SCENES = {
     "half": 0.04,
 }
 CENTERS = {name: (x + 16, y + 16) for name, (x, y) in QUARTERS.items()}
-SLOTS = [(x, y) for y in (11, 32, 53) for x in (11, 32, 53)]
+ROWS, COLUMNS = {"top": 11, "": 32, "bottom": 53}, {"left": 11, "": 32, "right": 53}
+SLOTS = {f"{row} {col}".strip() or "middle": (x, y) for row, y in ROWS.items() for col, x in COLUMNS.items()}
 
 
 def _background(rng, canvas: Canvas, name: str, held_out: bool) -> bool:
@@ -96,19 +99,17 @@ def _exist_qas(rng, objects: list[dict], background: str) -> list[tuple[str, str
     return qas
 
 
-def _attribute_qas(objects: list[dict], with_place: bool) -> list[tuple[str, str, str]]:
+def _attribute_qas(objects: list[dict]) -> list[tuple[str, str, str]]:
     qas = []
     for o in objects:
         if sum(p["shape"] == o["shape"] for p in objects) == 1:
             qas.append(("color of shape", f"what color is the {o['shape']} ?", o["color"]))
             qas.append(("size of shape", f"is the {o['shape']} big or small ?", o["size"]))
-            if with_place:
-                qas.append(("place of shape", f"where is the {o['shape']} ?", o["place"]))
+            qas.append(("place of shape", f"where is the {o['shape']} ?", o["place"]))
         if sum(p["color"] == o["color"] for p in objects) == 1:
             qas.append(("shape of color", f"what shape is the {o['color']} object ?", o["shape"]))
             qas.append(("size of color", f"is the {o['color']} object big or small ?", o["size"]))
-            if with_place:
-                qas.append(("place of color", f"where is the {o['color']} object ?", o["place"]))
+            qas.append(("place of color", f"where is the {o['color']} object ?", o["place"]))
     return qas
 
 
@@ -132,7 +133,7 @@ def _relation_qas(objects: list[dict]) -> list[tuple[str, str, str]]:
 
 
 def _object_facts(objects: list[dict], background: str) -> list[str]:
-    facts = [f"{o['size']} {o['color']} {o['shape']} {o['place']}".strip() for o in objects]
+    facts = [f"{o['size']} {o['color']} {o['shape']} {o['place']}" for o in objects]
     return [*facts, f"{background} background"]
 
 
@@ -141,7 +142,7 @@ def object_scene(rng: np.random.Generator, quarters: bool, held_out: bool, most:
 
     Args:
         rng: source of all randomness.
-        quarters: at most one object in each quarter, so that places can be named.
+        quarters: at most one object in each quarter, so that quarters can be asked about.
         held_out: use the test part of the real pictures.
         most: largest number of objects (a curriculum starts with 1).
     """
@@ -152,7 +153,7 @@ def object_scene(rng: np.random.Generator, quarters: bool, held_out: bool, most:
         objects = _objects(rng, places, background, 5, 0.15)
     else:
         count = int(rng.integers(0 if most > 1 else 1, most + 1))
-        objects = _objects(rng, [("", s) for s in pick_some(rng, SLOTS, count)], background, 2, 0.45)
+        objects = _objects(rng, pick_some(rng, tuple(SLOTS.items()), count), background, 2, 0.45)
     canvas = Canvas(vary(rng, BACKGROUNDS[background], 6))
     plain = _background(rng, canvas, background, held_out)
     cells = new_cells(background, len(objects))
@@ -160,7 +161,7 @@ def object_scene(rng: np.random.Generator, quarters: bool, held_out: bool, most:
         canvas.shape(o["shape"], o["x"], o["y"], o["r"], vary(rng, COLORS[o["color"]]))
         object_cells(cells, (o["x"], o["y"], o["r"], o["r"]), KINDS.index(o["shape"]), o["color"], o["size"])
     qas = [("background", "what color is the background ?", background)] if plain else []
-    qas += _attribute_qas(objects, quarters) + _relation_qas(objects)
+    qas += _attribute_qas(objects) + _relation_qas(objects)
     qas += _count_qas(rng, objects) + _exist_qas(rng, objects, background)
     if quarters:
         for name in QUARTERS:
@@ -169,21 +170,24 @@ def object_scene(rng: np.random.Generator, quarters: bool, held_out: bool, most:
     return Sample(canvas.finish(rng), qas, _object_facts(objects, background), cells)
 
 
-def sample(rng: np.random.Generator, held_out: bool = False, most: int = 5) -> Sample:
+def sample(
+    rng: np.random.Generator, held_out: bool = False, most: int = 5, scenes: Mapping[str, float] = SCENES
+) -> Sample:
     """Draw one general picture.
 
     Args:
         rng: source of all randomness.
         held_out: use the test part of the real pictures (digits, photographs).
         most: largest number of objects in the object scenes.
+        scenes: how often each kind of picture is drawn; the shares add up to 1.
 
     Returns:
         A `Sample` with `cells`.
     """
-    scene = str(rng.choice(list(SCENES), p=np.array(list(SCENES.values()))))
+    scene = str(rng.choice(list(scenes), p=np.array(list(scenes.values()))))
     if scene in ("quarters", "slots"):
         return object_scene(rng, scene == "quarters", held_out, most)
     if scene == "digit":
         return digit_scene(rng, held_out)
-    scenes = {"texture": texture_scene, "line": line_scene, "trend": trend_scene, "bar": bar_scene}
-    return {**scenes, "arrow": arrow_scene, "half": half_scene}[scene](rng)
+    others = {"texture": texture_scene, "line": line_scene, "trend": trend_scene, "bar": bar_scene}
+    return {**others, "arrow": arrow_scene, "half": half_scene}[scene](rng)

@@ -21,15 +21,19 @@ ATTRIBUTES = (
     *("longest", "shortest", "middle", "up", "down", "left", "right"),
 )
 CELL = 8
-CHANNELS = {"kind": len(KINDS), "hue": len(HUES), "attribute": len(ATTRIBUTES), "texture": 5, "ground": 14, "count": 7}
+CHANNELS = {
+    **{"kind": len(KINDS), "hue": len(HUES), "attribute": len(ATTRIBUTES), "texture": 5, "ground": 14, "count": 7},
+    **{"column": CELL, "row": CELL},  # of the centre of what the cell shows; of the cell itself where it shows nothing
+}
 
 
 def new_cells(background: str, count: int, texture: str = "plain") -> np.ndarray:
-    """(6, 8, 8) uint8 targets of an empty picture; the channels are those of CHANNELS."""
+    """(8, 8, 8) uint8 targets of an empty picture; the first axis is that of CHANNELS."""
     cells = np.zeros((len(CHANNELS), CELL, CELL), np.uint8)
     cells[3] = TEXTURES.index(texture)
     cells[4] = HUES.index(background)
     cells[5] = count
+    cells[7], cells[6] = np.indices((CELL, CELL))
     return cells
 
 
@@ -47,6 +51,7 @@ def object_cells(
     cells[0][where] = kind
     cells[1][where] = HUES.index(hue)
     cells[2][where] = ATTRIBUTES.index(attribute)
+    cells[6][where], cells[7][where] = (int(np.clip(c // 8, 0, CELL - 1)) for c in (cx, cy))
 
 
 def _ground(rng, exclude: str = "") -> tuple[str, Canvas]:

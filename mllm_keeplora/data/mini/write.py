@@ -18,7 +18,7 @@ from . import ad, fin, general, med, rs, sci
 from .draw import Sample
 
 DOMAINS = {"RS": rs, "Med": med, "AD": ad, "Sci": sci, "Fin": fin}
-SIZES: dict[str, int] = {"train": 1500, "val": 200, "test": 400, "general": 1000, "anchors": 256}
+SIZES: dict[str, int] = {"train": 1500, "val": 300, "test": 400, "general": 2000, "anchors": 1024}
 SPLITS = ("train", "val", "test")
 MOST_TURNS = 3
 Progress = Callable[[int, int], None]
