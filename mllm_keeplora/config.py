@@ -35,6 +35,7 @@ class BaseConfig(Section):
     quantization: Literal["nf4", "int8"] | None = None
     prompt: str = "auto"
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    tower_cache_mb: int | None = runtime(None, ge=0, description="kept tower outputs; null = 512 on a CPU, 0 on a GPU")
 
 
 class StrategyConfig(BaseModel):
@@ -82,7 +83,10 @@ class DomainOverride(Section):
 
 
 class EvalConfig(Section):
+    """`split: validation` grades the validation questions instead, and no suite: for choosing settings."""
+
     domains: Literal["seen", "all"] = "seen"
+    split: Literal["test", "validation"] = "test"
     batch_size: int = runtime(16, ge=1)
     max_new_tokens: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
@@ -97,7 +101,7 @@ class RunConfig(Section):
     base: BaseConfig
     benchmark: str | list[dict[str, Any]] | dict[str, Any]
     data_root: str | None = runtime(None)
-    domains: list[str] | None = None
+    domains: list[str] | str | None = None  # names, the name of one of the benchmark's orders, or its own order
     strategy: StrategyConfig
     adapters: AdaptersConfig = AdaptersConfig()
     train: TrainConfig = TrainConfig()
@@ -136,7 +140,7 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     path = find_config("runs", source)
     values = read_yaml(path)
     for override in sorted(overrides, key=lambda text: not text.startswith("strategy.name=")):
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values, origin=str(source))
 
 
@@ -219,7 +223,12 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key=value in a config's dictionary, in place.
+
+    Raises:
+        UserError: not of that form, the value is no YAML, or a key on the way holds a single value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"an override is written key=value, got {override!r}")

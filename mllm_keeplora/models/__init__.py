@@ -3,5 +3,6 @@
 from mllm_keeplora.models.base import Base, load_base
 from mllm_keeplora.models.parts import Parts
 from mllm_keeplora.models.prompt import IGNORED, ChatPrompt
+from mllm_keeplora.models.tower_cache import TowerCache, cache_tower
 
-__all__ = ["IGNORED", "Base", "ChatPrompt", "Parts", "load_base"]
+__all__ = ["IGNORED", "Base", "ChatPrompt", "Parts", "TowerCache", "cache_tower", "load_base"]

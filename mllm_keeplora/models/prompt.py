@@ -6,12 +6,14 @@ The mask comes from the token ids of rendered prefixes, never from a search for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-from mllm_keeplora.data.schema import Record
+from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.errors import UserError
 
 IGNORED = -100
+REMEMBERED = 1 << 15  # renderings; conversations of a domain share their first turns, and passes share conversations
 
 
 class ChatPrompt:
@@ -75,16 +77,12 @@ class ChatPrompt:
 
     def _render(self, record: Record, turns: int, suffix: str = "", generation: bool | None = None) -> str:
         """The chat template over the first `turns` turns; open for an answer if the last one is the user's."""
-        messages = []
-        for position, turn in enumerate(record.turns[:turns]):
-            pictures = [{"type": "image"} for _ in record.media] if position == 0 else []
-            text = turn.text + suffix if turn.role == "user" else turn.text
-            messages.append({"role": turn.role, "content": [*pictures, {"type": "text", "text": text}]})
-        open_end = messages[-1]["role"] == "user" if generation is None else generation
-        return self.processor.apply_chat_template(messages, add_generation_prompt=open_end, tokenize=False)
+        shown = record.turns[:turns]
+        open_end = shown[-1].role == "user" if generation is None else generation
+        return _rendered(self.processor, shown, len(record.media), suffix, open_end)
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=not self._starts_with_bos(text))["input_ids"]
+        return _encoded(self.tokenizer, text, not self._starts_with_bos(text))
 
     def _starts_with_bos(self, text: str) -> bool:
         return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
@@ -100,3 +98,18 @@ class ChatPrompt:
             return_tensors="pt",
         )
         return dict(batch)
+
+
+@lru_cache(REMEMBERED)
+def _rendered(processor: Any, turns: tuple[Turn, ...], num_images: int, suffix: str, open_end: bool) -> str:
+    messages = []
+    for position, turn in enumerate(turns):
+        pictures = [{"type": "image"} for _ in range(num_images)] if position == 0 else []
+        text = turn.text + suffix if turn.role == "user" else turn.text
+        messages.append({"role": turn.role, "content": [*pictures, {"type": "text", "text": text}]})
+    return processor.apply_chat_template(messages, add_generation_prompt=open_end, tokenize=False)
+
+
+@lru_cache(REMEMBERED)
+def _encoded(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]

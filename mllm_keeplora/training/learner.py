@@ -17,7 +17,7 @@ from mllm_keeplora.config import RunConfig, result_defining
 from mllm_keeplora.data import Benchmark
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.log import log
-from mllm_keeplora.models import Base, load_base
+from mllm_keeplora.models import Base, cache_tower, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.strategies import DomainInfo, Strategy
 from mllm_keeplora.training.context import RunContext
@@ -54,6 +54,7 @@ class Learner:
             self.run.record["base"]["fingerprint"] = base.fingerprint
             self.run.save()
         assert expected in (None, base.fingerprint), "the check compares fingerprints before"
+        cache_tower(base, self.config.base.tower_cache_mb)
         return base
 
     @cached_property
