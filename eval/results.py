@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from dataclasses import InitVar, asdict, dataclass, field
 from importlib import metadata
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import files
+from mllm_keeplora.config import RunConfig
+from mllm_keeplora.data import Benchmark
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.rows import stored_score
+from mllm_keeplora.eval.rows import blind_scores, by_type, stored_score, stored_scores
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
 from mllm_keeplora.runs import BASE_UNIT, RunDir
 
@@ -22,7 +26,12 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safete
 class Results:
     """Content of results.json; scores in percent, None where not measured.
 
-    `origin` is where the run keeps them: the file that `save` writes when it is given no other.
+    Attributes:
+        per_type, blind_per_type: set -> question type -> score, after the last unit; where test records name types.
+        settings: every key that defines results, but name and seed, by dotted name.
+        identity: what was measured on: `split`, `data` (digest of all its files), `generator` (of drawn data, with
+            the hash of its code), `base` (fingerprint of the weights).
+        origin: where the run keeps them: the file that `save` writes when it is given no other.
     """
 
     benchmark: str
@@ -39,6 +48,10 @@ class Results:
     peak_memory_bytes: int
     questions: dict[str, int] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    per_type: dict[str, dict[str, float]] = field(default_factory=dict)
+    blind_per_type: dict[str, dict[str, float]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, str | None] = field(default_factory=dict)
     name: str = ""
     format: int = FORMAT
     origin: InitVar[Path | None] = None
@@ -72,7 +85,7 @@ class Results:
         return cls(**values, origin=path)
 
 
-def collect_results(run: RunDir, blind: list[float | None]) -> Results:
+def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Results:
     """Read every cell from the predictions on disk.
 
     A union of domains is trained in one unit: it fills the last row of the matrix, since all domains are then seen.
@@ -92,6 +105,8 @@ def collect_results(run: RunDir, blind: list[float | None]) -> Results:
     metrics = dict(ScoreMatrix(matrix, zero_shot=zero_shot).metrics())
     metrics["general_retention"] = general_retention(general[suites[0]]) if suites else None
     record = run.record
+    blind = {name: blind_scores(benchmark, name, config) for name in domains}
+    last = run.folder(run.finished_units[-1]) if run.finished_units else base_folder
     return Results(
         name=record["name"],
         benchmark=record["benchmark"],
@@ -101,15 +116,47 @@ def collect_results(run: RunDir, blind: list[float | None]) -> Results:
         seed=record["config"]["seed"],
         score_matrix=matrix,
         zero_shot=zero_shot,
-        blind=blind,
+        blind=[100 * sum(scores.values()) / len(scores) for scores in blind.values()],
         general=general,
         metrics=metrics,
         wall_seconds=run.seconds_by_kind(),
         peak_memory_bytes=run.peak_memory_bytes(),
         questions=_counts(run),
         environment=environment(),
+        per_type=_typed(benchmark, {name: stored_scores(last, name) for name in [*domains, *suites]}),
+        blind_per_type=_typed(benchmark, blind),
+        settings=settings_of(record),
+        identity={
+            "split": benchmark.split,
+            "data": _digest_of_data(record),
+            "generator": record.get("generator"),
+            "base": record["base"]["fingerprint"],
+        },
         origin=run.results,
     )
+
+
+def settings_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Result-defining keys of a run's record without name and seed; training keys by domain only where they differ."""
+    found = {key: value for key, value in record["config"].items() if key not in {"name", "seed"}}
+    for key in {key: None for each in record["domains"] for key in each["train"]}:
+        values = {each["name"]: each["train"].get(key) for each in record["domains"]}
+        if len({repr(value) for value in values.values()}) == 1:
+            found[f"train.{key}"] = next(iter(values.values()))
+        else:
+            found.update({f"{name}.train.{key}": value for name, value in values.items()})
+    return found
+
+
+def _typed(benchmark: Benchmark, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    typed = {name: by_type(benchmark, name, each) for name, each in scores.items()}
+    return {name: kinds for name, kinds in typed.items() if kinds}
+
+
+def _digest_of_data(record: dict[str, Any]) -> str:
+    """One digest of all training and graded files, whatever the order of the domains."""
+    parts = sorted([each["name"], sorted(each["sha256"].items())] for each in [*record["domains"], *record["suites"]])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def environment() -> dict[str, str]:

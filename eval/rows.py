@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_keeplora import files
@@ -56,13 +56,34 @@ def stored_score(folder: DomainDir, name: str) -> float | None:
     return mean_score(files.read_json_lines(path)) if path.is_file() else None
 
 
-def blind_score(benchmark: Benchmark, name: str, config: RunConfig) -> float:
-    """Score in percent of the most frequent training answer per question text: what no look at the image is worth."""
+def blind_scores(benchmark: Benchmark, name: str, config: RunConfig) -> dict[str, float]:
+    """What no look at the image is worth: the score of the most frequent training answer per question text.
+
+    Returns:
+        Record id -> score in [0, 1].
+    """
     pairs = [pair for record in benchmark.train_records(name) for pair in record.question_answers()]
     blind, part = BlindAnswerer(pairs), benchmark.graded(name)
-    records = asked_records(benchmark, name, config)
-    rows = [
-        {"score": score(part.scorer, prediction=blind.answer(r.question), answer=r.answer, question=r.question)}
-        for r in records
-    ]
-    return mean_score(rows)
+    return {
+        r.id: score(part.scorer, prediction=blind.answer(r.question), answer=r.answer, question=r.question)
+        for r in asked_records(benchmark, name, config)
+    }
+
+
+def by_type(benchmark: Benchmark, name: str, scores: Mapping[str, float]) -> dict[str, float]:
+    """Mean score in percent per question type, largest type first; empty where the records name no types.
+
+    Args:
+        scores: record id -> score in [0, 1].
+    """
+    found: dict[str, list[float]] = {}
+    for record in benchmark.test_records(name):
+        if record.kind and record.id in scores:
+            found.setdefault(record.kind, []).append(scores[record.id])
+    return {kind: 100 * sum(marks) / len(marks) for kind, marks in sorted(found.items(), key=lambda k: -len(k[1]))}
+
+
+def stored_scores(folder: DomainDir, name: str) -> dict[str, float]:
+    """Record id -> score of stored predictions; empty where none were made."""
+    path = folder.predictions(name)
+    return {row["id"]: row["score"] for row in files.read_json_lines(path)} if path.is_file() else {}

@@ -16,7 +16,7 @@ from mllm_keeplora.data import Benchmark, Domain, TestSet
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
-from mllm_keeplora.eval.rows import blind_score, evaluate_named
+from mllm_keeplora.eval.rows import evaluate_named
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 
@@ -42,7 +42,8 @@ class SavedRun:
         record = self.run.record
         domains = {each["name"]: Domain(**each["files"]) for each in record["domains"]}
         suites = {each["name"]: TestSet(**each["files"]) for each in record["suites"]}
-        return Benchmark(name=record["benchmark"], domains=domains, suites=suites)
+        split = self.config.eval.split
+        return Benchmark(name=record["benchmark"], domains=domains, suites=suites, split=split)
 
     def load(self, after: int | None = None) -> tuple[Any, Any]:
         """Plain transformers model with everything learnt by the first `after` units merged, and its processor.
@@ -150,9 +151,8 @@ def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | No
 def refresh_results(saved: SavedRun) -> Results:
     """Collect a run's results from its predictions again; rewrites results.json and report.html."""
     benchmark = saved.benchmark
-    blind = [blind_score(benchmark, name, saved.config) for name in benchmark.domains]
     with saved.run.locked():
-        results = collect_results(saved.run, blind)
+        results = collect_results(saved.run, benchmark, saved.config)
         if distributed.is_main():
             results.save()
             write_report(saved.run, results, benchmark)

@@ -91,6 +91,59 @@ def report(run: Run) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="run folders, results.json files, sweep folders")
+    ],
+    output: Annotated[Path | None, typer.Option(help="also write report.html, tables and pictures here")] = None,
+) -> None:
+    """Show finished runs side by side; runs that differ by seed alone become one row, mean and standard deviation.
+
+    Example: mllm-keeplora compare runs/mini_dcl runs/mini_dcl_finetune --output runs/comparison
+    """
+    from rich.console import Console
+
+    from mllm_keeplora.comparison import load_results, write_comparison
+    from mllm_keeplora.errors import UserError
+    from mllm_keeplora.report import compare_table
+
+    results = load_results(runs)
+    try:
+        table = compare_table(results)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    Console().print(table)
+    if output is not None:
+        write_comparison(output, output.name, results)
+        typer.echo(f"report   {output}/report.html")
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="SWEEP", help="a sweep's YAML file, or a shipped name")],
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs side by side; each gets its share of the cores")] = 1,
+) -> None:
+    """Choose every strategy's setting by one rule on the validation questions, run the choice over seeds, compare.
+
+    The same command continues an interrupted sweep.
+
+    Example: mllm-keeplora sweep mini_dcl --jobs 2
+    """
+    from rich.console import Console
+
+    from mllm_keeplora.log import start_logging
+    from mllm_keeplora.report import compare_table
+    from mllm_keeplora.sweep import load_sweep, run_sweep
+
+    start_logging()
+    loaded = load_sweep(config, overrides or [])
+    results = run_sweep(loaded, jobs)
+    Console().print(compare_table(results))
+    typer.echo(f"\nreport   {loaded.folder}/report.html\ntables   {loaded.folder}/tables.md")
+
+
+@app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
     """Look for every fault of config, data and base before anything runs.
 
@@ -109,7 +162,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command(name="list")
-def list_names(kind: Annotated[str, typer.Argument(help="strategies, models, benchmarks or runs")]) -> None:
+def list_names(kind: Annotated[str, typer.Argument(help="strategies, models, benchmarks, runs or sweeps")]) -> None:
     """List what can be named in a config.
 
     Example: mllm-keeplora list strategies
@@ -123,11 +176,11 @@ def list_names(kind: Annotated[str, typer.Argument(help="strategies, models, ben
         for name, strategy in STRATEGIES.items():
             summary = sys.modules[strategy.__module__].__doc__ or ""
             typer.echo(f"{name:<12} {summary.splitlines()[0]}")
-    elif kind in {"models", "benchmarks", "runs"}:
+    elif kind in {"models", "benchmarks", "runs", "sweeps"}:
         for name in shipped(kind):
             typer.echo(name)
     else:
-        raise UserError(f"list knows strategies, models, benchmarks and runs, got {kind!r}")
+        raise UserError(f"list knows strategies, models, benchmarks, runs and sweeps, got {kind!r}")
 
 
 def _print_results(results: dict) -> None:

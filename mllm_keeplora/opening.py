@@ -70,6 +70,7 @@ def _record(config: RunConfig, checked: Checked, source: RunDir | None, after: i
         "created": now(),
         "environment": environment(),
         "benchmark": checked.benchmark.name,
+        "generator": checked.benchmark.root.name if checked.benchmark.generator is not None else None,
         "base": {"name": config.base.model, "fingerprint": checked.base_fingerprint},
         "seed": config.seed,
         "parent": {"run": str(source.path), "after": after} if source is not None else None,
@@ -98,7 +99,8 @@ def _graded(benchmark: Benchmark, name: str) -> dict[str, Any]:
     for key in PATHS:
         if values.get(key) is not None:
             values[key] = str((benchmark.root / values[key]).resolve())
-    digests = {key: digest(Path(values[key])) for key in ("train", "test") if values.get(key) is not None}
+    graded = "test" if name in benchmark.suites else benchmark.split
+    digests = {key: digest(Path(values[key])) for key in ("train", graded) if values.get(key) is not None}
     return {"name": name, "files": values, "sha256": digests}
 
 

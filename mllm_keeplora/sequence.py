@@ -22,7 +22,7 @@ from mllm_keeplora.check import Checked, check_run
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
-from mllm_keeplora.eval.rows import blind_score, evaluate_named, sets_after
+from mllm_keeplora.eval.rows import evaluate_named, sets_after
 from mllm_keeplora.log import log, start_logging
 from mllm_keeplora.opening import open_run
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
@@ -84,8 +84,7 @@ def evaluate(learner: Learner, unit: Unit) -> None:
 def report(learner: Learner) -> Results:
     """Collect what was measured, compute the metrics, write results.json and report.html."""
     run, benchmark = learner.run, learner.benchmark
-    blind = [blind_score(benchmark, name, learner.config) for name in benchmark.domains]
-    results = collect_results(run, blind)
+    results = collect_results(run, benchmark, learner.config)
     if distributed.is_main():
         results.save()
         write_report(run, results, benchmark)

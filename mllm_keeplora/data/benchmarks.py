@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -49,8 +49,10 @@ class Benchmark(BaseModel):
     generator: str | None = None
     defaults: dict[str, Any] = Field(default_factory=dict)
     domains: dict[str, Domain]
+    orders: dict[str, list[str]] = Field(default_factory=dict, description="official sequences by name")
     suites: dict[str, TestSet] = Field(default_factory=dict)
     root: Path = Path()
+    split: Literal["test", "validation"] = "test"
 
     def train_records(self, domain: str) -> list[Record]:
         part = self.domains[domain]
@@ -58,10 +60,18 @@ class Benchmark(BaseModel):
         return read_train(path, self._images(part, path))
 
     def test_records(self, name: str) -> list[Record]:
-        """Test records of a domain or a suite, by its name."""
+        """Graded records of a domain or a suite, by its name: its test set, or its validation set by `split`."""
         part = self.graded(name)
-        path = self.root / part.test
+        path = self.root / self.graded_file(name)
         return read_test(path, self._images(part, path))
+
+    def graded_file(self, name: str) -> str:
+        """The file that a domain or suite is graded by, relative to the root."""
+        if self.split == "test":
+            return self.graded(name).test
+        file = self.domains[name].validation
+        assert file is not None, "load_benchmark refuses a domain without one"
+        return file
 
     def graded(self, name: str) -> TestSet:
         """The domain or suite of that name: whatever can be asked and graded."""
@@ -86,7 +96,7 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
         for name, part in [*benchmark.domains.items(), *benchmark.suites.items()]
         if part.scorer not in SCORERS
     ]
-    wanted = config.domains if config.domains is not None else list(benchmark.domains)
+    wanted = _wanted(config, benchmark, faults, origin)
     faults += [
         f"domains names {name!r}; {benchmark.name} has {known(benchmark.domains)} ({origin})"
         for name in [*wanted, *config.per_domain]
@@ -96,16 +106,38 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
     faults += [
         f"{name!r} is both a domain and a suite ({origin})" for name in benchmark.suites if name in benchmark.domains
     ]
+    if config.eval.split == "validation":
+        without = [name for name in wanted if name in benchmark.domains and not benchmark.domains[name].validation]
+        faults += [
+            f"eval.split is validation, but domain {name} names no validation file ({origin})" for name in without
+        ]
     if not wanted:
         faults.append(f"domains is empty; {benchmark.name} has {known(benchmark.domains)}")
     if faults:
         raise several(faults)
     benchmark.domains = {name: benchmark.domains[name] for name in wanted}
+    benchmark.split = config.eval.split
+    if benchmark.split == "validation":
+        benchmark.suites = {}
     if benchmark.generator is not None:
         benchmark.root = _generate(benchmark.generator, origin, progress)
     elif config.data_root or os.environ.get(DATA_ROOT):
         benchmark.root = Path(config.data_root or os.environ[DATA_ROOT])
     return benchmark
+
+
+def _wanted(config: RunConfig, benchmark: Benchmark, faults: list[str], origin: str) -> list[str]:
+    """Domains in the order of the run: as listed, by the name of an order, or as the benchmark has them."""
+    if config.domains is None:
+        return list(benchmark.domains)
+    if isinstance(config.domains, list):
+        return config.domains
+    if config.domains in benchmark.orders:
+        return benchmark.orders[config.domains]
+    faults.append(
+        f"domains: {benchmark.name} has no order {config.domains!r}; known: {known(benchmark.orders)} ({origin})"
+    )
+    return list(benchmark.domains)
 
 
 def _definition(config: RunConfig) -> tuple[Benchmark, str]:

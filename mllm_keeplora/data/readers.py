@@ -89,7 +89,8 @@ def _test_record(row: Any, images: Path, origin: str) -> Record:
     identifier = _identifier(row)
     if not identifier:
         raise UserError(f"{origin}: question_id is missing")
-    return Record(identifier, _media(row, images, origin), (Turn("user", row["text"]),), row["answer"], origin)
+    media, kind = _media(row, images, origin), str(row.get("type", ""))
+    return Record(identifier, media, (Turn("user", row["text"]),), row["answer"], kind, origin)
 
 
 def _require(row: Any, keys: dict[str, type], origin: str) -> None:

@@ -34,6 +34,7 @@ class Record:
     media: tuple[Media, ...]
     turns: tuple[Turn, ...]
     answer: str | None = None
+    kind: str = ""  # question type, where a test record names one
     origin: str = field(default="", compare=False)
 
     @property

@@ -1,16 +1,29 @@
-"""Renders the results of a run for a terminal, a figure or a page. Reads a results dict; opens no run and no model."""
+"""Renders the results of runs for a terminal, a figure or a page. Reads results dicts; opens no run and no model."""
 
+from mllm_keeplora.report.comparison import finals, heat_maps, markdown, paired, render_comparison, summary
 from mllm_keeplora.report.figures import data_uri, domain_curves_figure, save_png, score_matrix_figure
+from mllm_keeplora.report.groups import Group, group_runs, trade_off_curves
 from mllm_keeplora.report.html import WrongAnswer, render_html
 from mllm_keeplora.report.tables import compare_table, results_table
+from mllm_keeplora.report.trade_off import trade_off_figure
 
 __all__ = [
+    "Group",
     "WrongAnswer",
     "compare_table",
     "data_uri",
     "domain_curves_figure",
+    "finals",
+    "group_runs",
+    "heat_maps",
+    "markdown",
+    "paired",
+    "render_comparison",
     "render_html",
     "results_table",
     "save_png",
     "score_matrix_figure",
+    "summary",
+    "trade_off_curves",
+    "trade_off_figure",
 ]

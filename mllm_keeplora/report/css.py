@@ -37,6 +37,7 @@ details[open] summary { margin-bottom: 12px; }
 .pair section.figure { flex: 100 1 420px; }
 figure { margin: 0; }
 figure img { display: block; width: 100%; max-width: 640px; height: auto; margin: 0 auto; }
+figure.wide img { max-width: 100%; }
 .scroll { overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 2px; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; text-align: right; padding: 4px 10px; white-space: nowrap; }

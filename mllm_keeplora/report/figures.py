@@ -50,7 +50,7 @@ def score_matrix_figure(
         )
     sheets = [score_sheet(results) for results in results_list]
     num_rows = max(len(sheet.references) + len(sheet.stages) for sheet in sheets)
-    figure = _new_figure(0.8 + sum(0.55 * len(sheet.columns) + 0.9 for sheet in sheets), 0.38 * num_rows + 0.8)
+    figure = new_figure(0.8 + sum(0.55 * len(sheet.columns) + 0.9 for sheet in sheets), 0.38 * num_rows + 0.8)
     grid = figure.subplots(
         1, len(sheets), squeeze=False, gridspec_kw={"width_ratios": [len(sheet.columns) for sheet in sheets]}
     )
@@ -61,7 +61,7 @@ def score_matrix_figure(
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK[dark], labelsize=8, length=0)
     bar.set_label("score (%)", color=INK[dark], fontsize=8.5)
-    return _png(figure, dark)
+    return png_of(figure, dark)
 
 
 def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
@@ -79,7 +79,7 @@ def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
     sheet = score_sheet(results)
     rows = [*(row for row in sheet.references if row.label == ZERO_SHOT), *sheet.stages]
     first_stage = len(rows) - len(sheet.stages)
-    figure = _new_figure(max(4.4, 0.62 * len(rows) + 1.3), 3.3)
+    figure = new_figure(max(4.4, 0.62 * len(rows) + 1.3), 3.3)
     axes = figure.subplots()
     ends = []
     for j, name in enumerate(sheet.columns):
@@ -98,7 +98,7 @@ def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
     axes.grid(axis="y", color=FAINT[dark], alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT[dark])
-    return _png(figure, dark)
+    return png_of(figure, dark)
 
 
 def save_png(png: bytes, path: str | Path) -> None:
@@ -201,7 +201,7 @@ def _is_crowded(sheet: Sheet) -> bool:
     return max(len(name) for name in sheet.columns) > 8
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -210,7 +210,7 @@ def _new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _png(figure: "Figure", dark: bool) -> bytes:
+def png_of(figure: "Figure", dark: bool) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", transparent=dark, metadata={"Software": None})
     return buffer.getvalue()

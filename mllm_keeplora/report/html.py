@@ -52,13 +52,18 @@ def render_html(
         f"<h1>{escape(title)}</h1>",
         _facts(results),
         _tiles(results),
-        _pair(_section("Scores", _sheet_table(results, sheet)), _curves(results, sheet)),
-        _pair(_heat_map(results, sheet), _times(results)),
+        pair(section("Scores", _sheet_table(results, sheet)), _curves(results, sheet)),
+        pair(_heat_map(results, sheet), _times(results)),
         _per_type(results),
         _samples([WrongAnswer(*sample) for sample in wrong_answers]),
         _config(results),
         _environment(results),
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page from its parts; empty ones are left out."""
     body = "\n".join(part for part in parts if part)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -122,7 +127,7 @@ def _heat_map(results: Results, sheet: Sheet) -> str:
     if not any(row.is_measured for row in sheet.stages):
         return ""
     pictures = [score_matrix_figure([results], titles=[""], dark=dark) for dark in (False, True)]
-    return _section("Score matrix", _picture("Heat map of the score matrix", *pictures), "figure")
+    return section("Score matrix", picture("Heat map of the score matrix", *pictures), "figure")
 
 
 def _curves(results: Results, sheet: Sheet) -> str:
@@ -130,13 +135,16 @@ def _curves(results: Results, sheet: Sheet) -> str:
         return ""
     pictures = [domain_curves_figure(results, dark=dark) for dark in (False, True)]
     note = "Dashed: before the domain is learned. Large marker: learned here. Dotted: general."
-    content = _picture("Score of every domain over the sequence", *pictures) + f'<p class="note">{note}</p>'
-    return _section("Over the sequence", content, "figure")
+    content = picture("Score of every domain over the sequence", *pictures) + f'<p class="note">{note}</p>'
+    return section("Over the sequence", content, "figure")
 
 
-def _picture(text: str, light: bytes, dark: bytes) -> str:
+def picture(text: str, light: bytes, dark: bytes, wide: bool = False) -> str:
+    """A figure that follows the page's colour scheme."""
+    classes = ' class="wide"' if wide else ""
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{data_uri(dark)}">'
+        f"<figure{classes}><picture>"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{data_uri(dark)}">'
         f'<img alt="{text}" src="{data_uri(light)}"></picture></figure>'
     )
 
@@ -154,18 +162,20 @@ def _times(results: Results) -> str:
     total = f"Total {duration_text(sum(seconds.values()))}."
     if results.get("peak_memory_bytes"):
         total += f" Peak memory {memory_text(results['peak_memory_bytes'])}."
-    return _section("Time", f'<div class="bars">{bars}</div><p class="note">{total}</p>', "figure")
+    return section("Time", f'<div class="bars">{bars}</div><p class="note">{total}</p>', "figure")
 
 
 def _per_type(results: Results) -> str:
-    """Tabulate {domain: {question type: score}} of the last stage."""
-    per_type = results.get("per_type") or {}
+    """Tabulate {domain: {question type: score}} of the last stage beside the blind answer's."""
+    per_type, blind = results.get("per_type") or {}, results.get("blind_per_type") or {}
     rows = "".join(
-        f"<tr><th>{escape(domain)}</th><th>{escape(kind)}</th><td>{_typeset(score_text(score))}</td></tr>"
+        f"<tr><th>{escape(domain)}</th><th>{escape(kind)}</th><td>{_typeset(score_text(score))}</td>"
+        f"<td>{_typeset(score_text(blind.get(domain, {}).get(kind)))}</td></tr>"
         for domain, scores in per_type.items()
         for kind, score in scores.items()
     )
-    table = f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
+    head = "<thead><tr><th></th><th></th><th>score</th><th>blind</th></tr></thead>"
+    table = f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
     return _details("Final score by question type", table) if rows else ""
 
 
@@ -179,7 +189,7 @@ def _samples(samples: Sequence[WrongAnswer]) -> str:
             f'<dt>predicted</dt><dd class="wrong">{escape(sample.prediction) or "(empty)"}</dd>'
             f"<dt>answer</dt><dd>{escape(sample.answer)}</dd></dl></div>"
         )
-    return _section("Wrong answers", f'<div class="samples">{"".join(cards)}</div>') if cards else ""
+    return section("Wrong answers", f'<div class="samples">{"".join(cards)}</div>') if cards else ""
 
 
 def _config(results: Results) -> str:
@@ -201,11 +211,13 @@ def _environment(results: Results) -> str:
     return _details("Environment", f'<dl class="keys">{items}</dl>') if items else ""
 
 
-def _pair(*sections: str) -> str:
+def pair(*sections: str) -> str:
+    """Sections side by side where there is room."""
     return f'<div class="pair">{"".join(sections)}</div>'
 
 
-def _section(heading: str, content: str, classes: str = "") -> str:
+def section(heading: str, content: str, classes: str = "") -> str:
+    """A card with a heading."""
     return f'<section class="{classes}"><h2>{heading}</h2>{content}</section>'
 
 

@@ -9,8 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mllm_keeplora.report.groups import Group as RunGroup
+from mllm_keeplora.report.groups import group_runs, mean_and_sd, spread_text
 from mllm_keeplora.report.view import (
     METRICS,
+    Metric,
+    Row,
     duration_text,
     memory_text,
     metric_text,
@@ -47,6 +51,9 @@ def results_table(results: Results) -> RenderableType:
 def compare_table(results_list: Sequence[Results]) -> RenderableType:
     """Show runs side by side: metrics, then the final score on every domain; the best of a column is bold.
 
+    Runs that differ by seed alone are one row, mean over standard deviation. The references lie below: what the base
+    model answers, and the most frequent answer without a look at the image.
+
     Args:
         results_list: results of at least one run, all on the same domains in whatever order.
 
@@ -54,37 +61,43 @@ def compare_table(results_list: Sequence[Results]) -> RenderableType:
         Something a rich console prints.
 
     Raises:
-        ValueError: there is no run, or the runs were not made on the same domains.
+        ValueError: there is no run, or the runs cannot be compared (see `group_runs`).
     """
-    if not results_list:
-        raise ValueError("nothing to compare: no results given")
+    groups = group_runs(results_list)
     domains = list(results_list[0]["domains"])
-    for results in results_list:
-        if sorted(results["domains"]) != sorted(domains):
-            raise ValueError(
-                f"{run_title(results)} learned {results['domains']}, {run_title(results_list[0])} {domains}"
-            )
-    labels = _run_labels(results_list)
-    metrics = [[results["metrics"].get(metric.key) for metric in METRICS] for results in results_list]
-    texts = [[metric_text(metric, value) for metric, value in zip(METRICS, row, strict=True)] for row in metrics]
-    best = _best_rows(metrics, [metric.higher_is_better for metric in METRICS])
-    by_domain = [dict(zip(results["domains"], results["score_matrix"][-1], strict=True)) for results in results_list]
-    finals = [[scores[domain] for domain in domains] for scores in by_domain]
-    final_texts = [[score_text(score) for score in row] for row in finals]
+    metrics = [[group.metric(metric.key) for metric in METRICS] for group in groups]
+    finals = [[group.finals(domain) for domain in domains] for group in groups]
     return Group(
         Text("Metrics", style="bold"),
-        _ranked_table(labels, [metric.label for metric in METRICS], texts, best),
+        _ranked_table(groups, METRICS, metrics),
         Text("Final score", style="bold"),
-        _ranked_table(labels, domains, final_texts, _best_rows(finals, [True] * len(domains))),
+        _ranked_table(groups, [Metric(domain, domain, "") for domain in domains], finals, reference_rows(groups)),
     )
 
 
+def reference_rows(groups: Sequence[RunGroup]) -> list[Row]:
+    """Zero-shot and blind rows of the first run that has them; every run's are the same."""
+    rows: dict[str, Row] = {}
+    for group in groups:
+        for row in score_sheet(group.runs[0]).references:
+            rows.setdefault(row.label, row)
+    return list(rows.values())
+
+
 def _ranked_table(
-    labels: Sequence[str], columns: Sequence[str], texts: Sequence[Sequence[str]], best: Sequence[set[int]]
+    groups: Sequence[RunGroup], columns: Sequence[Metric], values: Sequence[Sequence], references: Sequence[Row] = ()
 ) -> Table:
-    table = _plain_table("run", columns)
-    for i, (label, row) in enumerate(zip(labels, texts, strict=True)):
-        table.add_row(Text(label), *(Text(text, "bold green" if i in best[k] else "") for k, text in enumerate(row)))
+    table = _plain_table("run", [column.label for column in columns])
+    means = [[mean_and_sd(cell)[0] for cell in row] for row in values]
+    best = _best_rows(means, [column.higher_is_better for column in columns])
+    for i, (group, row) in enumerate(zip(groups, values, strict=True)):
+        texts = [spread_text(column, cell, joint="\n") for column, cell in zip(columns, row, strict=True)]
+        table.add_row(
+            Text(group.label), *(Text(text, "bold green" if i in best[k] else "") for k, text in enumerate(texts))
+        )
+    for row in references:
+        scores = row.scores[: len(columns)]
+        table.add_row(Text(row.label), *(Text(score_text(score)) for score in scores), style=STYLES["reference"])
     return table
 
 
@@ -125,12 +138,6 @@ def _times(results: Results) -> Columns:
     if results.get("peak_memory_bytes"):
         parts.append(Text.assemble(("peak memory", "dim"), " ", memory_text(results["peak_memory_bytes"])))
     return Columns(parts, padding=(0, 3))
-
-
-def _run_labels(results_list: Sequence[Results]) -> list[str]:
-    """Name the runs, with the seed where seeds differ."""
-    has_seeds = len({results.get("seed") for results in results_list}) > 1
-    return [run_title(results) + (f" seed {results.get('seed')}" if has_seeds else "") for results in results_list]
 
 
 def _plain_table(corner: str, columns: Sequence[str], gap: int = 2) -> Table:

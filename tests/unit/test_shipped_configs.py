@@ -13,17 +13,18 @@ from mllm_keeplora.data.benchmarks import GENERATORS, _definition
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SCORERS
 from mllm_keeplora.strategies import build_strategy
+from mllm_keeplora.sweep import final_cell, load_sweep, tune_cell
 from mllm_keeplora.training.deepspeed import deepspeed_file
 
 CONFIGS = Path(str(resources.files("mllm_keeplora.configs")))
-RUNS, MODELS, BENCHMARKS = (shipped(kind) for kind in ("runs", "models", "benchmarks"))
+RUNS, MODELS, BENCHMARKS, SWEEPS = (shipped(kind) for kind in ("runs", "models", "benchmarks", "sweeps"))
 ZERO = sorted(path.stem for path in (CONFIGS / "deepspeed").glob("*.json"))
 
 
 def test_every_file_of_the_folder_is_seen_here():
     files = {path for path in CONFIGS.rglob("*") if path.suffix in {".yaml", ".yml", ".json"}}
-    assert len(files) == len(RUNS) + len(MODELS) + len(BENCHMARKS) + len(ZERO)
-    assert RUNS and MODELS and BENCHMARKS
+    assert len(files) == len(RUNS) + len(MODELS) + len(BENCHMARKS) + len(SWEEPS) + len(ZERO)
+    assert RUNS and MODELS and BENCHMARKS and SWEEPS
     assert {"zero1", "zero2", "zero3", "zero3_offload"} <= set(ZERO)
 
 
@@ -58,6 +59,32 @@ def test_a_shipped_benchmark_has_domains_and_known_scorers(name):
     assert benchmark.generator is None or benchmark.generator in GENERATORS
     for part in [*benchmark.domains.values(), *benchmark.suites.values()]:
         assert part.scorer in SCORERS
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_order_of_a_shipped_benchmark_holds_each_domain_once(name):
+    benchmark, _ = _definition(load_config("mini_dcl", [f"benchmark={name}"]))
+    for order in benchmark.orders.values():
+        assert sorted(order) == sorted(benchmark.domains)
+
+
+def test_the_mini_benchmark_has_two_orders_that_differ():
+    benchmark, _ = _definition(load_config("mini_dcl"))
+    official, other = benchmark.orders.values()
+    assert official == list(benchmark.domains) != other
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_shipped_sweep_grades_tuning_on_validation_and_the_choice_on_test_questions(name):
+    sweep = load_sweep(name)
+    assert sweep.name == name
+    for label in sweep.strategies:
+        tuned = tune_cell(sweep, label, 0.001).config()
+        final = final_cell(sweep, label, 0.001, sweep.final.seeds[0]).config()
+        assert (tuned.eval.split, final.eval.split) == ("validation", "test")
+        assert tuned.seed not in sweep.final.seeds
+        assert tuned.train.lr == final.train.lr == 0.001
+        assert build_strategy(final.strategy).options.rank >= 1
 
 
 @pytest.mark.parametrize("name", ZERO)

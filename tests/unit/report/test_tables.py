@@ -78,9 +78,18 @@ def test_compare_marks_the_best_of_each_column(results, finetune_results):
     assert best == ["60.9", "-2.7", "2.7", "95.4 %", "63.7", "59.7", "63.1", "56.2", "53.9", "72.2"]
 
 
-def test_compare_names_seeds_only_where_they_differ(results, finetune_results):
-    assert "seed" not in printed(compare_table([results, finetune_results]), width=100)
-    assert "mini-finetune seed 1" in printed(compare_table([results, finetune_results | {"seed": 1}]), width=120)
+def test_compare_puts_seeds_of_one_setting_in_one_row(results, finetune_results):
+    other_seed = results | {"seed": 1, "metrics": results["metrics"] | {"last": 62.9}}
+    text = printed(compare_table([results, other_seed, finetune_results]), width=100)
+    assert cells(text[: text.index("Final score")], "mini-keeplora")[0] == "61.9"  # the mean of 60.9 and 62.9
+    assert "±1.4" in text and "mini-finetune" in text
+
+
+def test_compare_shows_what_the_base_and_a_blind_answer_are_worth(results, finetune_results):
+    text = printed(compare_table([results, finetune_results]), width=100)
+    final = text[text.index("Final score") :]
+    assert cells(final, "zero-shot") == ["39.1", "40.2", "39.7", "15.4", "30.3"]
+    assert cells(final, "blind") == ["35.3", "44.7", "45.3", "30.0", "22.0"]
 
 
 def test_compare_finds_domains_by_name_when_the_order_differs(results, finetune_results):

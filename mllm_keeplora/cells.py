@@ -1,0 +1,111 @@
+"""Cells of a sweep: runs as processes of their own, several side by side, none of them run twice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_keeplora.config import RunConfig, load_config, parse_config, read_yaml
+from mllm_keeplora.eval.results import Results
+from mllm_keeplora.log import log
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    run: str
+    overrides: tuple[str, ...]
+    folder: Path
+
+    def config(self) -> RunConfig:
+        return load_config(self.run, self.overrides)
+
+    def results(self) -> Results | None:
+        """Its results if it is finished under this very config; None if it must be started or continued."""
+        config, stored = self.config(), self.folder / "config.yaml"
+        if not (self.folder / "results.json").is_file() or not stored.is_file():
+            return None
+        before = parse_config(read_yaml(stored), origin=str(stored))
+        same = before.result_defining() == config.result_defining()
+        return Results.load(self.folder / "results.json") if same else None
+
+
+class Runner:
+    """Runs cells as processes of their own, so that a failing one takes nothing with it."""
+
+    def __init__(self, jobs: int):
+        self.jobs = jobs
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.processes: set[subprocess.Popen] = set()
+
+    def run(self, cells: Sequence[Cell], title: str) -> list[Results | None]:
+        """Results of every cell in order; None where a run failed. What is finished is not run again."""
+        done = {cell: results for cell in cells if (results := cell.results()) is not None}
+        todo = [cell for cell in cells if cell not in done]
+        if todo:
+            log.info("%s: %d runs to do, %d done, %d side by side", title, len(todo), len(done), self.jobs)
+        started, told = time.monotonic(), _Countdown(title, len(todo))
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            for cell, results in zip(todo, pool.map(self._start(told, started), todo), strict=True):
+                done[cell] = results
+        except BaseException:
+            for process in list(self.processes):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [done[cell] for cell in cells]
+
+    def _start(self, told: _Countdown, started: float) -> Callable[[Cell], Results | None]:
+        def run_one(cell: Cell) -> Results | None:
+            own = [f"threads={self.threads}"] if self.jobs > 1 else []
+            command = [sys.executable, "-m", "mllm_keeplora", "run", cell.run, *cell.overrides, *own]
+            cell.folder.parent.mkdir(parents=True, exist_ok=True)
+            began = time.monotonic()
+            with open(log_of(cell.folder), "a", encoding="utf-8") as output:
+                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+                self.processes.add(process)
+                code = process.wait()
+                self.processes.discard(process)
+            results = cell.results() if code == 0 else None
+            told(cell, results, time.monotonic() - began, time.monotonic() - started)
+            return results
+
+        return run_one
+
+
+class _Countdown:
+    """Says how each run ended and how long the rest will take."""
+
+    def __init__(self, title: str, total: int):
+        self.title, self.total, self.ended = title, total, 0
+
+    def __call__(self, cell: Cell, results: Results | None, seconds: float, elapsed: float) -> None:
+        self.ended += 1
+        left = elapsed / self.ended * (self.total - self.ended)
+        outcome = f"failed, see {log_of(cell.folder)}"
+        if results is not None:
+            last, bwt = results.metrics.get("last"), results.metrics.get("bwt")
+            outcome = f"Last {_text(last)}, BWT {_text(bwt)}"
+        log.info(
+            "%s %d/%d %s: %s (%.0f min %02.0f s); about %.0f min left",
+            self.title, self.ended, self.total, cell.folder.name, outcome, seconds // 60, seconds % 60, left / 60,
+        )  # fmt: skip
+
+
+def log_of(folder: Path) -> Path:
+    """Where the process of a cell says what it says."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else f"{value:.1f}"

@@ -1,0 +1,216 @@
+"""Groups of runs side by side as one HTML file and as Markdown: what was measured, on what, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from mllm_keeplora.report.figures import score_matrix_figure
+from mllm_keeplora.report.groups import (
+    REFERENCE,
+    UPPER,
+    Group,
+    find_group,
+    mean_and_sd,
+    mean_results,
+    paired_differences,
+    shares_of_upper,
+    spread_text,
+)
+from mllm_keeplora.report.html import document, pair, picture, section
+from mllm_keeplora.report.tables import reference_rows
+from mllm_keeplora.report.trade_off import trade_off_figure
+from mllm_keeplora.report.view import METRICS, NOT_MEASURED, Metric, duration_text, score_text
+
+SHOWN = ("last", "average", "transfer", "bwt", "plasticity", "general_retention")
+COLUMNS = tuple(next(metric for metric in METRICS if metric.key == key) for key in SHOWN)
+PAIRED = tuple(metric for metric in COLUMNS if metric.key in ("last", "bwt"))
+Curves = Mapping[str, Sequence[tuple[str, float, float]]]
+Table = tuple[list[str], list[list[str]]]
+
+
+def summary(groups: Sequence[Group], settings: Mapping[str, str]) -> Table:
+    """The main table: a row per group with mean ± sd over its seeds, then zero-shot and blind; heads first.
+
+    Args:
+        groups: from `group_runs`.
+        settings: label -> the setting that was chosen for it; shown where there is any.
+    """
+    upper = find_group(groups, UPPER)
+    heads = ["", *(["chosen"] if settings else []), "seeds", *(metric.label for metric in COLUMNS)]
+    heads += ["of joint's Last"] * (upper is not None) + ["wall time"]
+    rows = []
+    for group in groups:
+        row = [group.label, *([settings.get(group.label, NOT_MEASURED)] if settings else []), str(len(group.runs))]
+        row += [spread_text(metric, group.metric(metric.key)) for metric in COLUMNS]
+        if upper is not None:
+            row.append(_share_text(shares_of_upper(group, upper)))
+        rows.append([*row, duration_text(mean_and_sd(group.seconds())[0] or 0.0)])
+    num_domains = len(groups[0].runs[0]["domains"])
+    for reference in reference_rows(groups):
+        last = mean_and_sd(reference.scores[:num_domains])[0]
+        known = {"": reference.label, "Last": score_text(last)}
+        rows.append([known.get(head, NOT_MEASURED) for head in heads])
+    return heads, rows
+
+
+def finals(groups: Sequence[Group]) -> Table:
+    """Score on every domain after the whole sequence, with the references below."""
+    domains = list(groups[0].runs[0]["domains"])
+    plain = Metric("", "", "")
+    rows = [[group.label, *(spread_text(plain, group.finals(domain)) for domain in domains)] for group in groups]
+    rows += [[row.label, *(score_text(s) for s in row.scores[: len(domains)])] for row in reference_rows(groups)]
+    return ["", *domains], rows
+
+
+def paired(groups: Sequence[Group]) -> Table | None:
+    """Differences to the reference strategy by seed; None where it is not among the groups, or nothing is paired."""
+    reference = find_group(groups, REFERENCE)
+    if reference is None:
+        return None
+    rows = []
+    for group in groups:
+        for metric in PAIRED:
+            differences = paired_differences(group, reference, metric.key)
+            if group is reference or not differences:
+                continue
+            better = sum(value > 0 for value in differences.values())
+            listed = ", ".join(f"{value:+.1f}" for value in differences.values())
+            rows.append([f"{group.label} − {reference.label}", metric.label, listed, f"{better} of {len(differences)}"])
+    return (["", "metric", "by seed", "better"], rows) if rows else None
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown."""
+    heads, rows = table
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    lines += [f"| {' | '.join(cell.replace('-', '−') if _is_number(cell) else cell for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def heat_maps(groups: Sequence[Group], dark: bool = False) -> bytes:
+    """Mean score matrices of all groups that learnt one domain after another, side by side."""
+    shown = [group for group in groups if group.strategy != UPPER] or list(groups)
+    titles = [f"{g.label}: Last {_mean_text(g, 'last')}, BWT {_mean_text(g, 'bwt', True)}" for g in shown]
+    return score_matrix_figure([mean_results(group) for group in shown], titles, dark)
+
+
+def render_comparison(
+    title: str,
+    groups: Sequence[Group],
+    curves: Curves,
+    settings: Mapping[str, str] | None = None,
+    chosen: Sequence[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
+    tuning: Table | None = None,
+) -> str:
+    """Render the comparison page.
+
+    Args:
+        title: heading.
+        groups: from `group_runs`, one setting each or several.
+        curves: from `trade_off_curves`; drawn where one has at least two points.
+        settings: label -> chosen setting.
+        chosen: (family, setting) points to mark on the curves.
+        notes: sentences on how the numbers came about, put above the rest.
+        tuning: a table of the settings that were tried.
+
+    Returns:
+        The text of the page.
+    """
+    parts = [f"<h1>{escape(title)}</h1>", _measured(groups, notes)]
+    parts.append(section("Comparison", _html_table(summary(groups, settings or {})) + _how_sure(groups)))
+    differences = paired(groups)
+    if differences is not None:
+        parts.append(section("Difference to sequential LoRA, seed by seed", _html_table(differences)))
+    maps = [heat_maps(groups, dark) for dark in (False, True)]
+    parts.append(section("Mean score matrices", picture("Heat maps of the score matrices", *maps, wide=True)))
+    final = section("Final score by domain", _html_table(finals(groups)))
+    if any(len(points) > 1 for points in curves.values()):
+        drawn = [trade_off_figure(curves, chosen, dark) for dark in (False, True)]
+        note = '<p class="note">Each point is one setting; a ring marks the chosen one. Up and right is better.</p>'
+        parts.append(pair(section("Trade-off", picture("Trade-off curve", *drawn) + note, "figure"), final))
+    else:
+        parts.append(final)
+    if tuning is not None:
+        parts.append(section("Settings that were tried", _html_table(tuning)))
+    parts.append(_types(groups))
+    return document(title, parts)
+
+
+def _measured(groups: Sequence[Group], notes: Sequence[str]) -> str:
+    run = groups[0].runs[0]
+    identity = run.get("identity") or {}
+    counts = run.get("questions") or {}
+    facts = {
+        "benchmark": run["benchmark"],
+        "order": " → ".join(run["domains"]),
+        "questions": ", ".join(f"{name} {count}" for name, count in counts.items()),
+        "split": identity.get("split"),
+        "base": f"{run['base']} ({identity.get('base')})" if identity.get("base") else run["base"],
+        "drawn by": identity.get("generator"),
+        "data": identity.get("data"),
+    }
+    rows = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items() if value)
+    text = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return section("What was measured", f'{text}<dl class="keys">{rows}</dl>')
+
+
+def _how_sure(groups: Sequence[Group]) -> str:
+    """What the spread covers, and the sampling error that it does not."""
+    run = groups[0].runs[0]
+    counts = [count for name, count in (run.get("questions") or {}).items() if name in run["domains"]]
+    text = "± is the standard deviation over seeds (start of the branches, order of the batches); the base, the "
+    text += "training data and the questions are the same for all."
+    if counts:
+        cell = 50 / math.sqrt(min(counts))
+        text += f" With {min(counts)} questions a cell has a sampling error of at most {cell:.1f} points, the mean of "
+        text += f"{len(counts)} domains of at most {cell / math.sqrt(len(counts)):.1f}; it is shared by all rows."
+    return f'<p class="note">{text}</p>'
+
+
+def _types(groups: Sequence[Group]) -> str:
+    """Final score by question type, a column per group, beside the blind answer's."""
+    with_types = [group for group in groups if group.runs[0].get("per_type")]
+    if not with_types:
+        return ""
+    blind = with_types[0].runs[0].get("blind_per_type") or {}
+    rows = []
+    for domain, kinds in with_types[0].runs[0]["per_type"].items():
+        for kind in kinds:
+            cells = [
+                mean_and_sd([run["per_type"].get(domain, {}).get(kind) for run in group.runs])[0]
+                for group in with_types
+            ]
+            reference = blind.get(domain, {}).get(kind)
+            rows.append([f"{domain}: {kind}", score_text(reference), *map(score_text, cells)])
+    table = _html_table((["", "blind", *(group.label for group in with_types)], rows))
+    return f"<details><summary>Final score by question type</summary>{table}</details>"
+
+
+def _html_table(table: Table) -> str:
+    heads, rows = table
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    body = "".join(
+        f"<tr><th>{escape(row[0])}</th>"
+        + "".join(f"<td>{escape(cell.replace('-', '−') if _is_number(cell) else cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1] in "+-" and cell[1:2].isdigit()
+
+
+def _mean_text(group: Group, key: str, signed: bool = False) -> str:
+    return score_text(mean_and_sd(group.metric(key))[0], signed)
+
+
+def _share_text(shares: Sequence[float | None]) -> str:
+    mean, sd = mean_and_sd(shares)
+    if mean is None:
+        return NOT_MEASURED
+    return f"{mean:.3f}" + (f" ±{sd:.3f}" if sd is not None else "")

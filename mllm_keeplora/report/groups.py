@@ -1,0 +1,191 @@
+"""Runs put together for comparison: the seeds of one setting are a group with a mean and a spread. Pure of files."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mllm_keeplora.report.view import Metric, Score, metric_text, run_title
+
+Results = Mapping[str, Any]
+REFERENCE, UPPER = "finetune", "joint"  # strategies that others are measured against where they are there
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by seed alone.
+
+    Attributes:
+        label: what a reader knows it by; unique within a comparison.
+        family: label without the settings that tell groups of one name apart.
+        setting: those settings, e.g. "lr 0.002"; empty if the family has one group.
+        runs: results by ascending seed.
+    """
+
+    label: str
+    family: str
+    setting: str
+    runs: tuple[Results, ...]
+
+    @property
+    def strategy(self) -> str:
+        return self.runs[0]["strategy"]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run["seed"] for run in self.runs]
+
+    def metric(self, key: str) -> list[Score]:
+        """Values of a metric by ascending seed."""
+        return [run["metrics"].get(key) for run in self.runs]
+
+    def finals(self, domain: str) -> list[Score]:
+        """Scores on a domain after the whole sequence, by ascending seed."""
+        return [run["score_matrix"][-1][run["domains"].index(domain)] for run in self.runs]
+
+    def seconds(self) -> list[Score]:
+        return [sum(run["wall_seconds"].values()) for run in self.runs]
+
+
+def group_runs(results_list: Sequence[Results]) -> list[Group]:
+    """Put the seeds of one setting together, groups in the order of their first run.
+
+    Raises:
+        ValueError: no run; runs of other domains, data, base or split; the same setting and seed twice.
+    """
+    if not results_list:
+        raise ValueError("nothing to compare: no results given")
+    _refuse_strangers(results_list)
+    by_setting: dict[str, list[Results]] = {}
+    for results in results_list:
+        by_setting.setdefault(repr(_setting_key(results)), []).append(results)
+    groups = []
+    for runs in by_setting.values():
+        runs = sorted(runs, key=lambda run: run["seed"])
+        names = {run_title(run) for run in runs}
+        family = names.pop() if len(names) == 1 else runs[0]["strategy"]
+        if len({run["seed"] for run in runs}) < len(runs):
+            raise ValueError(
+                f"{family}: the same settings and seed were given twice (seeds {[r['seed'] for r in runs]})"
+            )
+        groups.append(Group(family, family, "", tuple(runs)))
+    return _told_apart(groups)
+
+
+def mean_and_sd(values: Sequence[Score]) -> tuple[Score, Score]:
+    """Mean and sample standard deviation; None where a value was not measured, or where one value has no spread."""
+    if not values or any(value is None for value in values):
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def spread_text(metric: Metric, values: Sequence[Score], joint: str = " ") -> str:
+    """`mean ± sd` as a metric is written, or the mean alone."""
+    mean, sd = mean_and_sd(values)
+    if sd is None:
+        return metric_text(metric, mean)
+    unsigned = replace(metric, signed=False)
+    return f"{metric_text(metric, mean)}{joint}±{metric_text(unsigned, sd).removesuffix(' %')}"
+
+
+def paired_differences(group: Group, reference: Group, key: str) -> dict[int, float]:
+    """Seed -> metric of the group minus that of the reference, over the seeds that both measured."""
+    theirs = dict(zip(reference.seeds, reference.metric(key), strict=True))
+    ours = dict(zip(group.seeds, group.metric(key), strict=True))
+    both = [seed for seed in ours if ours[seed] is not None and theirs.get(seed) is not None]
+    return {seed: ours[seed] - theirs[seed] for seed in both}
+
+
+def find_group(groups: Sequence[Group], strategy: str) -> Group | None:
+    """The group of a strategy, if there is exactly one."""
+    found = [group for group in groups if group.strategy == strategy]
+    return found[0] if len(found) == 1 else None
+
+
+def shares_of_upper(group: Group, upper: Group | None) -> list[Score]:
+    """Last as a share of joint training's mean Last, by seed; empty without joint training."""
+    top = mean_and_sd(upper.metric("last"))[0] if upper is not None else None
+    return [] if top is None else [None if last is None else last / top for last in group.metric("last")]
+
+
+def mean_results(group: Group) -> Results:
+    """A results dict whose cells are means over the group's seeds; None where any seed did not measure."""
+
+    def mean(values: Sequence[Score]) -> Score:
+        return mean_and_sd(values)[0]
+
+    rows = zip(*(run["score_matrix"] for run in group.runs), strict=True)
+    matrix = [[mean(cells) for cells in zip(*row, strict=True)] for row in rows]
+    suites = group.runs[0].get("general") or {}
+    general = {
+        name: [mean(cells) for cells in zip(*(run["general"][name] for run in group.runs), strict=True)]
+        for name in suites
+    }
+    zero_shot = [mean(cells) for cells in zip(*(run["zero_shot"] for run in group.runs), strict=True)]
+    return {**group.runs[0], "name": group.label, "score_matrix": matrix, "general": general, "zero_shot": zero_shot}
+
+
+def trade_off_curves(groups: Sequence[Group]) -> dict[str, list[tuple[str, float, float]]]:
+    """Family -> (setting, mean plasticity, mean BWT) in the order of the settings; without those that lack either."""
+    curves: dict[str, list[tuple[str, float, float]]] = {}
+    for group in groups:
+        plasticity, bwt = mean_and_sd(group.metric("plasticity"))[0], mean_and_sd(group.metric("bwt"))[0]
+        if plasticity is not None and bwt is not None:
+            curves.setdefault(group.family, []).append((group.setting, plasticity, bwt))
+    return {family: sorted(points, key=lambda point: _natural(point[0])) for family, points in curves.items()}
+
+
+def _refuse_strangers(results_list: Sequence[Results]) -> None:
+    first = results_list[0]
+    for results in results_list[1:]:
+        if sorted(results["domains"]) != sorted(first["domains"]):
+            raise ValueError(
+                f"{run_title(results)} learned {results['domains']}, {run_title(first)} {first['domains']}"
+            )
+        ours, theirs = results.get("identity") or {}, first.get("identity") or {}
+        for key in ("split", "generator", "data", "base"):
+            if ours.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"{run_title(results)} and {run_title(first)} cannot be compared: "
+                    f"their {key} differs ({ours.get(key)} and {theirs.get(key)})"
+                )
+
+
+def _setting_key(results: Results) -> tuple:
+    """What the seeds of a group share; results that tell no settings are known by their name."""
+    settings = results.get("settings")
+    return (results["strategy"], results["domains"], sorted(settings.items()) if settings else run_title(results))
+
+
+def _told_apart(groups: list[Group]) -> list[Group]:
+    """Add the settings that differ to the labels of groups of the same name."""
+    labelled = []
+    for group in groups:
+        namesakes = [other for other in groups if other.family == group.family]
+        if len(namesakes) > 1:
+            setting = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in _differing(group, namesakes))
+            group = replace(group, label=f"{group.family}, {setting}", setting=setting)
+        labelled.append(group)
+    return labelled
+
+
+def _differing(group: Group, namesakes: Sequence[Group]) -> list[tuple[str, Any]]:
+    """The group's settings that are not the same in all groups of its name; the order of domains where it differs."""
+    tables = [other.runs[0].get("settings") or {} for other in namesakes]
+    keys = {key: None for table in tables for key in table}
+    found = [key for key in keys if len({repr(table.get(key)) for table in tables}) > 1]
+    own = group.runs[0].get("settings") or {}
+    told = [(key, own.get(key)) for key in found]
+    if len({tuple(other.runs[0]["domains"]) for other in namesakes}) > 1:
+        told.append(("order", "-".join(group.runs[0]["domains"])))
+    return told
+
+
+def _natural(setting: str) -> tuple[float, str]:
+    """Settings that end in a number sort by it."""
+    try:
+        return float(setting.split()[-1]), setting
+    except (ValueError, IndexError):
+        return float("inf"), setting

@@ -1,0 +1,86 @@
+"""A whole sweep over a tiny benchmark: it tunes on validation questions, runs seeds, compares, and is never redone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from tests.integration.commands import content, shell
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def swept(settings, tmp_path_factory):
+    """A finished sweep of two strategies over two rates and two seeds, with its YAML and what was said."""
+    root = tmp_path_factory.mktemp("sweep")
+    run = settings(root / "unused")
+    for part in run["benchmark"]["domains"].values():
+        part["validation"] = part["test"]
+    (root / "run.yaml").write_text(yaml.safe_dump(run))
+    sweep = {
+        "name": "tiny",
+        "run": str(root / "run.yaml"),
+        "strategies": {"finetune": ["strategy.name=finetune"], "keeplora": []},
+        "tune": {"grid": [1e-2, 2e-2], "extensions": 0},
+        "final": {"seeds": [1, 2]},
+        "output": str(root / "out"),
+    }
+    (root / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    said = shell("sweep", root / "sweep.yaml", "--jobs", "2")
+    assert said.code == 0, said.err + said.out
+    return root, said
+
+
+def test_a_sweep_leaves_choice_table_and_pictures(swept):
+    root, said = swept
+    out = root / "out"
+    record = json.loads((out / "sweep.json").read_text())
+    for label in ("finetune", "keeplora"):
+        tried = record["tuning"][label]["tried"]
+        assert set(tried) == {"0.01", "0.02"}
+        best = max(tried.values())
+        assert tried[f"{record['tuning'][label]['chosen']:g}"] == best
+    assert len(list(out.glob("tune/*/results.json"))) == len(list(out.glob("final/*/results.json"))) == 4
+    assert "±" in (out / "tables.md").read_text() and "seed by seed" in (out / "tables.md").read_text()
+    assert (out / "score_matrices.png").stat().st_size > 5000 and (out / "trade_off.png").stat().st_size > 5000
+    assert "What was measured" in (out / "report.html").read_text()
+    assert "finetune" in said.out and "keeplora" in said.out
+
+
+def test_tuning_saw_validation_questions_of_seen_domains_and_no_suite(swept):
+    root, _ = swept
+    for path in (root / "out").glob("tune/*/results.json"):
+        results = json.loads(path.read_text())
+        assert results["identity"]["split"] == "validation"
+        assert results["general"] == {} and results["score_matrix"][0][1] is None
+
+
+def test_a_finished_sweep_is_not_run_again(swept):
+    root, _ = swept
+    before = {name: data for name, data in content(root / "out").items() if "/" in name}
+    said = shell("sweep", root / "sweep.yaml")
+    assert said.code == 0, said.err
+    assert {name: data for name, data in content(root / "out").items() if "/" in name} == before
+
+
+def test_compare_takes_a_sweep_folder_and_single_runs(swept, command):
+    root, _ = swept
+    said = command("compare", root / "out", "--output", root / "again")
+    assert said.code == 0 and "finetune" in said.out and "±" in said.out
+    assert (root / "again" / "report.html").is_file()
+    one = next((root / "out").glob("final/keeplora-*-seed1"))
+    assert command("compare", one, one / "results.json").code == 2  # the same run twice
+
+
+def test_a_run_that_fails_is_told_with_its_log(swept, tmp_path):
+    root, _ = swept
+    values = yaml.safe_load((root / "sweep.yaml").read_text())
+    values |= {"output": str(tmp_path / "out"), "strategies": {"finetune": ["strategy.name=finetune"]}}
+    values["tune"] |= {"grid": [1e30], "key": "train.lr"}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values))
+    said = shell("sweep", tmp_path / "sweep.yaml")
+    assert said.code == 2 and "no setting of finetune gave a result" in said.err
+    assert "loss is" in (tmp_path / "out" / "tune" / "finetune-1e+30.log").read_text()
