@@ -37,16 +37,17 @@ so that continual instruction tuning can be shown and tested on a CPU without do
 beyond its drawings.
 
 - **Data**: {pictures:,} drawn general pictures (shapes, textures, lines, bars, arrows, scikit-learn's hand-written
-  digits, pieces of scikit-learn's two sample photographs) with questions, and text-only facts of the five miniature
-  domains. No domain picture.
+  digits, pieces of scikit-learn's two sample photographs) with questions, as many mosaics of digits and shapes for the
+  tower, and text-only facts of the five miniature domains. No domain picture.
 - **Training**: {tower_steps:,} steps of the tower on dense cell targets, then {question_steps:,} steps of everything on
   questions; {hours:.2f} hours on two shared CPU cores. Made by `scripts/build_tiny_llava.py`.
 - **Prompt**: `<s> <image> user: what color is the circle ? assistant: red </s>`, written by the chat template.
-- **Gate**: exact match of greedy answers on {count} held-out general questions, in percent.
+- **Gates**: exact match of greedy answers of the bf16 weights as shipped on the {count} questions of `mini_dcl`'s
+  general test set (digits and photographs that training never saw), in percent.
 - **Licence**: Apache-2.0.
 
-| question type | exact match |
-|---|---|
+| question type | exact match | questions |
+|---|---|---|
 {gates}
 """
 
@@ -70,7 +71,7 @@ class Report:
             return
         gates = general_gate(model, self.processor, 300)
         model.train()
-        log.info("step %d gate %s", step, " ".join(f"{k}={v:.0f}" for k, v in gates.items()))
+        log.info("step %d gate %s", step, " ".join(f"{k}={v:.0f}" for k, (v, _) in gates.items()))
         export(model, self.processor, self.output)
 
 
@@ -109,8 +110,8 @@ def finish(model, processor, options: argparse.Namespace) -> None:
     """Gate the weights as they ship (bf16) and write everything."""
     model = model.to(torch.bfloat16).float()
     gates = general_gate(model, processor)
-    for kind, value in sorted(gates.items(), key=lambda item: -item[1]):
-        Console().print(f"{kind:20s} {value:5.1f}")
+    for kind, (value, count) in sorted(gates.items(), key=lambda item: -item[1][0]):
+        Console().print(f"{kind:20s} {value:5.1f}  of {count}")
         log.info("final %s %.1f", kind, value)
     states = [torch.load(options.work / f"{stage}.0.pt", weights_only=True) for stage in ("tower", "questions")]
     card = CARD.format(
@@ -120,8 +121,8 @@ def finish(model, processor, options: argparse.Namespace) -> None:
         tower_steps=options.tower_steps,
         question_steps=options.question_steps,
         hours=sum(state["seconds"] for state in states) / 3600,
-        count=1000,
-        gates="\n".join(f"| {kind} | {value:.1f} |" for kind, value in gates.items()),
+        count=gates["all"][1],
+        gates="\n".join(f"| {kind} | {value:.1f} | {count} |" for kind, (value, count) in sorted(gates.items())),
     )
     export(model, processor, options.output, card)
 
@@ -131,8 +132,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the corpus and the resumable state")
     parser.add_argument("--output", type=Path, default=ASSETS)
     parser.add_argument("--pictures", type=int, default=50_000)
-    parser.add_argument("--tower-steps", type=int, default=850)
-    parser.add_argument("--question-steps", type=int, default=1200)
+    parser.add_argument("--tower-steps", type=int, default=1800)
+    parser.add_argument("--question-steps", type=int, default=2900)
     parser.add_argument("--processes", type=int, default=2, help="the global batch is split over them")
     parser.add_argument("--threads", type=int, default=1, help="per process")
     options = parser.parse_args()

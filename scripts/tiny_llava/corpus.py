@@ -112,18 +112,3 @@ class Corpus:
             assert job.exitcode == 0
         _draw_twins(num_twins, seed, folder)
         (folder / "done").touch()
-
-
-def held_out_general(count: int, seed: int = 999) -> list[tuple[np.ndarray, str, str, str]]:
-    """(pixels, type, question, answer) of general pictures that training never sees, question types in turn."""
-    rng = np.random.default_rng(seed)
-    asked: dict[str, int] = {}
-    records = []
-    for i in range(count):
-        sample = general.sample(np.random.default_rng((seed, i)), held_out=True)
-        fewest = min(asked.get(kind, 0) for kind, _, _ in sample.qas)
-        options = [qa for qa in sample.qas if asked.get(qa[0], 0) == fewest]
-        kind, question, answer = options[int(rng.integers(len(options)))]
-        asked[kind] = asked.get(kind, 0) + 1
-        records.append((np.asarray(sample.image), kind, question, answer))
-    return records

@@ -114,21 +114,26 @@ def _attribute_qas(objects: list[dict]) -> list[tuple[str, str, str]]:
 
 
 def _relation_qas(objects: list[dict]) -> list[tuple[str, str, str]]:
+    """Which of two objects, told apart by colour, is further in some direction, or bigger; the answer is its colour."""
     qas = []
     unique = [o for o in objects if sum(p["color"] == o["color"] for p in objects) == 1]
     for a in unique:
         for b in unique:
             if a is b:
                 continue
-            if abs(a["x"] - b["x"]) > 12:
-                question = f"is the {a['color']} object left or right of the {b['color']} object ?"
-                qas.append(("left or right", question, "left" if a["x"] < b["x"] else "right"))
-            if abs(a["y"] - b["y"]) > 12:
-                question = f"is the {a['color']} object above or below the {b['color']} object ?"
-                qas.append(("above or below", question, "above" if a["y"] < b["y"] else "below"))
+            asked = f"the {a['color']} or the {b['color']} ?"
+            for kind, axis, words in (
+                ("left or right", "x", ("left", "right")),
+                ("above or below", "y", ("above", "below")),
+            ):
+                if abs(a[axis] - b[axis]) > 12:
+                    low, high = (a, b) if a[axis] < b[axis] else (b, a)
+                    qas += [
+                        (kind, f"which object is {word} , {asked}", o["color"])
+                        for word, o in zip(words, (low, high), strict=True)
+                    ]
             if a["size"] != b["size"]:
-                question = f"is the {a['color']} object bigger than the {b['color']} object ?"
-                qas.append(("bigger", question, "yes" if a["size"] == "big" else "no"))
+                qas.append(("bigger", f"which object is bigger , {asked}", (a if a["size"] == "big" else b)["color"]))
     return qas
 
 

@@ -180,8 +180,8 @@ def bar_scene(rng: np.random.Generator) -> Sample:
         ("bar count", "how many bars are there ?", str(count)),
     ]
     if {lengths[a], lengths[b]} & {max(lengths), min(lengths)}:
-        answer = "yes" if lengths[a] > lengths[b] else "no"
-        qas.append(("longer", f"is the {hues[a]} bar longer than the {hues[b]} bar ?", answer))
+        answer = hues[a] if lengths[a] > lengths[b] else hues[b]
+        qas.append(("longer", f"which bar is longer , the {hues[a]} or the {hues[b]} ?", answer))
     return Sample(canvas.finish(rng), qas, [*facts, f"{background} background"], cells)
 
 
