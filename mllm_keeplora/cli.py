@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -171,11 +170,10 @@ def list_names(kind: Annotated[str, typer.Argument(help="strategies, models, ben
     from mllm_keeplora.errors import UserError
 
     if kind == "strategies":
-        from mllm_keeplora.strategies import STRATEGIES
+        from mllm_keeplora.strategies import STRATEGIES, summary_of
 
-        for name, strategy in STRATEGIES.items():
-            summary = sys.modules[strategy.__module__].__doc__ or ""
-            typer.echo(f"{name:<12} {summary.splitlines()[0]}")
+        for name in STRATEGIES:
+            typer.echo(f"{name:<12} {summary_of(name)}")
     elif kind in {"models", "benchmarks", "runs", "sweeps"}:
         for name in shipped(kind):
             typer.echo(name)

@@ -27,6 +27,7 @@ from mllm_keeplora.config import apply_override, find_config, read_yaml, validat
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.log import log
+from mllm_keeplora.strategies import summary_of
 
 
 class Section(BaseModel):
@@ -231,7 +232,9 @@ def _tuning_table(tunings: Mapping[str, Tuning]) -> tuple[list[str], list[list[s
 def _notes(sweep: SweepConfig, tunings: Mapping[str, Tuning]) -> list[str]:
     tune, final = sweep.tune, sweep.final
     grid, seeds = ", ".join(f"{value:g}" for value in tune.grid), ", ".join(map(str, final.seeds))
-    notes = [
+    strategies = {label: tune_cell(sweep, label, tune.grid[0]).config().strategy.name for label in tunings}
+    notes = [f"{label}: {summary_of(name)}" for label, name in strategies.items()]
+    notes += [
         f"One rule for every strategy: {tune.key} from {grid} with seed {tune.seed}, graded on the validation "
         f"questions; the highest {tune.metric} is chosen, and the grid goes on by the factor {tune.factor:g} while the "
         f"best lies at its edge. The chosen setting then runs with seeds {seeds}, graded on the test questions. "

@@ -39,7 +39,7 @@ def summary(groups: Sequence[Group], settings: Mapping[str, str]) -> Table:
     """
     upper = find_group(groups, UPPER)
     heads = ["", *(["chosen"] if settings else []), "seeds", *(metric.label for metric in COLUMNS)]
-    heads += ["of joint's Last"] * (upper is not None) + ["wall time"]
+    heads += ["of joint"] * (upper is not None) + ["wall time"]
     rows = []
     for group in groups:
         row = [group.label, *([settings.get(group.label, NOT_MEASURED)] if settings else []), str(len(group.runs))]
@@ -120,7 +120,7 @@ def render_comparison(
         The text of the page.
     """
     parts = [f"<h1>{escape(title)}</h1>", _measured(groups, notes)]
-    parts.append(section("Comparison", _html_table(summary(groups, settings or {})) + _how_sure(groups)))
+    parts.append(section("Comparison", _html_table(summary(groups, settings or {})) + _meanings() + _how_sure(groups)))
     differences = paired(groups)
     if differences is not None:
         parts.append(section("Difference to sequential LoRA, seed by seed", _html_table(differences)))
@@ -155,6 +155,14 @@ def _measured(groups: Sequence[Group], notes: Sequence[str]) -> str:
     rows = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items() if value)
     text = "".join(f"<p>{escape(note)}</p>" for note in notes)
     return section("What was measured", f'{text}<dl class="keys">{rows}</dl>')
+
+
+def _meanings() -> str:
+    """What the columns say, in one paragraph."""
+    said = [f"{metric.label}: {metric.meaning}" for metric in COLUMNS]
+    said += ["of joint: Last as a share of joint training's", "zero-shot: the base model before any training"]
+    said += ["blind: the most frequent training answer to a question, without a look at the image"]
+    return f'<p class="note">{". ".join(said)}. In percent and points.</p>'
 
 
 def _how_sure(groups: Sequence[Group]) -> str:

@@ -5,6 +5,8 @@ A strategy is a class with options (a pydantic model), declarations and hooks; s
 
 from __future__ import annotations
 
+import sys
+
 from pydantic import ValidationError
 
 from mllm_keeplora.config import StrategyConfig, validation_faults
@@ -42,4 +44,9 @@ def build_strategy(config: StrategyConfig, origin: str = "config") -> Strategy:
     return strategy(options)
 
 
-__all__ = ["STRATEGIES", "Context", "DomainInfo", "Strategy", "StrategyOptions", "build_strategy"]
+def summary_of(name: str) -> str:
+    """The idea of a strategy in one sentence: the first line of its file."""
+    return (sys.modules[STRATEGIES[name].__module__].__doc__ or "").splitlines()[0]
+
+
+__all__ = ["STRATEGIES", "Context", "DomainInfo", "Strategy", "StrategyOptions", "build_strategy", "summary_of"]

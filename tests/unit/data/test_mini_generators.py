@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from mllm_keeplora.data.mini import ad, fin, general, med, rs, sci
+from mllm_keeplora.data.mini import ad, draw, fin, general, med, rs, sci
 from mllm_keeplora.data.mini.draw import COLORS, SHAPES, TEXTURES, Canvas, digit_mask, photo_patch
 from mllm_keeplora.data.mini.general_scenes import CHANNELS
 from mllm_keeplora.data.mini.vocabulary import CHARACTERS, SPECIAL_TOKENS, WORDS, vocabulary
@@ -110,14 +110,49 @@ def test_unknown_shape_and_texture_are_refused():
         Canvas((0, 0, 0)).texture(0, 0, 8, "woolly", (0, 0, 0), (0, 0, 0), np.random.default_rng(0))
 
 
-def test_real_pictures_of_training_and_test_do_not_overlap():
-    def draw(part, held_out):
-        rngs = [np.random.default_rng(i) for i in range(200)]
-        return {part(rng, held_out) for rng in rngs}
+def test_digits_of_training_and_test_do_not_overlap(monkeypatch):
+    targets = np.arange(1797) % 10
+    images = np.where(np.arange(1797)[:, None, None] < 1400, 1.0, 10.0) * np.ones((1797, 8, 8))
+    monkeypatch.setattr(draw, "_digits", lambda: (images, targets))
 
-    def digit(rng, held_out):
-        return digit_mask(rng, 3, 30, held_out).tobytes()
+    def middle(held_out):
+        masks = [digit_mask(np.random.default_rng(i), i % 10, 30, held_out) for i in range(200)]
+        return {mask.getpixel((30, 30)) for mask in masks}
 
-    assert not draw(digit, False) & draw(digit, True)
+    assert max(middle(False)) < 40 and middle(True) == {220}
+
+
+def test_training_digits_vary_and_held_out_ones_stay_as_written():
+    def masks(held_out):
+        drawn = {digit_mask(np.random.default_rng(i), 3, 30, held_out).tobytes() for i in range(400)}
+        return len(drawn)
+
+    assert masks(False) > 390 > 60 > masks(True)
+
+
+def test_photographs_of_training_and_test_do_not_overlap():
     patch = photo_patch(np.random.default_rng(0), 32, True)
     assert patch.size == (64, 64)
+    assert patch.tobytes() != photo_patch(np.random.default_rng(0), 32, False).tobytes()
+
+
+def test_a_choice_between_two_objects_does_not_depend_on_who_is_named_first():
+    answers, count = {}, 0
+    for number, sample in enumerate(samples(general, 300)):
+        for kind, question, answer in sample.qas:
+            if kind not in ("left or right", "above or below", "bigger", "longer"):
+                continue
+            which, named = question.removesuffix(" ?").split(" , ")
+            colours = tuple(sorted(named.removeprefix("the ").split(" or the ")))
+            assert answer in colours
+            assert answers.setdefault((number, which, colours), answer) == answer
+            count += 1
+    assert count > 300
+    opposite = {"left": "right", "above": "below"}
+    pairs = [
+        (answer, answers.get((number, which.replace(word, other), colours)))
+        for (number, which, colours), answer in answers.items()
+        for word, other in opposite.items()
+        if which.endswith(word)
+    ]
+    assert len(pairs) > 50 and all(one != other for one, other in pairs)
