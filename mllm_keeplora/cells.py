@@ -58,11 +58,12 @@ class Runner:
             for cell, results in zip(todo, pool.map(self._start(told, started), todo), strict=True):
                 done[cell] = results
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # first, or a free worker would start the next run
             for process in list(self.processes):
                 process.terminate()
             raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
         return [done[cell] for cell in cells]
 
     def _start(self, told: _Countdown, started: float) -> Callable[[Cell], Results | None]:

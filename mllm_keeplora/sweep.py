@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,7 +42,7 @@ class TuneConfig(Section):
     factor: float = Field(2.0, gt=1.0)
     extensions: int = Field(3, ge=0, description="at most so many more values beyond either end")
     seed: int = Field(0, ge=0)
-    metric: str = "last"
+    metric: Literal["last", "average", "maa", "plasticity"] = "last"
     overrides: list[str] = ["eval.split=validation", "eval.domains=seen", "eval.zero_shot=false"]
 
 
@@ -145,21 +145,7 @@ def run_sweep(sweep: SweepConfig, jobs: int = 1) -> list[dict[str, Any]]:
     """
     _check(sweep)
     runner = Runner(jobs)
-    tunings = {label: Tuning() for label in sweep.strategies}
-    open_values = {label: list(sweep.tune.grid) for label in tunings}
-    while any(open_values.values()):
-        asked = [(label, value) for label, values in open_values.items() for value in values]
-        for (label, value), results in zip(
-            asked, runner.run([tune_cell(sweep, *each) for each in asked], "tuning"), strict=True
-        ):
-            tunings[label].scores[value] = results.metrics.get(sweep.tune.metric) if results is not None else None
-        further = {label: tuning.next_value(sweep.tune) for label, tuning in tunings.items()}
-        open_values = {label: [value] if value is not None else [] for label, value in further.items()}
-    lost = [label for label, tuning in tunings.items() if tuning.best is None]
-    if lost:
-        raise UserError(f"no setting of {lost[0]} gave a result; see {sweep.folder}/tune/{lost[0]}-*.log")
-    for label, tuning in tunings.items():
-        log.info("%s: chose %s %g", label, sweep.tune.key, tuning.best)
+    tunings = _tune(sweep, runner)
     cells = [final_cell(sweep, label, tunings[label].best, seed) for label in tunings for seed in sweep.final.seeds]
     finals = runner.run(cells, "final")
     failed = [cell.folder for cell, results in zip(cells, finals, strict=True) if results is None]
@@ -168,6 +154,23 @@ def run_sweep(sweep: SweepConfig, jobs: int = 1) -> list[dict[str, Any]]:
     results_list = [results.to_dict() for results in finals]
     _report(sweep, tunings, results_list)
     return results_list
+
+
+def _tune(sweep: SweepConfig, runner: Runner) -> dict[str, Tuning]:
+    """Try the grid for every strategy, and go on beyond it where the best lies at its edge."""
+    tunings = {label: Tuning() for label in sweep.strategies}
+    asked = [(label, value) for label in tunings for value in sweep.tune.grid]
+    while asked:
+        found = runner.run([tune_cell(sweep, *each) for each in asked], "tuning")
+        for (label, value), results in zip(asked, found, strict=True):
+            tunings[label].scores[value] = results.metrics.get(sweep.tune.metric) if results is not None else None
+        further = {label: tuning.next_value(sweep.tune) for label, tuning in tunings.items()}
+        asked = [(label, value) for label, value in further.items() if value is not None]
+    for label, tuning in tunings.items():
+        if tuning.best is None:
+            raise UserError(f"no setting of {label} gave a result; see {sweep.folder}/tune/{label}-*.log")
+        log.info("%s: chose %s %g", label, sweep.tune.key, tuning.best)
+    return tunings
 
 
 def _check(sweep: SweepConfig) -> None:
