@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 from mllm_keeplora import files
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.data import Benchmark
+from mllm_keeplora.data import PATHS, Benchmark
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.rows import blind_scores, by_type, stored_score, stored_scores
+from mllm_keeplora.eval.rows import blind_scores, by_type, sets_after, stored_score, stored_scores
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
 from mllm_keeplora.runs import BASE_UNIT, RunDir
 
@@ -28,9 +29,10 @@ class Results:
 
     Attributes:
         per_type, blind_per_type: set -> question type -> score, after the last unit; where test records name types.
-        settings: every key that defines results, but name and seed, by dotted name.
-        identity: what was measured on: `split`, `data` (digest of all its files), `generator` (of drawn data, with
-            the hash of its code), `base` (fingerprint of the weights).
+        complete: every unit is learnt, and everything is measured that the config asks for.
+        settings: every key that defines results, but name and seed, by dotted name; `parent` where there is one.
+        identity: what was measured on: `split`, `data` (digest of its JSON files and grading rules), `generator` (of
+            drawn data, with the hash of its code), `base` (fingerprint of the weights).
         origin: where the run keeps them: the file that `save` writes when it is given no other.
     """
 
@@ -50,6 +52,7 @@ class Results:
     environment: dict[str, str] = field(default_factory=dict)
     per_type: dict[str, dict[str, float]] = field(default_factory=dict)
     blind_per_type: dict[str, dict[str, float]] = field(default_factory=dict)
+    complete: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, str | None] = field(default_factory=dict)
     name: str = ""
@@ -106,7 +109,10 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
     metrics["general_retention"] = general_retention(general[suites[0]]) if suites else None
     record = run.record
     blind = {name: blind_scores(benchmark, name, config) for name in domains}
-    last = run.folder(run.finished_units[-1]) if run.finished_units else base_folder
+    scores = {}
+    if run.finished_units:
+        last = run.folder(run.finished_units[-1])
+        scores = {name: stored_scores(last, name) for name in [*domains, *suites]}
     return Results(
         name=record["name"],
         benchmark=record["benchmark"],
@@ -123,12 +129,13 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         peak_memory_bytes=run.peak_memory_bytes(),
         questions=_counts(run),
         environment=environment(),
-        per_type=_typed(benchmark, {name: stored_scores(last, name) for name in [*domains, *suites]}),
+        per_type=_typed(benchmark, scores),
         blind_per_type=_typed(benchmark, blind),
+        complete=_is_complete(run, benchmark, config),
         settings=settings_of(record),
         identity={
             "split": benchmark.split,
-            "data": _digest_of_data(record),
+            "data": digest_of_data([*record["domains"], *record["suites"]]),
             "generator": record.get("generator"),
             "base": record["base"]["fingerprint"],
         },
@@ -139,6 +146,8 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
 def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     """Result-defining keys of a run's record without name and seed; training keys by domain only where they differ."""
     found = {key: value for key, value in record["config"].items() if key not in {"name", "seed"}}
+    if record["parent"] is not None:
+        found["parent"] = f"{record['parent']['run']} after {record['parent']['after']}"
     for key in {key: None for each in record["domains"] for key in each["train"]}:
         values = {each["name"]: each["train"].get(key) for each in record["domains"]}
         if len({repr(value) for value in values.values()}) == 1:
@@ -153,10 +162,25 @@ def _typed(benchmark: Benchmark, scores: dict[str, dict[str, float]]) -> dict[st
     return {name: kinds for name, kinds in typed.items() if kinds}
 
 
-def _digest_of_data(record: dict[str, Any]) -> str:
-    """One digest of all training and graded files, whatever the order of the domains."""
-    parts = sorted([each["name"], sorted(each["sha256"].items())] for each in [*record["domains"], *record["suites"]])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+def digest_of_data(parts: Sequence[Mapping[str, Any]]) -> str:
+    """One digest of what domains and suites are learnt from and graded by, whatever their order and place on disk.
+
+    Args:
+        parts: as a run records them: `name`, `files` (paths and rules of grading), `sha256` of the JSON files.
+    """
+    told = []
+    for part in sorted(parts, key=lambda part: part["name"]):
+        rules = sorted((key, value) for key, value in part["files"].items() if key not in PATHS)
+        told.append([part["name"], rules, sorted(part["sha256"].items())])
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+
+def _is_complete(run: RunDir, benchmark: Benchmark, config: RunConfig) -> bool:
+    asked = [
+        (unit, name) for unit in [BASE_UNIT, *run.units] for name in sets_after(unit, run.units, benchmark, config)
+    ]
+    is_graded = all(run.is_done(f"{unit.key}/evaluate/{name}") for unit, name in asked)
+    return is_graded and len(run.finished_units) == len(run.units)
 
 
 def environment() -> dict[str, str]:

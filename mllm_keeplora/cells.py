@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.config import RunConfig, load_config, parse_config, read_yaml
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.log import log
+
+FAILED = 1  # exit code of a run that went wrong by itself, e.g. since its loss was not finite
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,9 @@ class Cell:
         if not (self.folder / "results.json").is_file() or not stored.is_file():
             return None
         before = parse_config(read_yaml(stored), origin=str(stored))
+        results = Results.load(self.folder / "results.json")
         same = before.result_defining() == config.result_defining()
-        return Results.load(self.folder / "results.json") if same else None
+        return results if same and results.complete else None
 
 
 class Runner:
@@ -47,7 +54,11 @@ class Runner:
         self.processes: set[subprocess.Popen] = set()
 
     def run(self, cells: Sequence[Cell], title: str) -> list[Results | None]:
-        """Results of every cell in order; None where a run failed. What is finished is not run again."""
+        """Results of every cell in order; None where a run failed by itself. What is finished is not run again.
+
+        Raises:
+            UserError: a run could not be started or was ended from outside; the others are ended too.
+        """
         done = {cell: results for cell in cells if (results := cell.results()) is not None}
         todo = [cell for cell in cells if cell not in done]
         if todo:
@@ -55,8 +66,9 @@ class Runner:
         started, told = time.monotonic(), _Countdown(title, len(todo))
         pool = ThreadPoolExecutor(self.jobs)
         try:
-            for cell, results in zip(todo, pool.map(self._start(told, started), todo), strict=True):
-                done[cell] = results
+            with _terminated_like_interrupted():
+                for cell, results in zip(todo, pool.map(self._start(told, started), todo), strict=True):
+                    done[cell] = results
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # first, or a free worker would start the next run
             for process in list(self.processes):
@@ -77,6 +89,8 @@ class Runner:
                 self.processes.add(process)
                 code = process.wait()
                 self.processes.discard(process)
+            if code not in (0, FAILED):
+                raise UserError(f"run {cell.folder} ended with code {code}; see {log_of(cell.folder)}")
             results = cell.results() if code == 0 else None
             told(cell, results, time.monotonic() - began, time.monotonic() - started)
             return results
@@ -101,6 +115,23 @@ class _Countdown:
             "%s %d/%d %s: %s (%.0f min %02.0f s); about %.0f min left",
             self.title, self.ended, self.total, cell.folder.name, outcome, seconds // 60, seconds % 60, left / 60,
         )  # fmt: skip
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM end the runs as Ctrl-C does; a sweep that just died would leave them running and locked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def log_of(folder: Path) -> Path:

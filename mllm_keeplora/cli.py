@@ -131,10 +131,16 @@ def sweep(
     """
     from rich.console import Console
 
+    from mllm_keeplora.distributed import world_size
+    from mllm_keeplora.errors import UserError
     from mllm_keeplora.log import start_logging
     from mllm_keeplora.report import compare_table
     from mllm_keeplora.sweep import load_sweep, run_sweep
 
+    if world_size() > 1:
+        raise UserError(
+            "sweep starts its runs by itself; call it without torchrun (each run gets a share of the cores)"
+        )
     start_logging()
     loaded = load_sweep(config, overrides or [])
     results = run_sweep(loaded, jobs)

@@ -19,6 +19,7 @@ from mllm_keeplora.report import (
     paired,
     render_comparison,
     save_png,
+    split_of,
     summary,
     trade_off_curves,
     trade_off_figure,
@@ -50,15 +51,15 @@ class Choice:
     """How the settings of compared runs were chosen.
 
     Attributes:
-        settings: label -> its chosen setting.
-        points: (label, setting) to mark on the trade-off curve.
-        tried: results of every run that was tried, for the curve.
+        key: the dotted key that was tuned.
+        values: label -> the value that was chosen.
+        tried: results of every run that was tried, for the trade-off curve.
         table: heads and rows of what was tried.
         notes: sentences on the rule.
     """
 
-    settings: Mapping[str, str]
-    points: Sequence[tuple[str, str]]
+    key: str
+    values: Mapping[str, float]
     tried: Sequence[Mapping[str, Any]]
     table: tuple[list[str], list[list[str]]]
     notes: Sequence[str]
@@ -73,21 +74,28 @@ def write_comparison(
         UserError: the runs cannot be compared.
     """
     groups = _grouped(results_list)
-    choice = choice or Choice({}, (), results_list, ([], []), ())
-    curves = trade_off_curves(_grouped(choice.tried)) if choice.tried else {}
+    choice = choice or Choice("", {}, results_list, ([], []), ())
+    settings = {label: f"{choice.key.split('.')[-1]} {value:g}" for label, value in choice.values.items()}
+    tried = _grouped(choice.tried)
+    curves = trade_off_curves(tried)
+    chosen = [
+        (group.family, group.setting)
+        for group in tried
+        if choice.values and choice.values.get(group.family) == group.runs[0]["settings"].get(choice.key)
+    ]
     tuning = choice.table if choice.table[0] else None
-    page = render_comparison(title, groups, curves, choice.settings, choice.points, choice.notes, tuning)
+    page = render_comparison(title, groups, tried, settings, chosen, choice.notes, tuning)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / PAGE, page)
-    tables = [("Comparison", summary(groups, choice.settings)), ("Final score by domain", finals(groups))]
+    tables = [("Comparison", summary(groups, settings)), ("Final score by domain", finals(groups))]
     if (differences := paired(groups)) is not None:
         tables.append(("Difference to sequential LoRA, seed by seed", differences))
     if tuning is not None:
-        tables.append(("Settings that were tried, Last on the validation questions", tuning))
+        tables.append((f"{choice.key} that was tried, Last on the {split_of(tried)} questions", tuning))
     files.write_text(folder / TABLES, "\n".join(f"{title}\n\n{markdown(table)}" for title, table in tables))
     save_png(heat_maps(groups), folder / MATRICES)
     if any(len(points) > 1 for points in curves.values()):
-        save_png(trade_off_figure(curves, choice.points), folder / TRADE_OFF)
+        save_png(trade_off_figure(curves, chosen), folder / TRADE_OFF)
 
 
 def _grouped(results_list: Sequence[Mapping[str, Any]]) -> list[Group]:

@@ -197,7 +197,7 @@ def find_config(kind: str, source: str | Path) -> Path:
 
 
 def shipped(kind: str) -> list[str]:
-    """Names of the shipped configs of a kind: runs, models or benchmarks."""
+    """Names of the shipped configs of a kind: runs, models, benchmarks or sweeps."""
     folder = resources.files("mllm_keeplora.configs") / kind
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 

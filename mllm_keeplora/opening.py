@@ -12,14 +12,13 @@ import yaml
 from mllm_keeplora import distributed, files
 from mllm_keeplora.check import Checked
 from mllm_keeplora.config import RunConfig, flatten, result_defining
-from mllm_keeplora.data import Benchmark, Domain
+from mllm_keeplora.data import PATHS, Benchmark, Domain
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.log import log
 from mllm_keeplora.runs import BASE_UNIT, RunDir, differences, now
 from mllm_keeplora.training.units import plan_units
 
-PATHS = ("train", "validation", "test", "images")
 MAY_DIFFER_FROM_PARENT = ("name:", "seed:", "eval.domains:", "eval.zero_shot:")
 
 
@@ -87,9 +86,19 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in config.result_defining().items() if key.split(".")[0] not in by_definition}
 
 
+def _recorded(record: dict[str, Any]) -> dict[str, Any]:
+    """The comparable keys of a record; a key that came later has the value that everything had before it."""
+    return {"eval.split": "test", **record["config"]}
+
+
 def _domain(config: RunConfig, benchmark: Benchmark, name: str) -> dict[str, Any]:
     """A domain as the run records it: its files and how it is trained."""
     return {**_graded(benchmark, name), "train": result_defining(config.train_of(name))}
+
+
+def graded_parts(benchmark: Benchmark) -> list[dict[str, Any]]:
+    """Domains and suites with the digests of their files, as a run records them."""
+    return [_graded(benchmark, name) for name in [*benchmark.domains, *benchmark.suites]]
 
 
 def _graded(benchmark: Benchmark, name: str) -> dict[str, Any]:
@@ -107,8 +116,7 @@ def _graded(benchmark: Benchmark, name: str) -> dict[str, Any]:
 def _accept(run: RunDir, config: RunConfig, checked: Checked) -> None:
     """Compare an existing run with the config; extend it where domains were appended."""
     record, origin = run.record, str(run.path)
-    before = record["config"]
-    lines = differences(before, _comparable(config), origin)
+    lines = differences(_recorded(record), _comparable(config), origin)
     if checked.base_fingerprint is not None and record["base"]["fingerprint"] not in (None, checked.base_fingerprint):
         lines.append("base: the weights of the base model are not those that the run was started with")
     old = [each["name"] for each in record["domains"]]
@@ -176,7 +184,7 @@ def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int
         raise UserError(f"--from {source.path}: its base model is not {config.base.model} as it is now")
     lines = [
         line
-        for line in differences(source.record["config"], _comparable(config), str(source.path))
+        for line in differences(_recorded(source.record), _comparable(config), str(source.path))
         if not line.startswith(MAY_DIFFER_FROM_PARENT)
     ]
     if lines:
@@ -191,8 +199,9 @@ def _inherit_definitions(benchmark: Benchmark, inherited: list[dict[str, Any]]) 
         raise UserError(f"--from: the config's domains {own} neither begin with the inherited {names} nor avoid them")
     before = {each["name"]: Domain(**each["files"]) for each in inherited}
     for name, domain in before.items():
-        if not (Path(domain.train).is_file() and Path(domain.test).is_file()):
-            raise UserError(f"--from: inherited domain {name} needs its data at {domain.train} and {domain.test}")
+        graded = domain.test if benchmark.split == "test" else domain.validation
+        if not (Path(domain.train).is_file() and graded is not None and Path(graded).is_file()):
+            raise UserError(f"--from: inherited domain {name} needs its data at {domain.train} and {graded}")
     benchmark.domains = {**before, **{name: benchmark.domains[name] for name in own if name not in before}}
 
 

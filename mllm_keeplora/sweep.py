@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,8 +25,9 @@ from mllm_keeplora.check import check_run
 from mllm_keeplora.comparison import Choice, write_comparison
 from mllm_keeplora.config import apply_override, find_config, read_yaml, validation_faults
 from mllm_keeplora.errors import UserError, several
-from mllm_keeplora.eval.results import Results
+from mllm_keeplora.eval.results import Results, digest_of_data
 from mllm_keeplora.log import log
+from mllm_keeplora.opening import graded_parts
 from mllm_keeplora.strategies import summary_of
 
 
@@ -42,7 +43,6 @@ class TuneConfig(Section):
     factor: float = Field(2.0, gt=1.0)
     extensions: int = Field(3, ge=0, description="at most so many more values beyond either end")
     seed: int = Field(0, ge=0)
-    metric: Literal["last", "average", "maa", "plasticity"] = "last"
     overrides: list[str] = ["eval.split=validation", "eval.domains=seen", "eval.zero_shot=false"]
 
 
@@ -82,9 +82,15 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = ()) -> SweepConfig
         raise several(validation_faults(error, str(source))) from None
     if len(set(sweep.tune.grid)) < len(sweep.tune.grid) or len(set(sweep.final.seeds)) < len(sweep.final.seeds):
         raise UserError(f"tune.grid and final.seeds must not name a value twice ({source})")
+    seen: dict[str, str] = {}
     for label in sweep.strategies:
-        tune_cell(sweep, label, sweep.tune.grid[0]).config()
+        for value in sweep.tune.grid:
+            cell = tune_cell(sweep, label, value).config()
         final_cell(sweep, label, sweep.tune.grid[0], sweep.final.seeds[0]).config()
+        settings = repr({key: value for key, value in cell.result_defining().items() if key != "name"})
+        if settings in seen:
+            raise UserError(f"strategies {seen[settings]} and {label} have the same settings ({source})")
+        seen[settings] = label
     return sweep
 
 
@@ -120,11 +126,12 @@ class Tuning:
     def next_value(self, tune: TuneConfig) -> float | None:
         """One step beyond the edge that the best lies at; None where it lies inside or the grid may not grow."""
         best, low, high = self.best, min(self.scores), max(self.scores)
+        value = None
         if best == low and low > min(tune.grid) / tune.factor ** (tune.extensions - 0.5):
-            return _rounded(low / tune.factor)
-        if best == high and high < max(tune.grid) * tune.factor ** (tune.extensions - 0.5):
-            return _rounded(high * tune.factor)
-        return None
+            value = _rounded(low / tune.factor)
+        elif best == high and high < max(tune.grid) * tune.factor ** (tune.extensions - 0.5):
+            value = _rounded(high * tune.factor)
+        return value if value not in self.scores else None
 
     def is_at_edge(self) -> bool:
         return len(self.scores) > 1 and self.best in (min(self.scores), max(self.scores))
@@ -163,9 +170,10 @@ def _tune(sweep: SweepConfig, runner: Runner) -> dict[str, Tuning]:
     while asked:
         found = runner.run([tune_cell(sweep, *each) for each in asked], "tuning")
         for (label, value), results in zip(asked, found, strict=True):
-            tunings[label].scores[value] = results.metrics.get(sweep.tune.metric) if results is not None else None
+            tunings[label].scores[value] = results.metrics["last"] if results is not None else None
         further = {label: tuning.next_value(sweep.tune) for label, tuning in tunings.items()}
         asked = [(label, value) for label, value in further.items() if value is not None]
+        asked = [(label, value) for label, value in asked if _is_allowed(tune_cell(sweep, label, value))]
     for label, tuning in tunings.items():
         if tuning.best is None:
             raise UserError(f"no setting of {label} gave a result; see {sweep.folder}/tune/{label}-*.log")
@@ -175,22 +183,26 @@ def _tune(sweep: SweepConfig, runner: Runner) -> dict[str, Tuning]:
 
 def _check(sweep: SweepConfig) -> None:
     """Find the faults of every strategy's config before the first run, and finished runs of other data or base."""
-    faults = []
+    faults: list[str] = []
+    data: dict[str, tuple] = {}
+    fingerprint = None
     for label in sweep.strategies:
-        for cell in (
-            tune_cell(sweep, label, sweep.tune.grid[0]),
-            final_cell(sweep, label, sweep.tune.grid[0], sweep.final.seeds[0]),
-        ):
+        first = sweep.tune.grid[0]
+        for cell in (tune_cell(sweep, label, first), final_cell(sweep, label, first, sweep.final.seeds[0])):
             try:
                 checked = check_run(cell.config(), decode_images=False)
             except UserError as error:
                 faults.append(f"{label}: {error}")
+                continue
+            benchmark, fingerprint = checked.benchmark, checked.base_fingerprint
+            drawn = benchmark.root.name if benchmark.generator is not None else None
+            data[benchmark.split] = (drawn, digest_of_data(graded_parts(benchmark)))
     if faults:
         raise several(list(dict.fromkeys(faults)))
-    generator = checked.benchmark.root.name if checked.benchmark.generator is not None else None
     for path in sorted(sweep.folder.glob("*/*/results.json")):
         identity = Results.load(path).identity
-        if (identity.get("generator"), identity.get("base")) != (generator, checked.base_fingerprint):
+        same_data = data.get(identity.get("split")) in (None, (identity.get("generator"), identity.get("data")))
+        if not same_data or fingerprint not in (None, identity.get("base")):
             raise UserError(
                 f"{path.parent} was made with other data or another base than are here now; choose another `output`"
             )
@@ -199,10 +211,9 @@ def _check(sweep: SweepConfig) -> None:
 def _report(sweep: SweepConfig, tunings: Mapping[str, Tuning], results_list: list[dict[str, Any]]) -> None:
     """The comparison of the final runs with how their settings were chosen, and the choice as JSON."""
     tried = [tune_cell(sweep, label, value).results() for label, tuning in tunings.items() for value in tuning.scores]
-    key = sweep.tune.key.split(".")[-1]
     choice = Choice(
-        settings={label: f"{key} {tuning.best:g}" for label, tuning in tunings.items()},
-        points=[(label, f"{key} {tuning.best}") for label, tuning in tunings.items()],
+        key=sweep.tune.key,
+        values={label: tuning.best for label, tuning in tunings.items()},
         tried=[results.to_dict() for results in tried if results is not None],
         table=_tuning_table(tunings),
         notes=_notes(sweep, tunings),
@@ -235,20 +246,36 @@ def _tuning_table(tunings: Mapping[str, Tuning]) -> tuple[list[str], list[list[s
 def _notes(sweep: SweepConfig, tunings: Mapping[str, Tuning]) -> list[str]:
     tune, final = sweep.tune, sweep.final
     grid, seeds = ", ".join(f"{value:g}" for value in tune.grid), ", ".join(map(str, final.seeds))
-    strategies = {label: tune_cell(sweep, label, tune.grid[0]).config().strategy.name for label in tunings}
-    notes = [f"{label}: {summary_of(name)}" for label, name in strategies.items()]
+    tuned = {label: tune_cell(sweep, label, tune.grid[0]).config() for label in tunings}
+    some = next(iter(tuned))
+    splits = tuned[some].eval.split, final_cell(sweep, some, tune.grid[0], final.seeds[0]).config().eval.split
+    notes = [f"{label}: {summary_of(config.strategy.name)}" for label, config in tuned.items()]
     notes += [
-        f"One rule for every strategy: {tune.key} from {grid} with seed {tune.seed}, graded on the validation "
-        f"questions; the highest {tune.metric} is chosen, and the grid goes on by the factor {tune.factor:g} while the "
-        f"best lies at its edge. The chosen setting then runs with seeds {seeds}, graded on the test questions. "
-        "Everything else is the same for all."
+        f"One rule for every strategy: {tune.key} from {grid} with seed {tune.seed}, graded on the {splits[0]} "
+        f"questions; the highest Last is chosen, and the grid goes on by the factor {tune.factor:g} while the best "
+        f"lies at its edge. The chosen setting then runs with seeds {seeds}, graded on the {splits[1]} questions."
     ]
+    own = {
+        label: [each for each in sweep.strategies[label] if not each.startswith("strategy.name=")] for label in tuned
+    }
+    told = [f"{label} has {', '.join(overrides)}" for label, overrides in own.items() if overrides]
+    notes.append("Everything else is the same for all." if not told else f"Beyond that, {'; '.join(told)}.")
     edges = [label for label, tuning in tunings.items() if tuning.is_at_edge()]
     if edges:
         notes.append(f"Still at the edge of what was tried: {', '.join(edges)}.")
     return notes
 
 
+def _is_allowed(cell: Cell) -> bool:
+    """Whether a value beyond the grid is one that the config takes; the grid itself was checked at the start."""
+    try:
+        cell.config()
+    except UserError as error:
+        log.info("the grid ends here: %s", error)
+        return False
+    return True
+
+
 def _rounded(value: float) -> float:
-    """Two significant digits: 0.0005, not 0.0004999999."""
-    return float(f"{value:.2g}")
+    """Six significant digits: 0.0005, not 0.0004999999."""
+    return float(f"{value:.6g}")

@@ -19,6 +19,7 @@ from mllm_keeplora.errors import UserError, known, several
 from mllm_keeplora.metrics import SCORERS
 
 DATA_ROOT = "MLLM_KEEPLORA_DATA"
+PATHS = ("train", "validation", "test", "images")  # keys of a domain that say where, not what or how
 
 
 class TestSet(BaseModel):
@@ -67,7 +68,7 @@ class Benchmark(BaseModel):
 
     def graded_file(self, name: str) -> str:
         """The file that a domain or suite is graded by, relative to the root."""
-        if self.split == "test":
+        if self.split == "test" or name in self.suites:
             return self.graded(name).test
         file = self.domains[name].validation
         assert file is not None, "load_benchmark refuses a domain without one"

@@ -45,9 +45,11 @@ class TowerCache:
         import torch
 
         plain = torch.is_tensor(pixel_values) and pixel_values.ndim == 4 and not args
-        if not plain or any(torch.is_tensor(value) for value in options.values()) or not self._is_frozen():
+        if not plain or not all(map(_is_setting, options.values())) or not self._is_frozen():
             return self._forward(pixel_values, *args, **options)
-        call = tuple(sorted((name, repr(value)) for name, value in options.items()))
+        device = pixel_values.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        call = (tuple(pixel_values.shape[1:]), pixel_values.dtype, precision, repr(sorted(options.items())))
         keys = [(call, _digest(row)) for row in pixel_values]
         found = {key: self._rows[key] for key in keys if key in self._rows}
         missing = {key: position for position, key in enumerate(keys) if key not in found}
@@ -105,10 +107,14 @@ def cache_tower(base: Any, mebibytes: int | None) -> TowerCache | None:
     tower = base.model.get_submodule(base.parts.vision_tower)
     if mebibytes is None:
         mebibytes = DEFAULT_MEBIBYTES if next(tower.parameters()).device.type == "cpu" else 0
-    settings = tower.config.to_dict()
-    if mebibytes == 0 or any("dropout" in name and value for name, value in settings.items()):
+    if mebibytes == 0 or any("drop" in name and value for name, value in tower.config.to_dict().items()):
         return None
     return TowerCache(tower, mebibytes << 20)
+
+
+def _is_setting(value: Any) -> bool:
+    """An option that is the same for every picture of a batch: no tensor, no list with a place for each picture."""
+    return value is None or isinstance(value, bool | int | str)
 
 
 def _digest(row: Tensor) -> bytes:

@@ -2,7 +2,7 @@
 
 from mllm_keeplora.report.comparison import finals, heat_maps, markdown, paired, render_comparison, summary
 from mllm_keeplora.report.figures import data_uri, domain_curves_figure, save_png, score_matrix_figure
-from mllm_keeplora.report.groups import Group, group_runs, trade_off_curves
+from mllm_keeplora.report.groups import Group, group_runs, split_of, trade_off_curves
 from mllm_keeplora.report.html import WrongAnswer, render_html
 from mllm_keeplora.report.tables import compare_table, results_table
 from mllm_keeplora.report.trade_off import trade_off_figure
@@ -23,6 +23,7 @@ __all__ = [
     "results_table",
     "save_png",
     "score_matrix_figure",
+    "split_of",
     "summary",
     "trade_off_curves",
     "trade_off_figure",

@@ -16,7 +16,9 @@ from mllm_keeplora.report.groups import (
     mean_results,
     paired_differences,
     shares_of_upper,
+    split_of,
     spread_text,
+    trade_off_curves,
 )
 from mllm_keeplora.report.html import document, pair, picture, section
 from mllm_keeplora.report.tables import reference_rows
@@ -26,7 +28,6 @@ from mllm_keeplora.report.view import METRICS, NOT_MEASURED, Metric, duration_te
 SHOWN = ("last", "average", "transfer", "bwt", "plasticity", "general_retention")
 COLUMNS = tuple(next(metric for metric in METRICS if metric.key == key) for key in SHOWN)
 PAIRED = tuple(metric for metric in COLUMNS if metric.key in ("last", "bwt"))
-Curves = Mapping[str, Sequence[tuple[str, float, float]]]
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -99,7 +100,7 @@ def heat_maps(groups: Sequence[Group], dark: bool = False) -> bytes:
 def render_comparison(
     title: str,
     groups: Sequence[Group],
-    curves: Curves,
+    tried: Sequence[Group],
     settings: Mapping[str, str] | None = None,
     chosen: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
@@ -110,7 +111,7 @@ def render_comparison(
     Args:
         title: heading.
         groups: from `group_runs`, one setting each or several.
-        curves: from `trade_off_curves`; drawn where one has at least two points.
+        tried: groups of every setting; their trade-off is drawn where a family has at least two.
         settings: label -> chosen setting.
         chosen: (family, setting) points to mark on the curves.
         notes: sentences on how the numbers came about, put above the rest.
@@ -127,9 +128,12 @@ def render_comparison(
     maps = [heat_maps(groups, dark) for dark in (False, True)]
     parts.append(section("Mean score matrices", picture("Heat maps of the score matrices", *maps, wide=True)))
     final = section("Final score by domain", _html_table(finals(groups)))
+    curves = trade_off_curves(tried)
     if any(len(points) > 1 for points in curves.values()):
         drawn = [trade_off_figure(curves, chosen, dark) for dark in (False, True)]
-        note = '<p class="note">Each point is one setting; a ring marks the chosen one. Up and right is better.</p>'
+        seeds = ", ".join(map(str, sorted({seed for group in tried for seed in group.seeds})))
+        note = f"Each point is one setting on the {split_of(tried)} questions, seeds {seeds}. Up and right is better."
+        note = f'<p class="note">{note}{" A ring marks the chosen one." if chosen else ""}</p>'
         parts.append(pair(section("Trade-off", picture("Trade-off curve", *drawn) + note, "figure"), final))
     else:
         parts.append(final)
@@ -145,7 +149,7 @@ def _measured(groups: Sequence[Group], notes: Sequence[str]) -> str:
     counts = run.get("questions") or {}
     facts = {
         "benchmark": run["benchmark"],
-        "order": " → ".join(run["domains"]),
+        "order": "; ".join(dict.fromkeys(" → ".join(group.runs[0]["domains"]) for group in groups)),
         "questions": ", ".join(f"{name} {count}" for name, count in counts.items()),
         "split": identity.get("split"),
         "base": f"{run['base']} ({identity.get('base')})" if identity.get("base") else run["base"],

@@ -11,6 +11,7 @@ from mllm_keeplora.report.view import Metric, Score, metric_text, run_title
 
 Results = Mapping[str, Any]
 REFERENCE, UPPER = "finetune", "joint"  # strategies that others are measured against where they are there
+GRADING = ("eval.limit", "eval.suite_limit", "eval.max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Group:
 
     Attributes:
         label: what a reader knows it by; unique within a comparison.
-        family: label without the settings that tell groups of one name apart.
+        family: label without the settings that tell groups of one name apart: the name that its runs share, or the
+            strategy where they share none or share it with another strategy.
         setting: those settings, e.g. "lr 0.002"; empty if the family has one group.
         runs: results by ascending seed.
     """
@@ -61,11 +63,16 @@ def group_runs(results_list: Sequence[Results]) -> list[Group]:
     by_setting: dict[str, list[Results]] = {}
     for results in results_list:
         by_setting.setdefault(repr(_setting_key(results)), []).append(results)
+    strategies: dict[str, set[str]] = {}
+    for results in results_list:
+        strategies.setdefault(run_title(results), set()).add(results["strategy"])
     groups = []
     for runs in by_setting.values():
         runs = sorted(runs, key=lambda run: run["seed"])
         names = {run_title(run) for run in runs}
-        family = names.pop() if len(names) == 1 else runs[0]["strategy"]
+        family = runs[0]["strategy"]
+        if len(names) == 1 and len(strategies[min(names)]) == 1:
+            family = names.pop()
         if len({run["seed"] for run in runs}) < len(runs):
             raise ValueError(
                 f"{family}: the same settings and seed were given twice (seeds {[r['seed'] for r in runs]})"
@@ -107,7 +114,7 @@ def find_group(groups: Sequence[Group], strategy: str) -> Group | None:
 def shares_of_upper(group: Group, upper: Group | None) -> list[Score]:
     """Last as a share of joint training's mean Last, by seed; empty without joint training."""
     top = mean_and_sd(upper.metric("last"))[0] if upper is not None else None
-    return [] if top is None else [None if last is None else last / top for last in group.metric("last")]
+    return [] if not top else [None if last is None else last / top for last in group.metric("last")]
 
 
 def mean_results(group: Group) -> Results:
@@ -125,6 +132,11 @@ def mean_results(group: Group) -> Results:
     }
     zero_shot = [mean(cells) for cells in zip(*(run["zero_shot"] for run in group.runs), strict=True)]
     return {**group.runs[0], "name": group.label, "score_matrix": matrix, "general": general, "zero_shot": zero_shot}
+
+
+def split_of(groups: Sequence[Group]) -> str:
+    """Which questions the groups were graded on: test or validation."""
+    return (groups[0].runs[0].get("identity") or {}).get("split") or "test"
 
 
 def trade_off_curves(groups: Sequence[Group]) -> dict[str, list[tuple[str, float, float]]]:
@@ -145,6 +157,17 @@ def _refuse_strangers(results_list: Sequence[Results]) -> None:
                 f"{run_title(results)} learned {results['domains']}, {run_title(first)} {first['domains']}"
             )
         ours, theirs = results.get("identity") or {}, first.get("identity") or {}
+        if bool(ours) != bool(theirs):
+            old = results if theirs else first
+            raise ValueError(
+                f"{run_title(old)} does not tell what it was measured on; let this version write its results again "
+                "(mllm-keeplora report RUN)"
+            )
+        for key in GRADING:
+            limits = [(each.get("settings") or {}).get(key) for each in (results, first)]
+            if limits[0] != limits[1]:
+                names = f"{run_title(results)} and {run_title(first)}"
+                raise ValueError(f"{names} cannot be compared: {key} is {limits[0]} and {limits[1]}")
         for key in ("split", "generator", "data", "base"):
             if ours.get(key) != theirs.get(key):
                 raise ValueError(

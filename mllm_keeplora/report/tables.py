@@ -76,11 +76,15 @@ def compare_table(results_list: Sequence[Results]) -> RenderableType:
 
 
 def reference_rows(groups: Sequence[RunGroup]) -> list[Row]:
-    """Zero-shot and blind rows of the first run that has them; every run's are the same."""
+    """Zero-shot and blind scores of the first run that has them, in the first group's order of domains."""
     rows: dict[str, Row] = {}
+    wanted = groups[0].runs[0]["domains"]
     for group in groups:
+        domains = group.runs[0]["domains"]
         for row in score_sheet(group.runs[0]).references:
-            rows.setdefault(row.label, row)
+            own = Row(row.label, tuple(row.scores[domains.index(domain)] for domain in wanted))
+            if own.is_measured:
+                rows.setdefault(row.label, own)
     return list(rows.values())
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import yaml
 
+from mllm_keeplora.eval.saved import load_run, refresh_results
 from tests.integration.processes import run_in_child
 
 
@@ -50,6 +53,35 @@ def test_scores_by_type_add_up_to_the_score_of_the_domain(typed):
         for total, kinds in ((last, results["per_type"][name]), (blind, results["blind_per_type"][name])):
             assert set(kinds) == {"where", "colour"}  # asked in turn, so half of the questions each
             assert sum(kinds.values()) / 2 == pytest.approx(total)
+
+
+def test_a_run_is_complete_when_everything_that_was_asked_is_measured(two, tmp_path):
+    assert results_of(two)["complete"]
+    copy = tmp_path / "copy"
+    shutil.copytree(two, copy)
+    ledger = json.loads((copy / "run.json").read_text())
+    del ledger["stages"]["02_Beta/evaluate/general"]
+    (copy / "run.json").write_text(json.dumps(ledger))
+    assert not refresh_results(load_run(copy)).complete
+
+
+def test_a_suite_of_ones_own_can_be_asked_of_a_run_graded_on_validation_questions(typed, world, command):
+    rows = json.loads((world / "data/Alpha/test.json").read_text())
+    suite = world / "data/Alpha/own.json"
+    suite.write_text(json.dumps(rows[:2]))
+    said = command("eval", typed, "--suite", suite)
+    assert said.code == 0 and said.out.startswith("own")
+
+
+def test_a_run_from_before_the_split_was_a_key_can_be_continued(settings, tmp_path, two, command):
+    copy = tmp_path / "copy"
+    shutil.copytree(two, copy)
+    ledger = json.loads((copy / "run.json").read_text())
+    del ledger["config"]["eval.split"]
+    (copy / "run.json").write_text(json.dumps(ledger))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(copy)))
+    said = command("run", tmp_path / "run.yaml")
+    assert said.code == 0, said.err
 
 
 def test_questions_without_types_have_no_such_scores(two):

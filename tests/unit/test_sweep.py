@@ -62,6 +62,15 @@ def test_the_grid_grows_no_further_than_it_may_and_says_that_the_best_is_at_the_
     assert tuning.next_value(TUNE) is None and tuning.is_at_edge()
 
 
+def test_the_grid_never_asks_for_what_was_tried_already():
+    tune = TuneConfig(grid=[1e-3], factor=1.0000001, extensions=3)
+    assert Tuning({1e-3: 5.0}).next_value(tune) is None
+
+
+def test_whole_numbers_stay_whole():
+    assert Tuning({128.0: 1.0, 256.0: 2.0}).next_value(TuneConfig(grid=[128, 256])) == 512
+
+
 def test_a_run_that_failed_beyond_the_best_counts_as_tried():
     tuning = Tuning({1e-3: 50.0, 2e-3: 60.0, 4e-3: 70.0, 8e-3: None})
     assert tuning.best == 4e-3 and tuning.next_value(TUNE) is None
@@ -93,6 +102,8 @@ def test_another_choice_is_another_run(write):
         ({"final": {"seeds": [1, 1]}}, "twice"),
         ({"runs": "mini_dcl"}, "runs is not a known key"),
         ({"run": "nowhere"}, "unknown name 'nowhere'"),
+        ({"strategies": {"a": [], "b": ["strategy.name=keeplora"]}}, "strategies a and b have the same settings"),
+        ({"tune": {"grid": [0.5, 2.0], "key": "train.warmup_ratio"}}, "train.warmup_ratio"),
         ({"strategies": {"x": ["train.rate=3"]}}, "train.rate is not a known key"),
         ({"tune": {"grid": [1e-3], "key": "train.bogus"}}, "train.bogus is not a known key"),
     ],

@@ -81,6 +81,15 @@ def test_outputs_made_while_answering_can_be_trained_through(base, pictures):
     assert projector.linear_1.weight.grad.abs().sum() > 0
 
 
+def test_what_was_given_in_another_precision_is_not_taken(base, pictures):
+    cache = cache_tower(base, 64)
+    exact = features(base, pictures[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        features(base, pictures[:2])
+    assert cache.computed == 4
+    assert torch.equal(features(base, pictures[:2]), exact) and cache.computed == 4
+
+
 def test_a_tower_that_trains_is_left_alone(base, pictures):
     cache = cache_tower(base, 64)
     base.model.model.vision_tower.requires_grad_(True)

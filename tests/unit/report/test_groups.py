@@ -69,6 +69,26 @@ def test_runs_on_other_data_or_another_base_are_refused(make, key, value):
         group_runs([make("keeplora", 1, 80.0), stranger])
 
 
+@pytest.mark.parametrize("key", ["eval.limit", "eval.suite_limit", "eval.max_new_tokens"])
+def test_runs_asked_other_questions_are_refused(make, key):
+    stranger = make("finetune", 1, 50.0)
+    stranger["settings"][key] = 50
+    with pytest.raises(ValueError, match=f"{key} is 50 and None"):
+        group_runs([make("keeplora", 1, 80.0), stranger])
+
+
+def test_results_that_do_not_tell_what_they_were_measured_on_are_refused_with_the_remedy(make):
+    old = make("finetune", 1, 50.0)
+    del old["identity"]
+    with pytest.raises(ValueError, match=r"finetune does not tell .*mllm-keeplora report"):
+        group_runs([make("keeplora", 1, 80.0), old])
+
+
+def test_strategies_that_share_a_name_are_told_apart(make):
+    groups = group_runs([make("keeplora", 1, 80.0, name="mini"), make("finetune", 1, 50.0, name="mini")])
+    assert [group.label for group in groups] == ["keeplora", "finetune"]
+
+
 def test_the_same_setting_and_seed_twice_is_refused(make):
     with pytest.raises(ValueError, match="given twice"):
         group_runs([make("keeplora", 1, 80.0), make("keeplora", 1, 80.0)])
@@ -99,6 +119,8 @@ def test_the_share_of_joint_is_taken_of_its_mean(make):
     groups = group_runs([make("joint", 1, 90.0), make("joint", 2, 100.0), make("keeplora", 1, 76.0)])
     assert shares_of_upper(groups[1], find_group(groups, "joint")) == [0.8]
     assert shares_of_upper(groups[1], None) == []
+    nothing = group_runs([make("joint", 1, 0.0)])
+    assert shares_of_upper(groups[1], nothing[0]) == []
 
 
 def test_mean_results_average_cell_by_cell_and_keep_what_was_not_measured(make):

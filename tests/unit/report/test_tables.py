@@ -92,6 +92,13 @@ def test_compare_shows_what_the_base_and_a_blind_answer_are_worth(results, finet
     assert cells(final, "blind") == ["35.3", "44.7", "45.3", "30.0", "22.0"]
 
 
+def test_references_stand_under_their_own_domains_when_the_order_differs(results, finetune_results):
+    results |= {"zero_shot": [], "blind": []}
+    finetune_results |= {"domains": finetune_results["domains"][::-1], "blind": []}  # so RS has the last, 30.3
+    text = printed(compare_table([results, finetune_results]), width=100)
+    assert cells(text[text.index("Final score") :], "zero-shot") == ["30.3", "15.4", "39.7", "40.2", "39.1"]
+
+
 def test_compare_finds_domains_by_name_when_the_order_differs(results, finetune_results):
     order = [4, 0, 1, 2, 3]
     finetune_results["domains"] = [results["domains"][k] for k in order]
