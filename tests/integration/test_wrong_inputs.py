@@ -226,8 +226,8 @@ def test_eval_refuses_what_the_run_does_not_have(two, command):
     assert {name for name in content(two) if name != ".lock"} == {name for name in before if name != ".lock"}
 
 
-def test_list_knows_four_kinds(command):
-    assert_refused(command("list", "methods"), "'methods'", "strategies, models, benchmarks and runs")
+def test_list_says_which_kinds_it_knows(command):
+    assert_refused(command("list", "methods"), "'methods'", "strategies, models, benchmarks, runs and sweeps")
 
 
 def test_wrong_use_of_the_command_line_exits_with_2(command):
