@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mllm_keeplora.data.mini.draw import SHAPES
 from mllm_keeplora.data.mini.vocabulary import BOS, CHARACTERS, IMAGE, PAD, vocabulary
 
 from .corpus import EASY_SHARE, Corpus, encode_qa
@@ -63,12 +64,17 @@ def pack(prefixes: list[list[int]], qas: list[list[tuple]], apart: bool, images:
 
 
 class Batches:
-    """Draws rows; question types that are answered well are asked less."""
+    """Draws rows; question types that are answered well are asked less.
+
+    Questions that name a shape are a type for each shape: looking up a circle and a ring was learnt long before the
+    other four, and a type for all of them hid that.
+    """
 
     def __init__(self, corpus: Corpus, seed: int):
         self.corpus, self.seed = corpus, seed
-        self.number = {kind: i for i, kind in enumerate(corpus.kinds)}
-        self.right = torch.full((len(corpus.kinds),), 0.3)
+        self.types = [(kind, shape) for kind in corpus.kinds for shape in ("", *SHAPES)]
+        self.number = {name: i for i, name in enumerate(self.types)}
+        self.right = torch.full((len(self.types),), 0.3)
         self.opening = [IDS[BOS], *[IDS[IMAGE]] * NUM_IMAGE_TOKENS]
 
     def update(self, kinds: Tensor, right: Tensor) -> None:
@@ -76,6 +82,15 @@ class Batches:
         for kind in kinds.unique().tolist():
             share = right[kinds == kind].float().mean()
             self.right[kind] += 0.05 * (share - self.right[kind])
+
+    def type_of(self, kind: str, question: list[int]) -> int:
+        """Number of a question's type: its kind, and the shape that it names, if any."""
+        return self.number[kind, next((TOKENS[i] for i in question if TOKENS[i] in SHAPES), "")]
+
+    def worst(self, count: int) -> str:
+        """The types asked about so far that are answered worst, with their shares."""
+        asked = [i for i in self.right.argsort().tolist() if self.right[i] != 0.3]
+        return ", ".join(f"{' '.join(self.types[i]).strip()} {100 * self.right[i]:.0f}" for i in asked[:count])
 
     def image_rows(self, step: int, progress: float, size: int, per_image: int) -> Rows:
         """Rows of general pictures; in the first sixth of the training mostly pictures with one or two objects."""
@@ -89,9 +104,9 @@ class Batches:
         rows = []
         for i in chosen:
             qas = self.corpus.qas[i]
-            numbers = np.array([self.number[kind] for kind, _, _ in qas])
+            numbers = np.array([self.type_of(kind, question) for kind, question, _ in qas])
             weights = (1.08 - self.right.numpy()[numbers]) / np.sqrt(np.bincount(numbers)[numbers])
-            weights[numbers == self.number["describe"]] = 0.15 if apart else 0.0
+            weights[numbers == self.number["describe", ""]] = 0.15 if apart else 0.0
             keys = np.log(weights + 1e-9) + rng.gumbel(size=len(qas))
             picks = np.argsort(-keys)[: per_image if apart else 3]
             rows.append([(int(numbers[p]), qas[p][1], qas[p][2]) for p in picks])

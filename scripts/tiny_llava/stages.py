@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from mllm_keeplora.data.mini.general_scenes import HUES, KINDS
 from mllm_keeplora.data.mini.vocabulary import EOS, vocabulary
 
 from .batches import Batches
@@ -20,7 +21,9 @@ from .corpus import Corpus
 from .muon import Muon
 from .network import DenseHeads, language_states, patch_features, to_pixel_values
 
-EOS_ID = vocabulary().index(EOS)
+TOKENS = vocabulary()
+EOS_ID = TOKENS.index(EOS)
+WORD_SCALE = 20.0  # cosines to logits
 CHECKPOINT_EVERY, GATE_EVERY = 100, 500  # steps
 TOWER_BATCH, QUESTION_BATCH, TEXT_BATCH = 64, 32, 24  # over all processes
 
@@ -151,6 +154,30 @@ def question_loss(model, patches, rows, batches: Batches | None):
     return F.cross_entropy(logits, targets)
 
 
+def word_loss(model, patches: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of naming a cell's kind and hue by cosine of its projected token to the words' embeddings.
+
+    Puts what a picture token shows where the word for it lies, so that a word can look its object up by likeness.
+    Without it, objects were found by colour (100 %) but hardly by shape (63 % on `color of shape`).
+
+    Args:
+        model: the LLaVA.
+        patches: (b, 64, 192) tower output.
+        cells: (b, channels, 8, 8) dense targets in the order of CHANNELS.
+    """
+    front = cells[:, 0].flatten(1) > 0
+    seen = F.normalize(model.model.multi_modal_projector(patches[front]).float(), dim=-1)
+    loss = torch.zeros(())
+    for channel, names in enumerate((KINDS, HUES)):
+        number = torch.tensor([TOKENS.index(name) if name in TOKENS else -1 for name in names])
+        classes = cells[:, channel].flatten(1)[front]
+        known = number[classes] >= 0
+        words = F.normalize(model.get_input_embeddings().weight[number.clamp(min=0)].float(), dim=-1)
+        logits = WORD_SCALE * seen[known] @ words.T
+        loss = loss + F.cross_entropy(logits.masked_fill(number < 0, -torch.inf), classes[known])
+    return loss
+
+
 class _Shares:
     def __init__(self, batches: Batches):
         self.batches = batches
@@ -179,13 +206,12 @@ def train_questions(model, heads: DenseHeads, corpus: Corpus, steps: int, work: 
             patches = patch_features(model, pixel_values)
             loss = question_loss(model, patches, rows, batches)
             dense, _ = heads(patches, cells, pixel_values)
+            words = word_loss(model, patches, cells)
             text = torch.zeros(())
             if progress < 0.1 or step % 3 == 0:
                 text = question_loss(model, None, batches.text_rows(step, TEXT_BATCH // size), None)
-        (loss + 0.15 * dense + 0.3 * text).backward()
+        (loss + 0.15 * dense + 0.15 * words + 0.3 * text).backward()
         optimizers.step(rate(progress))
-        worst = batches.right.argsort()[:4].tolist()
-        note = ", ".join(f"{corpus.kinds[k]} {100 * batches.right[k]:.0f}" for k in worst)
-        report("questions", step, steps, loss.item(), f"mean {100 * batches.right.mean():.0f}; worst {note}")
+        report("questions", step, steps, loss.item(), f"words {words.item():.2f}; worst {batches.worst(6)}")
         if keeper.save(step + 1, step + 1 == steps) and (step + 1) % GATE_EVERY == 0:
             report.checkpoint(model, step + 1)

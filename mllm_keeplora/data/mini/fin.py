@@ -24,7 +24,7 @@ def _bars(canvas: Canvas, rng):
     heights = [heights[i] for i in rng.permutation(count)]
     for i, (color, height) in enumerate(zip(colors, heights, strict=True)):
         x = 8 + i * 54 / count
-        canvas.box(x + 1, 58 - height, x + 1 + 40 / count, 58, vary(rng, COLORS[color]))
+        canvas.box(x + 3, 57 - height, x + 3 + min(12, 36 / count), 57, vary(rng, COLORS[color]))
     most, least = colors[int(np.argmax(heights))], colors[int(np.argmin(heights))]
     return [
         ("highest", "which company has the highest profit ?", most),
