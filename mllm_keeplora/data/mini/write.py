@@ -60,16 +60,22 @@ class _Balance:
         return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def _pictures(module, seed: tuple[int, int], count: int, most: int, held_out: bool):
+def _pictures(draw: Callable[..., Sample], seed: tuple[int, int], count: int, most: int, held_out: bool):
     """Yield (image, chosen questions) `count` times."""
     balance, attempt = _Balance(), 0
     for _ in range(count):
         chosen = []
         while not chosen:
             rng = np.random.default_rng((*seed, attempt))
-            sample, attempt = module.sample(rng, held_out=held_out), attempt + 1
+            sample, attempt = draw(rng, held_out=held_out), attempt + 1
             chosen = balance.pick(rng, sample, most)
         yield sample.image, chosen
+
+
+def _anchor(rng: np.random.Generator, held_out: bool) -> Sample:
+    """A general picture of another make than the test set's: every kind of scene alike, at most three objects."""
+    scenes = dict.fromkeys(general.SCENES, 1 / len(general.SCENES))
+    return general.sample(rng, held_out, most=3, scenes=scenes)
 
 
 def _train_record(number: str, image: str, qas: list[tuple[str, str, str]]) -> dict:
@@ -120,13 +126,13 @@ def write_mini_dcl(root: Path, sizes: Mapping[str, int] = SIZES, progress: Progr
         (folder / "images").mkdir(parents=True)
         for part, split in enumerate(SPLITS):
             most = MOST_TURNS if split == "train" else 1
-            pictures = _pictures(module, (number, part), sizes[split], most, held_out=split == "test")
+            pictures = _pictures(module.sample, (number, part), sizes[split], most, held_out=split == "test")
             _write_split(folder, split, pictures, split == "train", seen, tick)
     folder, seen = root / "general", {}
     (folder / "images").mkdir(parents=True)
-    pictures = _pictures(general, (100, 0), sizes["anchors"], MOST_TURNS, held_out=False)
+    pictures = _pictures(_anchor, (100, 0), sizes["anchors"], MOST_TURNS, held_out=False)
     _write_split(folder, "anchors", pictures, True, seen, tick)
-    pictures = _pictures(general, (100, 1), sizes["general"], 1, held_out=True)
+    pictures = _pictures(general.sample, (100, 1), sizes["general"], 1, held_out=True)
     _write_split(folder, "test", pictures, False, seen, tick)
 
 
