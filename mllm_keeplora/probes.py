@@ -6,52 +6,64 @@ parameter ever requires a gradient, so quantised and partitioned weights work an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed
-from mllm_keeplora.linalg import GradientAccumulator, MomentAccumulator
+from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
+from mllm_keeplora.tokens import IGNORED, ChosenRows, as_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORED = -100
+    from mllm_keeplora.linalg import FrequentDirections, GradientAccumulator, GradientSketch, MomentAccumulator
 
 
-def collect_moments(model: Any, layers: dict[str, Any], batches: Iterable[dict]) -> dict[str, MomentAccumulator]:
-    """Second moments of every target layer's input features over all real tokens; padding never counts.
+def collect_moments(
+    model: Any, layers: dict[str, Any], batches: Iterable[dict], plan: FeaturePlan = EXACT_FEATURES
+) -> dict[str, MomentAccumulator | FrequentDirections]:
+    """Statistics of every target layer's input features over real tokens; padding never counts.
 
     Args:
         model: what runs, with whatever branches are active.
         layers: name of each target layer -> its module within `model`.
-        batches: model inputs; `labels` are not needed and dropped.
+        batches: model inputs; `labels` are needed only where `plan.tokens` tells answers from instructions.
+        plan: exact moments or sketches, and which tokens.
 
     Returns:
-        Target layer -> moments. Layers that are fed the very same tensor (q, k, v; gate, up) share one object.
+        Target layer -> moments, or a sketch of them. Layers that are fed the very same tensor (q, k, v; gate, up)
+        share one object.
 
     Raises:
         ValueError: a feature is not finite; the message names the layer.
     """
     import torch
 
-    moments: dict[str, MomentAccumulator] = {}
-    for batch in batches:
+    moments: dict[str, MomentAccumulator | FrequentDirections] = {}
+    batches = iter(batches)
+    first = next(batches, None)  # the main process has one, whatever the others have
+    exact = distributed.from_main(first is not None and _features_exactly(model, layers, first, plan))
+    make = partial(plan.accumulator, exact=exact)
+    for batch in chain(() if first is None else (first,), batches):
         inputs_only = {key: value for key, value in batch.items() if key != "labels"}
-        with _input_hooks(layers, moments, batch["attention_mask"]), torch.no_grad(), _evaluating(model):
+        rows = ChosenRows(batch, plan, getattr(model.config, "image_token_id", None))
+        with _input_hooks(layers, moments, rows, make), torch.no_grad(), _evaluating(model):
             model(**inputs_only)
     groups = distributed.from_main(_sharing(moments))  # a process without records learns here who shares an input
     _refuse_missing(layers, [name for group in groups for name in group], "saw no input")
     for group in groups:
-        shared = moments.get(group[0]) or MomentAccumulator(layers[group[0]].in_features)
-        distributed.all_reduce(shared.tensors())
-        moments.update(dict.fromkeys(group, shared))
+        layer = layers[group[0]]
+        shared = moments.get(group[0]) or make(layer.in_features, device=layer.weight.device)
+        moments.update(dict.fromkeys(group, _over_processes(shared)))
     return {name: moments[name] for name in layers}
 
 
 def collect_mean_gradients(
-    model: Any, layers: dict[str, Any], batches: Iterable[dict]
-) -> dict[str, GradientAccumulator]:
+    model: Any, layers: dict[str, Any], batches: Iterable[dict], plan: GradientPlan = EXACT_GRADIENTS
+) -> dict[str, GradientAccumulator | GradientSketch]:
     """Mean gradient of the loss with respect to every target weight, from inputs and output gradients.
 
     The loss of a sample is the mean over its answer tokens, and the gradient is the mean over samples, whatever the
@@ -60,6 +72,7 @@ def collect_mean_gradients(
     Args:
         model, layers: as in `collect_moments`.
         batches: model inputs with `labels`.
+        plan: exact sums or sketches.
 
     Raises:
         RuntimeError: a target layer received no gradient.
@@ -67,20 +80,45 @@ def collect_mean_gradients(
 
     Source: KeepLoRA, Eq. (2); input side and output side as in torch's (d_out, d_in).
     """
-    gradients: dict[str, GradientAccumulator] = {}
+    sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    device = next(iter(layers.values())).weight.device
+    exact = distributed.from_main(plan.exact(sizes, device))
+    gradients: dict[str, GradientAccumulator | GradientSketch] = {}
     for batch in batches:
         labels = batch["labels"]
         inputs_only = {key: value for key, value in batch.items() if key != "labels"}
-        with _gradient_hooks(layers, gradients), _graph_from_inputs(model), _evaluating(model):
+        hooks = _gradient_hooks(layers, gradients, partial(plan.accumulator, exact=exact))
+        with hooks, _graph_from_inputs(model), _evaluating(model):
             loss = per_sample_loss(model(**inputs_only).logits, labels).sum()
             loss.backward()
         for accumulator in gradients.values():
             accumulator.count_samples(labels.shape[0])
     _refuse_missing(layers, distributed.from_main(list(gradients)), "received no gradient")
-    for name, layer in layers.items():
-        gradients.setdefault(name, GradientAccumulator(layer.out_features, layer.in_features))
+    for name in layers:
+        if name not in gradients:
+            gradients[name] = plan.accumulator(*sizes[name], exact=exact, device=device)
         distributed.all_reduce(gradients[name].tensors())
     return {name: gradients[name] for name in layers}
+
+
+def shared_inputs(model: Any, layers: dict[str, Any], batch: dict) -> list[list[str]]:
+    """Target layers grouped by the tensor that feeds them, seen in one forward of model inputs."""
+    import torch
+
+    seen: dict[int, list[str]] = {}
+    tensors = []  # held until the end, so that no identity is reused
+
+    def keep(name: str):
+        def hook(module: Any, args: tuple) -> None:
+            tensors.append(args[0])
+            seen.setdefault(id(args[0]), []).append(name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
+    with _removed_afterwards(handles), torch.no_grad(), _evaluating(model):
+        model(**{key: value for key, value in batch.items() if key != "labels"})
+    return list(seen.values())
 
 
 def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -103,9 +141,9 @@ def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _input_hooks(layers: dict[str, Any], into: dict[str, MomentAccumulator], attention_mask: Tensor) -> Iterator[None]:
+def _input_hooks(layers: dict[str, Any], into: dict[str, Any], rows: ChosenRows, make: Callable) -> Iterator[None]:
     """Add every layer's input rows to its accumulator; the same tensor object is added once for all who receive it."""
-    latest: list[tuple[Any, MomentAccumulator]] = []  # holds the tensor itself, so that identity cannot be reused
+    latest: list[tuple[Any, Any]] = []  # holds the tensor itself, so that identity cannot be reused
 
     def keep(name: str):
         def hook(module: Any, args: tuple) -> None:
@@ -113,8 +151,10 @@ def _input_hooks(layers: dict[str, Any], into: dict[str, MomentAccumulator], att
             if shared is not None:
                 assert into.setdefault(name, shared) is shared, f"{name} no longer shares its input"
                 return
-            accumulator = into.setdefault(name, MomentAccumulator(args[0].shape[-1]))
-            _named(name, accumulator.update, _real_rows(args[0].detach(), attention_mask))
+            if name not in into:
+                into[name] = make(args[0].shape[-1], device=args[0].device)
+            accumulator = into[name]
+            _named(name, accumulator.update, rows.of(args[0].detach()))
             latest[:] = [*latest[-1:], (args[0], accumulator)]
 
         return hook
@@ -124,7 +164,7 @@ def _input_hooks(layers: dict[str, Any], into: dict[str, MomentAccumulator], att
 
 
 @contextmanager
-def _gradient_hooks(layers: dict[str, Any], into: dict[str, GradientAccumulator]) -> Iterator[None]:
+def _gradient_hooks(layers: dict[str, Any], into: dict[str, Any], make: Callable) -> Iterator[None]:
     """Add output gradient times input to every layer's accumulator while the backward pass runs."""
 
     def keep(name: str):
@@ -133,8 +173,8 @@ def _gradient_hooks(layers: dict[str, Any], into: dict[str, GradientAccumulator]
 
             def accumulate(gradient: Tensor) -> None:
                 if name not in into:
-                    into[name] = GradientAccumulator(gradient.shape[-1], features.shape[-1])
-                _named(name, into[name].update, _rows(gradient), _rows(features))
+                    into[name] = make(gradient.shape[-1], features.shape[-1], device=features.device)
+                _named(name, into[name].update, as_rows(gradient), as_rows(features))
 
             output.register_hook(accumulate)
 
@@ -194,15 +234,23 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def _real_rows(features: Tensor, attention_mask: Tensor) -> Tensor:
-    """(n, d_in) rows of real tokens; a tensor that is not laid out as (b, t, d_in) carries no padding."""
-    if features.shape[:-1] == attention_mask.shape:
-        return features[attention_mask.bool()]
-    return _rows(features)
+def _features_exactly(model: Any, layers: dict[str, Any], batch: dict, plan: FeaturePlan) -> bool:
+    groups = shared_inputs(model, layers, batch) if plan.statistic == "auto" else []
+    widths = [layers[group[0]].in_features for group in groups]
+    return plan.exact(widths, next(iter(layers.values())).weight.device)
 
 
-def _rows(features: Tensor) -> Tensor:
-    return features.reshape(-1, features.shape[-1])
+def _over_processes(statistic: Any) -> Any:
+    """Sum over processes; sketches, which are not linear, are gathered and merged in rank order."""
+    from mllm_keeplora.linalg import FrequentDirections
+
+    if not isinstance(statistic, FrequentDirections):
+        distributed.all_reduce(statistic.tensors())
+        return statistic
+    first, *others = distributed.gather(statistic)
+    for other in others:
+        first.merge(other)
+    return first
 
 
 def _named(name: str, update: Any, *rows: Tensor) -> None:
@@ -212,7 +260,7 @@ def _named(name: str, update: Any, *rows: Tensor) -> None:
         raise ValueError(f"layer {name}: {error}") from None
 
 
-def _sharing(moments: dict[str, MomentAccumulator]) -> list[list[str]]:
+def _sharing(moments: dict[str, Any]) -> list[list[str]]:
     """Names of layers by the accumulator that they share."""
     groups: dict[int, list[str]] = {}
     for name, accumulator in moments.items():

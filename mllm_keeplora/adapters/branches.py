@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.models import Base
 
-OPEN, PAST = "domain", "history"
+OPEN, PAST, OFFSET = "domain", "history", "offset"
 
 
 class Adapters:
@@ -62,11 +62,17 @@ class Adapters:
         self._freeze()
 
     def open(self, branch: Branch) -> None:
-        """Open a branch for training: A as given, B zero. The function of the model does not change."""
+        """Open a branch for training, A and B as given. The function of the model does not change.
+
+        Where B does not start at zero, a frozen branch of -B beside it stands for the reduced base weight.
+        """
         assert self.branch is None, "a branch is open already"
         self.branch = branch
         self._add(OPEN, branch.A, branch.alpha)
-        self._fill(OPEN, branch.A, None)
+        self._fill(OPEN, branch.A, branch.B or None)
+        if branch.B:
+            self._add(OFFSET, branch.A, branch.alpha)
+            self._fill(OFFSET, branch.A, {layer: -B for layer, B in branch.B.items()})
         self._freeze()
 
     def trainable(self) -> dict[str, Any]:
@@ -87,6 +93,8 @@ class Adapters:
         for layer in self.branch.A:
             module = self._module(layer)
             B[layer] = module.lora_B[OPEN].weight.detach().float().cpu().clone()
+            if self.branch.B:
+                B[layer] -= self.branch.B[layer].cpu()
             trained = "A" in self.branch.train
             A[layer] = module.lora_A[OPEN].weight.detach().float().cpu().clone() if trained else self.branch.A[layer]
         return Factors(A, B, self.branch.alpha)
@@ -97,7 +105,8 @@ class Adapters:
 
     def load(self, factors: Factors, full: dict[str, Tensor]) -> None:
         """Set the open branch to trained factors (a run continued after training)."""
-        self._fill(OPEN, factors.A, factors.B)
+        start = self.branch.B
+        self._fill(OPEN, factors.A, {layer: B + start[layer] if start else B for layer, B in factors.B.items()})
         self._pristine.shift([*self.past_full, full] if full else self.past_full)
 
     def weight(self, layer: str) -> Tensor:
@@ -114,7 +123,7 @@ class Adapters:
     def closed(self) -> Iterator[None]:
         """The model as it was before the open branch: for teachers. The trained set is the same afterwards."""
         assert self.branch is not None, "no branch is open"
-        past = [name for name in self.peft.peft_config if name != OPEN]
+        past = [name for name in self.peft.peft_config if name not in (OPEN, OFFSET)]
         full = {name: self.base.get_parameter(name).detach().clone() for name in self.full}
         self._pristine.shift(self.past_full)
         if past:

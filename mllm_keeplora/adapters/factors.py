@@ -6,7 +6,7 @@ delta weight of a layer = alpha / rank * B A. Knows no strategy; files here are 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,18 +20,21 @@ PREFIX = "base_model.model."
 
 @dataclass
 class Branch:
-    """How a low-rank branch starts: A per layer, its scale, and which of A and B are trained. B starts at zero.
+    """How a low-rank branch starts: A per layer, its scale, and which of A and B are trained.
 
-    `A[layer]` is (rank, d_in) float32; a layer without room for a direction has no entry. `alpha[layer]` is peft's:
-    scaling = alpha / rank, with any layer scale g_l already inside.
+    B starts at zero, or at `B[layer]` (d_out, rank), whose product is then taken off the base: opening a branch leaves
+    the model's function as it was. `A[layer]` is (rank, d_in) float32; a layer without room for a direction has no
+    entry. `alpha[layer]` is peft's: scaling = alpha / rank, with any layer scale g_l already inside.
     """
 
     A: dict[str, Tensor]
     alpha: dict[str, float]
     train: tuple[str, ...] = ("B",)
+    B: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         assert self.A.keys() == self.alpha.keys(), "every layer of a branch needs A and alpha"
+        assert not self.B or self.B.keys() == self.A.keys(), "B is given for every layer of a branch or for none"
         assert set(self.train) <= {"A", "B"} and self.train, self.train
 
     @property
@@ -39,7 +42,7 @@ class Branch:
         return {layer: A.shape[0] for layer, A in self.A.items()}
 
     def save(self, path: Path) -> None:
-        tensors = {f"{layer}.A": A for layer, A in self.A.items()}
+        tensors = {f"{layer}.A": A for layer, A in self.A.items()} | {f"{layer}.B": B for layer, B in self.B.items()}
         facts = json.dumps({"alpha": self.alpha, "train": self.train})  # one key: safetensors keeps no order of keys
         files.write_tensors(path, tensors, {"branch": facts})
 
@@ -48,9 +51,11 @@ class Branch:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as stored:
-            A = {name.removesuffix(".A"): stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             facts = json.loads(stored.metadata()["branch"])
-        return cls({layer: A[layer] for layer in facts["alpha"]}, facts["alpha"], tuple(facts["train"]))
+        A = {layer: tensors[f"{layer}.A"] for layer in facts["alpha"]}
+        B = {layer: tensors[f"{layer}.B"] for layer in facts["alpha"] if f"{layer}.B" in tensors}
+        return cls(A, facts["alpha"], tuple(facts["train"]), B)
 
 
 @dataclass

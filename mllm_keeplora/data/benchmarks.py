@@ -36,6 +36,12 @@ class TestSet(BaseModel):
     max_new_tokens: int = Field(16, ge=1)
 
 
+class Suite(TestSet):
+    """A held-out set that is graded after every domain; `anchors` are training records of the same kind of ability."""
+
+    anchors: str | None = None
+
+
 class Domain(TestSet):
     """One member of the sequence with its train and test set."""
 
@@ -51,7 +57,8 @@ class Benchmark(BaseModel):
     defaults: dict[str, Any] = Field(default_factory=dict)
     domains: dict[str, Domain]
     orders: dict[str, list[str]] = Field(default_factory=dict, description="official sequences by name")
-    suites: dict[str, TestSet] = Field(default_factory=dict)
+    suites: dict[str, Suite] = Field(default_factory=dict)
+    anchor_suites: dict[str, Suite] = Field(default_factory=dict, exclude=True)  # all suites, whatever is graded
     root: Path = Path()
     split: Literal["test", "validation"] = "test"
 
@@ -65,6 +72,28 @@ class Benchmark(BaseModel):
         part = self.graded(name)
         path = self.root / self.graded_file(name)
         return read_test(path, self._images(part, path))
+
+    def anchor_file(self, name: str) -> Path:
+        """Training records of an anchor set: of a suite that names some, or a file.
+
+        Raises:
+            UserError: neither.
+        """
+        suite = self.anchor_suites.get(name)
+        if suite is not None and suite.anchors is not None:
+            return self.root / suite.anchors
+        having = [known_name for known_name, each in self.anchor_suites.items() if each.anchors is not None]
+        if suite is not None or not Path(name).is_file():
+            raise UserError(
+                f"strategy.anchors names {name!r}; allowed are files of training records"
+                + (f" and the suites {known(having)}" if having else "")
+            )
+        return Path(name)
+
+    def anchor_records(self, name: str) -> list[Record]:
+        path = self.anchor_file(name)
+        part = self.anchor_suites.get(name)
+        return read_train(path, path.parent if part is None else self._images(part, path))
 
     def graded_file(self, name: str) -> str:
         """The file that a domain or suite is graded by, relative to the root."""
@@ -118,6 +147,7 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
         raise several(faults)
     benchmark.domains = {name: benchmark.domains[name] for name in wanted}
     benchmark.split = config.eval.split
+    benchmark.anchor_suites = benchmark.suites
     if benchmark.split == "validation":
         benchmark.suites = {}
     if benchmark.generator is not None:

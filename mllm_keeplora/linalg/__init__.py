@@ -5,7 +5,7 @@ Everything is float32 or float64 inside, whatever came in; values that are not f
 
 from .accumulators import GradientAccumulator, GradientSketch, MomentAccumulator
 from .basis import Basis, leak
-from .directions import gradient_capture, top_residual_directions
+from .directions import RandomizedSVD, gradient_capture, top_residual_directions
 from .energy import principal_subspace, rank_for_energy
 from .frequent_directions import FrequentDirections
 
@@ -15,6 +15,7 @@ __all__ = [
     "GradientAccumulator",
     "GradientSketch",
     "MomentAccumulator",
+    "RandomizedSVD",
     "gradient_capture",
     "leak",
     "principal_subspace",

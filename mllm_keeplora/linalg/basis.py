@@ -20,7 +20,7 @@ from .decompose import (
     leading_right_vectors,
     orthonormal_complement,
 )
-from .energy import rank_for_energy
+from .energy import SHARE_SLACK, rank_for_energy
 from .frequent_directions import FrequentDirections
 
 ENERGY_REFERENCES = ("total", "residual")
@@ -173,12 +173,32 @@ class Basis:
         self._columns = torch.cat([self._columns, added], dim=1)
         return added.shape[1]
 
+    def is_decided(self, sketch: FrequentDirections, energy: float, reference: str = "total") -> bool:
+        """Whether a sketch knows enough to grow by: the energy that it lost does not stand in the way of the threshold.
+
+        False means that even all directions of the sketch would not be known to reach it; then the exact moments are
+        needed. Arguments and errors as in `grow`.
+        """
+        energy = as_share(energy, "energy")
+        as_choice(reference, "reference", ENERGY_REFERENCES)
+        leftover = self._leftover(sketch)
+        total = leftover.total_energy
+        if reference == "residual":
+            total -= leftover.covered * leftover.total_energy
+        return sketch.shrunken_energy <= (1.0 - energy) * total + SHARE_SLACK * leftover.total_energy
+
     def coverage(self, moments_or_rows: Tensor | MomentAccumulator | FrequentDirections) -> float:
         """Share of the energy of features that lies inside the subspace, in [0, 1]; 1 if they carry none.
 
         For a sketch this is a lower bound, as in `grow`.
         """
         return self._leftover(moments_or_rows).covered
+
+    def round_last(self, count: int, dtype: torch.dtype) -> None:
+        """Round the last `count` columns to a coarser dtype, as a file of that dtype would keep them."""
+        first = self.rank - as_count(count, "count", 0)
+        rounded = self._columns[:, first:].to(dtype).to(self._columns.dtype)
+        self._columns = torch.cat([self._columns[:, :first], rounded], dim=1)
 
     def capacity(self) -> Capacity:
         """Rank, dimension, share taken and directions left."""

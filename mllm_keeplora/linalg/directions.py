@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,7 +20,25 @@ from .decompose import (
 )
 
 
-def top_residual_directions(gradient: Tensor | GradientAccumulator | GradientSketch, basis: Basis, rank: int) -> Tensor:
+@dataclass(frozen=True)
+class RandomizedSVD:
+    """Range finder in place of an exact decomposition: width rank + `oversample`, then `power_iterations`.
+
+    `oversample` None makes the width 4 times the rank; the published LLaVA code has oversample 0 and 2 iterations,
+    its CLIP code width 4 r and 4 iterations, both without a seed. Source: Halko, Martinsson and Tropp (2011).
+    """
+
+    oversample: int | None = None
+    power_iterations: int = 4
+    seed: int = 0
+
+
+def top_residual_directions(
+    gradient: Tensor | GradientAccumulator | GradientSketch,
+    basis: Basis,
+    rank: int,
+    randomized: RandomizedSVD | None = None,
+) -> Tensor:
     """Leading input-side directions of a gradient after its part inside a basis is removed.
 
     Args:
@@ -25,6 +46,7 @@ def top_residual_directions(gradient: Tensor | GradientAccumulator | GradientSke
             approximate, their orthogonality to the basis is not.
         basis: protected subspace of dimension d_in.
         rank: most directions to return, at least 1.
+        randomized: approximate the decomposition; None computes it exactly.
 
     Returns:
         (rank', d_in) float32, or float64 for a float64 gradient; orthonormal rows, orthogonal to the basis, largest
@@ -47,7 +69,14 @@ def top_residual_directions(gradient: Tensor | GradientAccumulator | GradientSke
         for _ in range(2):
             residual = residual - (residual @ columns) @ columns.mT
         most = min(rank, basis.d_in - basis.rank)
-        leading = leading_right_vectors(residual, lambda squares: min(int((squares > floor).sum()), most))
+
+        def count(squares: Tensor) -> int:
+            return min(int((squares > floor).sum()), most)
+
+        if randomized is None:
+            leading = leading_right_vectors(residual, count)
+        else:
+            leading = _randomized_right_vectors(residual, rank, randomized, count)
         return fix_signs(orthonormal_complement(leading, columns)).mT.to(matrix.dtype).contiguous()
 
 
@@ -85,6 +114,18 @@ def gradient_capture(
         "discarded": (outside - captured) / total,
         "captured_of_residual": captured / outside if outside > 0.0 else 0.0,
     }
+
+
+def _randomized_right_vectors(matrix: Tensor, rank: int, how: RandomizedSVD, count: Callable[[Tensor], int]) -> Tensor:
+    """About the leading right singular vectors (d, m) of a matrix (n, d), m = count(squared values of the range)."""
+    width = 4 * rank if how.oversample is None else rank + how.oversample
+    width = min(width, *matrix.shape)
+    generator = torch.Generator().manual_seed(how.seed)
+    test_matrix = torch.randn(matrix.shape[0], width, generator=generator, dtype=torch.float64).to(matrix.device)
+    spanned = torch.linalg.qr(matrix.mT @ test_matrix)[0]
+    for _ in range(how.power_iterations):
+        spanned = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ spanned)[0])[0]
+    return spanned @ leading_right_vectors(matrix @ spanned, count)
 
 
 def _gradient_matrix(gradient: Tensor | GradientAccumulator | GradientSketch, basis: Basis) -> Tensor:

@@ -5,18 +5,26 @@ Every hook is a no-op by default, so a strategy states only its differences. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from mllm_keeplora.adapters import Adapters
-    from mllm_keeplora.linalg import Basis, GradientAccumulator, MomentAccumulator
+    from mllm_keeplora.linalg import (
+        Basis,
+        FrequentDirections,
+        GradientAccumulator,
+        GradientSketch,
+        MomentAccumulator,
+    )
 
 
 class StrategyOptions(BaseModel):
@@ -55,10 +63,21 @@ class Context(Protocol):
     def depth(self, layer: str) -> int | None:
         """Index of the transformer layer; None for the projector's."""
 
-    def collect_inputs(self, samples: int | float) -> dict[str, MomentAccumulator]:
-        """Second moments of every target layer's inputs, over so many (or that share of) evenly spaced records."""
+    def collect_inputs(
+        self,
+        samples: int | float,
+        plan: FeaturePlan = EXACT_FEATURES,
+        of: Sequence[str] = (),
+        layers: Sequence[str] | None = None,
+    ) -> dict[str, MomentAccumulator | FrequentDirections]:
+        """Feature statistics of the target layers' inputs, over so many (or that share of) evenly spaced records.
 
-    def collect_weight_gradients(self, samples: int | float) -> dict[str, GradientAccumulator]:
+        The records are those of the domain, or of the anchor sets named in `of`.
+        """
+
+    def collect_weight_gradients(
+        self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS
+    ) -> dict[str, GradientAccumulator | GradientSketch]:
         """Mean loss gradient of every target layer, over so many (or that share of) evenly spaced records."""
 
     def teacher_forward(self, batch: Mapping[str, Any]) -> Any:

@@ -1,93 +1,149 @@
-"""KeepLoRA: train only where past knowledge does not live.
+"""KeepLoRA and KeepLoRA++: train only where past knowledge does not live.
 
-Kept are the leading input directions of the pre-trained weights and the dominant feature directions of past domains;
-A spans the top of the residual of the domain's mean gradient and stays frozen, only B is trained.
-Source: KeepLoRA (ICLR 2026, arXiv 2601.19659), Eqs. (1)-(10) as numbered in this package's tests.
+Kept are the leading input directions of the pre-trained weights and the dominant feature directions of past domains
+(and of an anchor set, if one is named); A spans the top of the residual of the domain's mean gradient and stays frozen,
+only B is trained. KeepLoRA++ scales each layer's update by its depth.
+Source: KeepLoRA (ICLR 2026, arXiv 2601.19659), Eqs. (1)-(10), and KeepLoRA++ (arXiv 2606.16256), Eq. (11), as numbered
+in this package's tests; anchors are our own.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, ClassVar
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.log import log
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.keeplora_options import PRESETS, KeepLoRAOptions
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class KeepLoRAOptions(StrategyOptions):
-    """Published defaults for MLLM-DCL: rank 64, alpha 128, 20 % of the data; see the presets.
-
-    `grad_samples` and `feature_samples`: a count of records, or a share of them if below 1.
-    """
-
-    energy_weights: float = Field(0.6, ge=0.0, le=1.0)
-    energy_features: float = Field(0.99, ge=0.0, le=1.0)
-    grad_samples: int | float = Field(512, gt=0)
-    feature_samples: int | float = Field(512, gt=0)
-    layer_scale: Literal["none"] = "none"
+    from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
 
 
 class KeepLoRA(Strategy):
     """Stores per domain: A, B and the basis columns that the domain added."""
 
     Options: ClassVar[type[StrategyOptions]] = KeepLoRAOptions
-    presets: ClassVar[dict[str, dict]] = {
-        "mllm_dcl": {"rank": 64, "alpha": 128.0, "grad_samples": 0.2, "feature_samples": 0.2},
-        "ucit": {"rank": 32, "alpha": 8.0, "grad_samples": 0.2, "feature_samples": 0.2},
-    }
+    presets: ClassVar[dict[str, dict]] = PRESETS
+    options: KeepLoRAOptions
 
     def prepare(self, context: Context) -> None:
-        """Kept basis of every layer = principal input subspace of its pre-trained weight, Eq. (1)."""
+        """Kept basis of every layer: principal input subspace of its weight, Eq. (1); then what the anchors add."""
         from mllm_keeplora.linalg import Basis, principal_subspace
 
+        self.options.refuse_idle_patterns(context.target_layers)
         for layer in context.target_layers:
-            columns = principal_subspace(context.weight(layer), self.options.energy_weights)
+            energy = self.options.threshold("energy_weights", layer)
+            columns = principal_subspace(context.weight(layer), energy, self.options.rank_rule)
             context.kept[layer] = Basis.from_columns(columns)
+            context.kept[layer].round_last(columns.shape[1], self.options.torch_dtype())
+        if self.options.anchors:
+            features = self._features(context, self.options.anchor_samples, self.options.anchors)
+            context.log({"added_by_anchors": self._grow(context, features, "energy_anchor")})
 
     def before_domain(self, context: Context) -> None:
-        """A = top directions of the residual mean gradient, Eqs. (2)-(4); B = 0, Eq. (5b)."""
+        """A = top directions of the residual mean gradient, Eqs. (2)-(4); B = 0, Eq. (5b), or S V^T, Eq. (5a)."""
         from mllm_keeplora.adapters import Branch
-        from mllm_keeplora.linalg import gradient_capture, top_residual_directions
+        from mllm_keeplora.linalg import gradient_capture
 
-        gradients = context.collect_weight_gradients(self.options.grad_samples)
-        A, facts = {}, {}
+        options = self.options
+        A, B, facts = {}, {}, {}
+        gradients = context.collect_weight_gradients(options.grad_samples, options.gradient_plan())
         for layer, gradient in gradients.items():
-            directions = top_residual_directions(gradient.mean, context.kept[layer], self.options.rank)
-            split = gradient_capture(gradient.mean, context.kept[layer], directions)
+            directions = self._directions(context, layer, gradient)
+            split = gradient_capture(gradient, context.kept[layer], directions)
             facts[layer] = {"rank": directions.shape[0], "kept": context.kept[layer].rank, **split}
             if directions.shape[0] > 0:
                 A[layer] = directions
-        _tell_of_exhaustion(context, {layer: fact["rank"] for layer, fact in facts.items()}, self.options.rank)
-        scaling = self.options.alpha / self.options.rank  # a layer with fewer directions keeps the same scale
-        alpha = {layer: scaling * directions.shape[0] for layer, directions in A.items()}
-        context.log({"gradient": facts})
-        context.branches.open(Branch(A, alpha, train=("B",)))
+                if options.b_init == "gradient":
+                    B[layer] = gradient.mean.float() @ directions.to(gradient.mean).mT
+        self._tell_of_exhaustion(context, facts)
+        scaling = options.alpha / options.rank  # a layer with fewer directions keeps the same scale
+        scales = options.layer_scales({layer: context.depth(layer) for layer in context.target_layers})
+        alpha = {layer: scaling * scales[layer] * directions.shape[0] for layer, directions in A.items()}
+        context.log({"gradient": facts, "layer_scale": scales})
+        train = ("B",) if options.freeze_a else ("A", "B")
+        context.branches.open(Branch(A, alpha, train, B))
 
     def after_domain(self, context: Context) -> None:
         """Grow every kept basis by the domain's dominant feature directions, Eqs. (8)-(10)."""
-        moments = context.collect_inputs(self.options.feature_samples)
-        added = {
-            layer: context.kept[layer].grow(moments[layer], self.options.energy_features)
-            for layer in context.target_layers
-        }
-        context.log({"added": added})
+        if self.options.feature_source == "activations":
+            features = self._features(context, self.options.feature_samples)
+        else:
+            gradients = context.collect_weight_gradients(self.options.feature_samples)
+            features = {layer: gradient.mean for layer, gradient in gradients.items()}
+        context.log({"added": self._grow(context, features, "energy_features")})
 
+    # -- parts of the above --------------------------------------------------------------------------------------
 
-def _tell_of_exhaustion(context: Context, ranks: dict[str, int], wanted: int) -> None:
-    """Layers with fewer free directions than the rank learn with those; without any they stay as they are.
+    def _directions(self, context: Context, layer: str, gradient) -> Tensor:
+        """(r', d_in) rows of A, none where the layer is to be left alone."""
+        from mllm_keeplora.linalg import Basis, top_residual_directions
 
-    Raises:
-        UserError: no layer has a direction left.
-    """
-    if not any(ranks.values()):
-        raise UserError(
-            f"domain {context.domain.name}: no target layer has a direction left to learn in; "
-            "lower strategy.energy_features or strategy.energy_weights"
-        )
-    short = [layer for layer, rank in ranks.items() if rank < wanted]
-    if short:
-        log.warning(
-            "%s: %d layers have fewer than %d directions, first %s", context.domain.name, len(short), wanted, short[0]
-        )
+        options, kept = self.options, context.kept[layer]
+        if options.a_init == "gradient":
+            found = top_residual_directions(gradient, kept, options.rank, options.randomized())
+        else:
+            import torch
+
+            noise = torch.randn(2 * options.rank, kept.d_in, generator=context.rng)
+            avoided = kept if options.a_init == "random_complement" else Basis(kept.d_in)
+            found = top_residual_directions(noise, avoided, options.rank)
+        if found.shape[0] < options.rank and options.on_exhaustion == "freeze_module":
+            found = found[:0]
+        return found.to(options.torch_dtype()).float()
+
+    def _features(self, context: Context, samples: int | float, of: tuple[str, ...] = ()) -> dict:
+        """Feature statistics by layer, in a second, exact pass where a sketch cannot decide on a threshold."""
+        plan = self.options.feature_plan()
+        name = "energy_anchor" if of else "energy_features"
+        features: dict[str, MomentAccumulator | FrequentDirections] = context.collect_inputs(samples, plan, of)
+        unclear = [layer for layer, source in features.items() if not self._decides(context, layer, source, name)]
+        if unclear:
+            log.info("%d layers need exact moments: their sketches are too small, first %s", len(unclear), unclear[0])
+            features = {**features, **context.collect_inputs(samples, plan.made_exact(), of, unclear)}
+        return features
+
+    def _decides(self, context: Context, layer: str, source, name: str) -> bool:
+        from mllm_keeplora.linalg import FrequentDirections
+
+        if not isinstance(source, FrequentDirections):
+            return True
+        energy = self.options.threshold(name, layer)
+        return context.kept[layer].is_decided(source, energy, self.options.energy_reference)
+
+    def _grow(self, context: Context, features: dict, name: str) -> dict[str, int]:
+        reference, added = self.options.energy_reference, {}
+        for layer in context.target_layers:
+            basis = context.kept[layer]
+            added[layer] = basis.grow(features[layer], self.options.threshold(name, layer), reference)
+            basis.round_last(added[layer], self.options.torch_dtype())
+        return added
+
+    def _tell_of_exhaustion(self, context: Context, facts: dict[str, dict]) -> None:
+        """Layers with fewer free directions than the rank learn with those; without any they stay as they are.
+
+        Raises:
+            UserError: no layer has a direction left, or one has too few and `on_exhaustion` is `error`.
+        """
+        ranks, wanted = {layer: fact["rank"] for layer, fact in facts.items()}, self.options.rank
+        advice = "lower strategy.energy_features or strategy.energy_weights"
+        if not any(ranks.values()):
+            raise UserError(f"domain {context.domain.name}: no target layer has a direction left to learn in; {advice}")
+        short = [layer for layer, rank in ranks.items() if rank < wanted]
+        if short and self.options.on_exhaustion == "error":
+            raise UserError(
+                f"domain {context.domain.name}: layer {short[0]} has {ranks[short[0]]} of {wanted} directions "
+                f"(and {len(short) - 1} more layers too few), strategy.on_exhaustion is error; {advice}"
+            )
+        if short:
+            name = context.domain.name
+            log.warning("%s: %d layers have fewer than %d directions, first %s", name, len(short), wanted, short[0])
+        tight = [layer for layer, fact in facts.items() if context.d_in(layer) - fact["kept"] < 4 * wanted]
+        if tight:
+            log.warning(
+                "%s: %d layers have fewer than %d free directions (four times the rank), first %s",
+                context.domain.name, len(tight), 4 * wanted, tight[0],
+            )  # fmt: skip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed
 from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced
+from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import DomainInfo
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.adapters import Adapters
     from mllm_keeplora.data import Record
-    from mllm_keeplora.linalg import Basis, GradientAccumulator, MomentAccumulator
+    from mllm_keeplora.linalg import (
+        Basis,
+        FrequentDirections,
+        GradientAccumulator,
+        GradientSketch,
+        MomentAccumulator,
+    )
     from mllm_keeplora.models import Base
 
 
@@ -33,6 +40,7 @@ class RunContext:
         collator: turns records into model inputs.
         rng: generator seeded from seed, domain and stage.
         probe_batch_size: records per forward of a data pass.
+        anchors: gives the records of an anchor set by its name.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class RunContext:
         collator: TrainCollator,
         rng: torch.Generator,
         probe_batch_size: int,
+        anchors: Callable[[str], list[Record]] | None = None,
     ):
         self.base = base
         self.branches = branches
@@ -54,6 +63,7 @@ class RunContext:
         self.collator = collator
         self.rng = rng
         self.probe_batch_size = probe_batch_size
+        self.anchors = anchors
         self.optimizer: torch.optim.Optimizer | None = None
         self.step = 0
         self.facts: dict[str, Any] = {}
@@ -71,11 +81,22 @@ class RunContext:
     def depth(self, layer: str) -> int | None:
         return self.base.parts.depth(layer)
 
-    def collect_inputs(self, samples: int | float) -> dict[str, MomentAccumulator]:
-        return collect_moments(self.branches.model, self._modules(), self._pass(samples, "features"))
+    def collect_inputs(
+        self,
+        samples: int | float,
+        plan: FeaturePlan = EXACT_FEATURES,
+        of: Sequence[str] = (),
+        layers: Sequence[str] | None = None,
+    ) -> dict[str, MomentAccumulator | FrequentDirections]:
+        records = [record for name in of for record in self.anchors(name)] if of else self.records
+        batches = self._pass(records, samples, "anchors" if of else "features")
+        return collect_moments(self.branches.model, self._modules(layers), batches, plan)
 
-    def collect_weight_gradients(self, samples: int | float) -> dict[str, GradientAccumulator]:
-        return collect_mean_gradients(self.branches.model, self._modules(), self._pass(samples, "gradient"))
+    def collect_weight_gradients(
+        self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS
+    ) -> dict[str, GradientAccumulator | GradientSketch]:
+        batches = self._pass(self.records, samples, "gradient")
+        return collect_mean_gradients(self.branches.model, self._modules(), batches, plan)
 
     def teacher_forward(self, batch: Mapping[str, Any]) -> Any:
         import torch
@@ -100,13 +121,14 @@ class RunContext:
     def log(self, facts: dict[str, Any]) -> None:
         self.facts.update(facts)
 
-    def _modules(self) -> dict[str, Any]:
-        return {layer: self.branches.base.get_submodule(layer) for layer in self.target_layers}
+    def _modules(self, layers: Sequence[str] | None = None) -> dict[str, Any]:
+        chosen = self.target_layers if layers is None else layers
+        return {layer: self.branches.base.get_submodule(layer) for layer in chosen}
 
-    def _pass(self, samples: int | float, title: str) -> Iterator[dict]:
+    def _pass(self, records: list[Record], samples: int | float, title: str) -> Iterator[dict]:
         """Model inputs over evenly spaced records; each process takes its share."""
-        count = samples if samples >= 1 else max(1, round(samples * len(self.records)))
-        chosen = evenly_spaced(self.records, int(count))
+        count = samples if samples >= 1 else max(1, round(samples * len(records)))
+        chosen = evenly_spaced(records, int(count))
         own = chosen[distributed.rank() :: distributed.world_size()]
         device = next(self.branches.base.parameters()).device
         with progress_bar(f"{self.domain.name}: {title}", len(own)) as advance:

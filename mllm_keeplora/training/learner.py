@@ -194,7 +194,8 @@ class Learner:
         rng = torch.Generator().manual_seed(seed)
         info = DomainInfo(unit.index - 1, unit.name)
         size = self.config.train.probe_batch_size
-        return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, size)
+        anchors = self.benchmark.anchor_records
+        return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, size, anchors)
 
     def _deepspeed(self) -> str | None:
         from mllm_keeplora.training.deepspeed import deepspeed_file

@@ -19,6 +19,8 @@ LAYERS = (
     ("data",),
     ("models",),
     ("adapters",),
+    ("plans",),
+    ("tokens",),
     ("probes",),
     ("strategies",),
     ("training",),

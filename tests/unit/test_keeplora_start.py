@@ -99,12 +99,12 @@ def assert_shards_add_up(base, records, monkeypatch, samples, world):
     context = context_of(base, adapters, {}, records, probe_batch=2)
     whole = context.collect_inputs(samples), context.collect_weight_gradients(samples)
     monkeypatch.setattr(distributed, "all_reduce", lambda tensors: None)
-    told = []  # what rank 0, which runs first here, tells the others after each of its two passes
+    told = []  # what rank 0, which runs first here, tells the others: twice in each of its two passes
     asked = itertools.count()
 
     def from_main(value):
         told.append(value)
-        return told[next(asked) % 2]
+        return told[next(asked) % 4]
 
     monkeypatch.setattr(distributed, "from_main", from_main)
     monkeypatch.setenv("WORLD_SIZE", str(world))

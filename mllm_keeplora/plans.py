@@ -1,0 +1,101 @@
+"""How statistics of a data pass are summed: exactly or sketched, by memory where asked to, and over which tokens.
+
+Knows sizes and accumulators of `linalg`; no model and no hooks (those are in `probes`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mllm_keeplora.log import log
+
+if TYPE_CHECKING:
+    import torch
+
+    from mllm_keeplora.linalg import FrequentDirections, GradientAccumulator, GradientSketch, MomentAccumulator
+
+Statistic = Literal["auto", "exact", "sketch"]
+FLOAT32 = 4  # bytes
+SHARE_OF_FREE = 0.25  # of the free memory that `auto` lets statistics take
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """Mean gradients: `exact` sums of (d_out, d_in), `sketch` of `width` columns, or `auto` by memory.
+
+    A sketch is taken only where it is smaller than the gradient. `memory_gb` None: a quarter of what is free.
+    """
+
+    statistic: Statistic = "exact"
+    width: int = 128
+    seed: int = 0
+    memory_gb: float | None = None
+
+    def exact(self, sizes: dict[str, tuple[int, int]], device: torch.device) -> bool:
+        """Whether gradients of these layers, (d_out, d_in) each, are summed exactly."""
+        needed = FLOAT32 * sum(d_out * d_in for d_out, d_in in sizes.values())
+        return _is_exact("gradients", self.statistic, needed, self.memory_gb, device)
+
+    def accumulator(
+        self, d_out: int, d_in: int, exact: bool, device: torch.device
+    ) -> GradientAccumulator | GradientSketch:
+        from mllm_keeplora.linalg import GradientAccumulator, GradientSketch
+
+        if exact or self.width >= d_out:
+            return GradientAccumulator(d_out, d_in, device=device)
+        return GradientSketch(d_out, d_in, self.width, self.seed, device=device)
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """Features: `exact` second moments (d_in, d_in), `sketch` of `size` rows (Frequent Directions), or `auto`.
+
+    `tokens` limits how many tokens of each kind a sample contributes, evenly spaced; None counts every token.
+    `normalise` divides each token by its length, so that a few huge activations do not decide alone.
+    """
+
+    statistic: Statistic = "exact"
+    size: int = 1024
+    memory_gb: float | None = None
+    tokens: dict[str, int] | None = None
+    normalise: bool = False
+
+    def exact(self, widths: list[int], device: torch.device) -> bool:
+        """Whether features of these widths (one for each distinct input) get exact moments."""
+        needed = FLOAT32 * sum(d_in * d_in for d_in in widths)
+        return _is_exact("features", self.statistic, needed, self.memory_gb, device)
+
+    def accumulator(self, d_in: int, exact: bool, device: torch.device) -> MomentAccumulator | FrequentDirections:
+        from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
+
+        if exact or 2 * self.size >= d_in:
+            return MomentAccumulator(d_in, device=device)
+        return FrequentDirections(d_in, self.size, device=device)
+
+
+EXACT_GRADIENTS = GradientPlan()
+EXACT_FEATURES = FeaturePlan()
+
+
+def _is_exact(what: str, statistic: Statistic, needed: int, memory_gb: float | None, device: torch.device) -> bool:
+    if statistic != "auto":
+        return statistic == "exact"
+    allowed = memory_gb * 1e9 if memory_gb is not None else SHARE_OF_FREE * _free_bytes(device)
+    exact = needed <= allowed
+    log.info(
+        "%s are summed %s: exactly they take %.2f GB of %.2f GB allowed",
+        what, "exactly" if exact else "as sketches", needed / 1e9, allowed / 1e9,
+    )  # fmt: skip
+    return exact
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that is free on a GPU or, for a CPU, available on the host."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

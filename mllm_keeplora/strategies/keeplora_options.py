@@ -1,0 +1,172 @@
+"""Options of KeepLoRA: where the published code departs from its paper, each reading is a value; presets pin them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.plans import FeaturePlan, GradientPlan, Statistic
+from mllm_keeplora.strategies.base import StrategyOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from mllm_keeplora.linalg import RandomizedSVD
+
+LAYER_SCALES = ("none", "linear", "reversed")
+THRESHOLDS = ("energy_weights", "energy_features", "energy_anchor")
+
+
+class KeepLoRAOptions(StrategyOptions):
+    """Our defaults; `presets` has the published ones.
+
+    Samples are counts of records, or shares of them if below 1. `thresholds` gives layers whose name matches a regular
+    expression energies of their own. `basis_dtype` is how bases and A are kept; bases are orthonormalised again when
+    they are read, which the published code leaves out. `layer_scale` is KeepLoRA++: `linear` from `layer_scale_gamma`
+    at the first layer to 1 at the last, `reversed`, one number for all layers, or a list of one number per layer.
+    """
+
+    energy_weights: float = Field(0.6, ge=0.0, le=1.0)
+    energy_features: float = Field(0.99, ge=0.0, le=1.0)
+    energy_anchor: float = Field(0.99, ge=0.0, le=1.0)
+    thresholds: dict[str, dict[Literal["energy_weights", "energy_features", "energy_anchor"], float]] = Field(
+        default_factory=dict
+    )
+    rank_rule: Literal["reach", "below_legacy"] = "reach"
+    energy_reference: Literal["total", "residual"] = "total"
+
+    grad_samples: int | float = Field(512, gt=0)
+    gradient_statistic: Statistic = "auto"
+    sketch_width: int | None = Field(None, ge=1, description="columns of a gradient sketch; null = 8 times the rank")
+    a_init: Literal["gradient", "random_complement", "random"] = "gradient"
+    a_init_svd: Literal["exact", "randomized"] = "exact"
+    oversample: int | None = Field(None, ge=0, description="of a randomized SVD; null = width of 4 times the rank")
+    power_iters: int = Field(4, ge=0)
+    b_init: Literal["zero", "gradient"] = "zero"
+    freeze_a: bool = True
+    on_exhaustion: Literal["reduce_rank", "error", "freeze_module"] = "reduce_rank"
+
+    feature_source: Literal["activations", "post_gradient"] = "activations"
+    feature_samples: int | float = Field(512, gt=0)
+    feature_statistic: Statistic = "auto"
+    feature_sketch_size: int = Field(1024, ge=1)
+    feature_tokens: dict[Literal["image", "instruction", "answer"], int] | None = None
+    normalise_tokens: bool = False
+    statistics_memory_gb: float | None = Field(None, gt=0.0)
+
+    basis_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    layer_scale: Literal["none", "linear", "reversed"] | float | list[float] = "none"
+    layer_scale_gamma: float = Field(0.2, gt=0.0, le=1.0)
+
+    anchors: tuple[str, ...] = Field((), description="suites with anchors, or files of training records")
+    anchor_samples: int = Field(256, ge=1)
+
+    @field_validator("thresholds")
+    @classmethod
+    def _patterns_and_shares(cls, value: dict) -> dict:
+        for pattern, energies in value.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            wrong = [energy for energy in energies.values() if not 0.0 <= energy <= 1.0]
+            if wrong:
+                raise ValueError(f"energies of {pattern!r} must be in [0, 1], got {wrong[0]}")
+        return value
+
+    @field_validator("layer_scale")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list) else [value] if not isinstance(value, str) else []
+        if any(number <= 0.0 for number in numbers):
+            raise ValueError("must be above 0")
+        return value
+
+    # -- what they mean ------------------------------------------------------------------------------------------
+
+    def threshold(self, name: str, layer: str) -> float:
+        """Energy of a layer: that of the first pattern that matches it and names one, else the general one."""
+        for pattern, energies in self.thresholds.items():
+            if name in energies and re.search(pattern, layer):
+                return energies[name]
+        return getattr(self, name)
+
+    def refuse_idle_patterns(self, layers: Iterable[str]) -> None:
+        """UserError if a pattern of `thresholds` matches no target layer."""
+        layers = list(layers)
+        for pattern in self.thresholds:
+            if not any(re.search(pattern, layer) for layer in layers):
+                raise UserError(f"strategy.thresholds: {pattern!r} matches none of {len(layers)} layers as {layers[0]}")
+
+    def layer_scales(self, depths: dict[str, int | None]) -> dict[str, float]:
+        """Scale g_l of every layer from its depth; 1 for layers outside the transformer (the projector).
+
+        Source: KeepLoRA++, Eq. (11): g_l = gamma + (1 - gamma) (l - l_0) / (L - 1); a single layer gets 1.
+        Raises:
+            UserError: a list that has not one number per adapted transformer layer.
+        """
+        adapted = sorted({depth for depth in depths.values() if depth is not None})
+        scales = dict(zip(adapted, self._scales(len(adapted)), strict=True))
+        return {layer: 1.0 if depth is None else scales[depth] for layer, depth in depths.items()}
+
+    def _scales(self, count: int) -> list[float]:
+        given, gamma = self.layer_scale, self.layer_scale_gamma
+        if isinstance(given, list):
+            if len(given) != count:
+                raise UserError(f"strategy.layer_scale lists {len(given)} numbers for {count} adapted layers")
+            return given
+        if given == "none":
+            return [1.0] * count
+        if isinstance(given, float):
+            return [given] * count
+        rising = [gamma + (1 - gamma) * place / (count - 1) for place in range(count)] if count > 1 else [1.0]
+        return rising if given == "linear" else rising[::-1]
+
+    def gradient_plan(self) -> GradientPlan:
+        """Exact sums where B starts from the gradient, which a sketch does not have."""
+        statistic = self.gradient_statistic if self.b_init == "zero" else "exact"
+        return GradientPlan(statistic, self.sketch_width or 8 * self.rank, 0, self.statistics_memory_gb)
+
+    def feature_plan(self) -> FeaturePlan:
+        tokens = dict(self.feature_tokens) if self.feature_tokens is not None else None
+        size, memory = self.feature_sketch_size, self.statistics_memory_gb
+        return FeaturePlan(self.feature_statistic, size, memory, tokens, self.normalise_tokens)
+
+    def randomized(self) -> RandomizedSVD | None:
+        from mllm_keeplora.linalg import RandomizedSVD
+
+        return RandomizedSVD(self.oversample, self.power_iters) if self.a_init_svd == "randomized" else None
+
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.basis_dtype)
+
+
+# Presets pin the readings of the departure table; ranks and samples are those of MLLM-DCL. Not the strategy's: the
+# projector (`adapters.projector: full` in the published LLaVA code), the merge (`adapters.history`) and the training.
+PAPER: dict[str, Any] = {
+    "rank": 64, "alpha": 128.0, "energy_weights": 0.6, "energy_features": 0.99,
+    "rank_rule": "reach", "energy_reference": "total",
+    "grad_samples": 0.2, "gradient_statistic": "exact", "a_init": "gradient", "a_init_svd": "exact",
+    "b_init": "gradient", "freeze_a": True, "on_exhaustion": "reduce_rank",
+    "feature_source": "activations", "feature_samples": 0.2, "feature_statistic": "exact",
+    "basis_dtype": "float32", "layer_scale": "none",
+}  # fmt: skip
+OFFICIAL_LLAVA: dict[str, Any] = {
+    **PAPER,
+    "rank_rule": "below_legacy", "a_init_svd": "randomized", "oversample": 0, "power_iters": 2, "b_init": "zero",
+    "feature_source": "post_gradient", "basis_dtype": "float16",
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": PAPER,
+    "official-llava": OFFICIAL_LLAVA,
+    "official-llava-pp": {**OFFICIAL_LLAVA, "layer_scale": "linear", "layer_scale_gamma": 0.2},
+    "mllm_dcl": {"rank": 64, "alpha": 128.0, "grad_samples": 0.2, "feature_samples": 0.2},
+    "ucit": {"rank": 32, "alpha": 8.0, "grad_samples": 0.2, "feature_samples": 0.2},
+}
