@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ASSETS)
     parser.add_argument("--pictures", type=int, default=50_000)
     parser.add_argument("--tower-steps", type=int, default=1800)
-    parser.add_argument("--question-steps", type=int, default=3700)
+    parser.add_argument("--question-steps", type=int, default=5000)
     parser.add_argument("--processes", type=int, default=2, help="the global batch is split over them")
     parser.add_argument("--threads", type=int, default=1, help="per process")
     options = parser.parse_args()
