@@ -28,7 +28,7 @@ def _bars(canvas: Canvas, rng):
     most, least = colors[int(np.argmax(heights))], colors[int(np.argmin(heights))]
     return [
         ("highest", "which company has the highest profit ?", most),
-        ("lowest", "which company has the lowest profit ?", least),
+        ("lowest", "which company has the shortest bar ?", least),
         ("companies", "how many companies are shown ?", str(count)),
     ], [f"highest profit {most}", f"lowest profit {least}", f"{count} companies"]
 
