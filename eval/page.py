@@ -5,7 +5,7 @@ from __future__ import annotations
 from mllm_keeplora import files
 from mllm_keeplora.data import Benchmark
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.report import WrongAnswer, render_html
+from mllm_keeplora.report import UnitFacts, WrongAnswer, inspection_sections, render_html
 from mllm_keeplora.runs import RunDir
 
 SAMPLES = 3
@@ -14,7 +14,20 @@ SAMPLES = 3
 def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
     """Write report.html, one self-contained file."""
     values = {**results.to_dict(), "config": run.config.read_text(encoding="utf-8")}
-    files.write_text(run.report, render_html(values, wrong_answers=wrong_answers(run, benchmark)))
+    sections = inspection_sections(unit_facts(run))
+    files.write_text(run.report, render_html(values, wrong_answers=wrong_answers(run, benchmark), more=sections))
+
+
+def unit_facts(run: RunDir) -> list[UnitFacts]:
+    """What each finished unit wrote about its gradient and its effect."""
+    return [
+        UnitFacts(
+            unit.name,
+            *(files.read_json(path) if path.is_file() else {} for path in (folder.gradient, folder.diagnostics)),
+        )
+        for unit in run.finished_units
+        for folder in (run.folder(unit),)
+    ]
 
 
 def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = SAMPLES) -> list[WrongAnswer]:

@@ -90,6 +90,25 @@ def report(run: Run) -> None:
 
 
 @app.command()
+def inspect(run: Run) -> None:
+    """Show what a run did to its model: room left, gradient split, leak, interference, overlap.
+
+    Example: mllm-keeplora inspect runs/mini_dcl
+    """
+    from rich.console import Console
+
+    from mllm_keeplora.errors import UserError
+    from mllm_keeplora.eval.page import unit_facts
+    from mllm_keeplora.report import inspection
+    from mllm_keeplora.runs import RunDir
+
+    units = unit_facts(RunDir(run).load())
+    if not units:
+        raise UserError(f"{run} has finished no domain yet: there is nothing to inspect")
+    Console().print(inspection(units))
+
+
+@app.command()
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="run folders, results.json files, sweep folders")

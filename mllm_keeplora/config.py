@@ -94,6 +94,12 @@ class EvalConfig(Section):
     zero_shot: bool = True
 
 
+class DiagnosticsConfig(Section):
+    """Measured after every domain on `samples` records of every set; 0 leaves it out."""
+
+    samples: int = runtime(16, ge=0)
+
+
 class RunConfig(Section):
     """A whole run. Result-defining keys are fixed once a run directory exists; the others may change."""
 
@@ -108,6 +114,7 @@ class RunConfig(Section):
     per_domain: dict[str, DomainOverride] = Field(default_factory=dict)
     deepspeed: str | None = runtime(None)
     eval: EvalConfig = EvalConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     seed: int = Field(0, ge=0)
     threads: int | None = runtime(None, ge=1)
     output: str | None = runtime(None)

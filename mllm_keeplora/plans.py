@@ -83,10 +83,10 @@ def _is_exact(what: str, statistic: Statistic, needed: int, memory_gb: float | N
         return statistic == "exact"
     allowed = memory_gb * 1e9 if memory_gb is not None else SHARE_OF_FREE * _free_bytes(device)
     exact = needed <= allowed
-    log.info(
-        "%s are summed %s: exactly they take %.2f GB of %.2f GB allowed",
-        what, "exactly" if exact else "as sketches", needed / 1e9, allowed / 1e9,
-    )  # fmt: skip
+    if not exact:
+        log.info(
+            "%s are summed as sketches: exact sums take %.2f GB of %.2f GB allowed", what, needed / 1e9, allowed / 1e9
+        )
     return exact
 
 

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed
+from mllm_keeplora.hooks import evaluating, graph_from_inputs, removed_afterwards
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.tokens import IGNORED, ChosenRows, as_rows
 
@@ -50,7 +51,7 @@ def collect_moments(
     for batch in chain(() if first is None else (first,), batches):
         inputs_only = {key: value for key, value in batch.items() if key != "labels"}
         rows = ChosenRows(batch, plan, getattr(model.config, "image_token_id", None))
-        with _input_hooks(layers, moments, rows, make), torch.no_grad(), _evaluating(model):
+        with _input_hooks(layers, moments, rows, make), torch.no_grad(), evaluating(model):
             model(**inputs_only)
     groups = distributed.from_main(_sharing(moments))  # a process without records learns here who shares an input
     _refuse_missing(layers, [name for group in groups for name in group], "saw no input")
@@ -88,7 +89,7 @@ def collect_mean_gradients(
         labels = batch["labels"]
         inputs_only = {key: value for key, value in batch.items() if key != "labels"}
         hooks = _gradient_hooks(layers, gradients, partial(plan.accumulator, exact=exact))
-        with hooks, _graph_from_inputs(model), _evaluating(model):
+        with hooks, graph_from_inputs(model), evaluating(model):
             loss = per_sample_loss(model(**inputs_only).logits, labels).sum()
             loss.backward()
         for accumulator in gradients.values():
@@ -116,9 +117,47 @@ def shared_inputs(model: Any, layers: dict[str, Any], batch: dict) -> list[list[
         return hook
 
     handles = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
-    with _removed_afterwards(handles), torch.no_grad(), _evaluating(model):
+    with removed_afterwards(handles), torch.no_grad(), evaluating(model):
         model(**{key: value for key, value in batch.items() if key != "labels"})
     return list(seen.values())
+
+
+def measure_inputs(
+    model: Any,
+    layers: dict[str, Any],
+    batches: Iterable[dict],
+    measure: Callable[[str], Callable[[Tensor, Tensor], Tensor]],
+    lengths: dict[str, int],
+) -> dict[str, Tensor]:
+    """Sum a measure of every target layer's input and output rows over all real tokens and all processes.
+
+    Args:
+        model, layers: as in `collect_moments`.
+        batches: model inputs without labels.
+        measure: layer -> function of rows (n, d_in) and (n, d_out) to a float64 vector, which is summed.
+        lengths: layer -> length of that vector (a process without records needs it).
+
+    Returns:
+        Target layer -> (length,) float64 on the CPU.
+    """
+    import torch
+
+    sums = {name: torch.zeros(lengths[name], dtype=torch.float64) for name in layers}
+    functions = {name: measure(name) for name in layers}
+    for batch in batches:
+        rows = ChosenRows(batch, EXACT_FEATURES, None)
+
+        def keep(name: str, rows: ChosenRows = rows):
+            def hook(module: Any, args: tuple, output: Tensor) -> None:
+                sums[name] += functions[name](rows.of(args[0].detach()), rows.of(output.detach())).cpu()
+
+            return hook
+
+        handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+        with removed_afterwards(handles), torch.no_grad(), evaluating(model):
+            model(**batch)
+    distributed.all_reduce(sums.values())
+    return sums
 
 
 def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -159,7 +198,7 @@ def _input_hooks(layers: dict[str, Any], into: dict[str, Any], rows: ChosenRows,
 
         return hook
 
-    with _removed_afterwards([module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]):
+    with removed_afterwards([module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]):
         yield
 
 
@@ -180,58 +219,8 @@ def _gradient_hooks(layers: dict[str, Any], into: dict[str, Any], make: Callable
 
         return hook
 
-    with _removed_afterwards([module.register_forward_hook(keep(name)) for name, module in layers.items()]):
+    with removed_afterwards([module.register_forward_hook(keep(name)) for name, module in layers.items()]):
         yield
-
-
-@contextmanager
-def _graph_from_inputs(model: Any) -> Iterator[None]:
-    """Make the graph start at the embeddings and at the images, since no parameter requires a gradient."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-
-    def start_graph(module: Any, args: tuple, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_(True)
-
-    def start_at_input(module: Any, args: tuple) -> tuple:
-        return (args[0].detach().requires_grad_(True), *args[1:])
-
-    handles = [model.get_input_embeddings().register_forward_hook(start_graph)]
-    handles += [module.register_forward_pre_hook(start_at_input) for module in _vision_outputs(model)]
-    try:
-        with _removed_afterwards(handles):
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _removed_afterwards(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _vision_outputs(model: Any) -> list[Any]:
-    """The projector: what it receives from the frozen tower must start a graph for its own weights' gradients."""
-    from mllm_keeplora.models.parts import PROJECTORS
-
-    return [m for name, m in model.named_modules() if any(name == p or name.endswith(f".{p}") for p in PROJECTORS)]
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _features_exactly(model: Any, layers: dict[str, Any], batch: dict, plan: FeaturePlan) -> bool:

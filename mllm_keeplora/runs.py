@@ -73,6 +73,10 @@ class DomainDir:
         return self.path / "gradient.json"
 
     @property
+    def diagnostics(self) -> Path:
+        return self.path / "diagnostics.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

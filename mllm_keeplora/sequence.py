@@ -5,6 +5,7 @@
       gradient              where to learn: the start of the domain's branch
       train                 the branch, under Trainer and DeepSpeed
       consolidate           grow what is kept; merge from pristine base and all factors
+      diagnose              room left, leak, interference, overlap
       evaluate              one row of the score matrix
     report                  metrics, table, HTML
 
@@ -62,6 +63,8 @@ def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:
         run.once(f"{unit.key}/gradient", partial(learner.gradient, unit))
         run.once(f"{unit.key}/train", partial(learner.train, unit))
         run.once(f"{unit.key}/consolidate", partial(learner.consolidate, unit))
+        if config.diagnostics.samples:
+            run.once(f"{unit.key}/diagnose", partial(learner.diagnose, unit))
         evaluate(learner, unit)
     return report(learner)
 

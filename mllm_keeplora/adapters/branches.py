@@ -119,6 +119,13 @@ class Adapters:
                     weight = weight.detach().float() + factors.delta(layer).to(weight.device)
         return weight
 
+    def pristine(self, layer: str) -> Tensor:
+        """Untouched weight (d_out, d_in) of a target layer."""
+        if layer in self._pristine.weights:
+            return self._pristine.weights[layer]
+        module = self.base.get_submodule(layer)
+        return getattr(module, "base_layer", module).weight
+
     @contextmanager
     def closed(self) -> Iterator[None]:
         """The model as it was before the open branch: for teachers. The trained set is the same afterwards."""

@@ -53,6 +53,17 @@ def save_new_columns(folder: DomainDir, kept: dict[str, Basis], before: dict[str
     files.write_tensors(folder.basis, {layer: basis.columns[:, before[layer] :] for layer, basis in kept.items()})
 
 
+def parts_of(run: RunDir, units: list[Unit]) -> dict[str, list[int]]:
+    """Columns of every kept basis by who added them: before the first unit, then each unit."""
+    if not run.kept_by_prepare.is_file():
+        return {}
+    parts = {layer: [columns.shape[1]] for layer, columns in files.read_tensors(run.kept_by_prepare).items()}
+    for unit in units:
+        for layer, columns in files.read_tensors(run.folder(unit).basis).items():
+            parts[layer].append(columns.shape[1])
+    return parts
+
+
 def kept_of(run: RunDir, units: list[Unit]) -> dict[str, Basis]:
     """Kept basis of every target layer after the given units: what prepare kept, plus what each unit added."""
     import torch

@@ -1,14 +1,17 @@
 """Renders the results of runs for a terminal, a figure or a page. Reads results dicts; opens no run and no model."""
 
 from mllm_keeplora.report.comparison import finals, heat_maps, markdown, paired, render_comparison, summary
+from mllm_keeplora.report.diagnostics import UnitFacts
 from mllm_keeplora.report.figures import data_uri, domain_curves_figure, save_png, score_matrix_figure
 from mllm_keeplora.report.groups import Group, group_runs, split_of, trade_off_curves
 from mllm_keeplora.report.html import WrongAnswer, render_html
+from mllm_keeplora.report.inspection import inspection, inspection_sections
 from mllm_keeplora.report.tables import compare_table, results_table
 from mllm_keeplora.report.trade_off import trade_off_figure
 
 __all__ = [
     "Group",
+    "UnitFacts",
     "WrongAnswer",
     "compare_table",
     "data_uri",
@@ -16,6 +19,8 @@ __all__ = [
     "finals",
     "group_runs",
     "heat_maps",
+    "inspection",
+    "inspection_sections",
     "markdown",
     "paired",
     "render_comparison",

@@ -33,7 +33,10 @@ class WrongAnswer(NamedTuple):
 
 
 def render_html(
-    results: Results, title: str | None = None, wrong_answers: Sequence[WrongAnswer | tuple[Any, ...]] = ()
+    results: Results,
+    title: str | None = None,
+    wrong_answers: Sequence[WrongAnswer | tuple[Any, ...]] = (),
+    more: Sequence[str] = (),
 ) -> str:
     """Render the report of one run.
 
@@ -41,6 +44,7 @@ def render_html(
         results: the content of results.json; `questions`, `per_type`, `config` (a dict, or YAML text) and
             `environment` (a dict) are shown where they are present.
         title: heading of the page; None = the run's name, or its strategy.
+        more: further sections, already HTML, after the results.
         wrong_answers: (domain, question, prediction, answer, PNG bytes or None) of samples to show.
 
     Returns:
@@ -54,6 +58,7 @@ def render_html(
         _tiles(results),
         pair(section("Scores", _sheet_table(results, sheet)), _curves(results, sheet)),
         pair(_heat_map(results, sheet), _times(results)),
+        *more,
         _per_type(results),
         _samples([WrongAnswer(*sample) for sample in wrong_answers]),
         _config(results),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed, files
 from mllm_keeplora.adapters import Adapters, Branch, Factors, adapters_for
-from mllm_keeplora.adapters.stored import kept_of, past_of, save_new_columns, write_manifest
+from mllm_keeplora.adapters.stored import kept_of, parts_of, past_of, save_new_columns, write_manifest
 from mllm_keeplora.config import RunConfig, result_defining
 from mllm_keeplora.data import Benchmark
 from mllm_keeplora.data.collate import TrainCollator
@@ -21,6 +21,7 @@ from mllm_keeplora.models import Base, cache_tower, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.strategies import DomainInfo, Strategy
 from mllm_keeplora.training.context import RunContext
+from mllm_keeplora.training.diagnose import capacity_of, changes_of, inputs_of, sets_to_look_at, slices_of
 from mllm_keeplora.training.seeds import seed_everything, stage_seed
 from mllm_keeplora.training.units import training_records
 
@@ -146,6 +147,30 @@ class Learner:
         if distributed.is_main():
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return _ranks(self.kept)
+
+    def diagnose(self, unit: Unit) -> dict[str, Any]:
+        """Measure what the unit did to the model, on a few records of every set; nothing is changed."""
+        folder, done = self.folder(unit), self.units[: unit.index]
+        self.bring_to(unit.index)
+        parts, before = parts_of(self.run, done), kept_of(self.run, done[:-1])
+        history, _ = past_of(self.run, done)
+        merged = self.adapters.mode == "merged"
+        dtype = next(self.base.model.parameters()).dtype if merged else None
+        everything, samples = self.config.eval.domains == "all", self.config.diagnostics.samples
+        facts = {
+            "capacity": capacity_of(parts, self.kept),
+            "changes": changes_of(history[-1], history[:-1], self.adapters.pristine, before, dtype),
+            "inputs": {
+                name: inputs_of(
+                    self.adapters.model, self.base, records, history[-1], slices_of(self.kept, parts),
+                    self.config.train.probe_batch_size,
+                )
+                for name, records in sets_to_look_at(self.benchmark, self.units, unit, everything, samples)
+            },
+        }  # fmt: skip
+        if distributed.is_main():
+            files.write_json(folder.diagnostics, facts)
+        return {}
 
     # -- where the model is --------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("adapters",),
     ("plans",),
     ("tokens",),
-    ("probes",),
+    ("hooks", "probes"),
     ("strategies",),
     ("training",),
     ("eval",),

@@ -1,0 +1,62 @@
+"""A model's state for the time of a data pass: its mode, where its graph starts, hooks that leave nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def graph_from_inputs(model: Any) -> Iterator[None]:
+    """Make the graph start at the embeddings and at the images, since no parameter requires a gradient."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+
+    def start_graph(module: Any, args: tuple, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_(True)
+
+    def start_at_input(module: Any, args: tuple) -> tuple:
+        return (args[0].detach().requires_grad_(True), *args[1:])
+
+    handles = [model.get_input_embeddings().register_forward_hook(start_graph)]
+    handles += [module.register_forward_pre_hook(start_at_input) for module in _vision_outputs(model)]
+    try:
+        with removed_afterwards(handles):
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _vision_outputs(model: Any) -> list[Any]:
+    """The projector: what it receives from the frozen tower must start a graph for its own weights' gradients."""
+    from mllm_keeplora.models.parts import PROJECTORS
+
+    return [m for name, m in model.named_modules() if any(name == p or name.endswith(f".{p}") for p in PROJECTORS)]
+
+
+@contextmanager
+def removed_afterwards(handles: list[Any]) -> Iterator[None]:
+    """Remove hooks at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for the time of a pass; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

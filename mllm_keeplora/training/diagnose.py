@@ -1,0 +1,132 @@
+"""What a unit did to the model, measured right after it: room left, leak, interference, overlap. Changes nothing.
+
+Written to the unit's `diagnostics.json`; `report` turns it into tables and pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora import distributed
+from mllm_keeplora.adapters import Factors
+from mllm_keeplora.data import Benchmark, Record
+from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced
+from mllm_keeplora.data.schema import Turn
+from mllm_keeplora.probes import measure_inputs
+from mllm_keeplora.runs import Unit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mllm_keeplora.linalg import Basis
+    from mllm_keeplora.models import Base
+
+
+def capacity_of(parts: dict[str, list[int]], kept: dict[str, Basis]) -> dict[str, dict[str, Any]]:
+    """Per layer: `d_in`, columns kept before the first unit and added by each (`parts`), and `free` directions."""
+    return {
+        layer: {"d_in": basis.d_in, "parts": parts[layer], "free": basis.d_in - basis.rank}
+        for layer, basis in kept.items()
+    }
+
+
+def changes_of(
+    factors: Factors, before: list[Factors], pristine: Callable[[str], Tensor], kept: dict[str, Basis], dtype
+) -> dict[str, dict[str, float]]:
+    """Per layer: size of the update relative to the weight, and how much of it lies in what was to be protected.
+
+    Args:
+        factors: of the unit.
+        before: of the earlier units.
+        pristine: gives a layer's untouched weight (d_out, d_in).
+        kept: bases before the unit; empty if the strategy keeps nothing.
+        dtype: what weights are evaluated in, where the past is merged; None where it runs as factors.
+
+    Returns:
+        `update`, ||dW|| / ||W||; with bases also `leak` of the factors' own dW (||dW Q|| / ||dW||), `leak_evaluated` of
+        the weights that really run, and `leak_bfloat16`, what a merge cast to bfloat16 would have.
+    """
+    import torch
+
+    from mllm_keeplora.linalg import leak
+
+    found = {}
+    for layer in factors.A:
+        weight, delta = pristine(layer).detach().float().cpu(), factors.delta(layer)
+        past = weight + sum((each.delta(layer) for each in before if layer in each.A), torch.zeros(()))
+        found[layer] = {"update": float(delta.norm() / weight.norm())}
+        if layer in kept:
+            found[layer]["leak"] = leak(delta, kept[layer])
+            for name, kind in (("leak_evaluated", dtype), ("leak_bfloat16", torch.bfloat16)):
+                applied = delta if kind is None else ((past + delta).to(kind).float() - past.to(kind).float())
+                found[layer][name] = leak(applied, kept[layer])
+    return found
+
+
+def inputs_of(
+    model: Any, base: Base, records: list[Record], factors: Factors, slices: dict[str, list[Tensor]], size: int
+) -> dict[str, dict[str, Any]]:
+    """Per layer, over the inputs that some records cause: how strongly the unit's update answers to them.
+
+    Args:
+        model: what runs now.
+        base: names layers and prompts.
+        records: training records.
+        factors: of the unit.
+        slices: per layer the kept columns (d_in, k), one tensor for each part of `capacity_of`.
+        size: records per forward.
+
+    Returns:
+        `interference`, the mean of ||x dW^T|| / ||layer(x)||, and `covered`, the share of the inputs' energy inside
+        each slice of the kept basis.
+    """
+    import torch
+
+    def measure(layer: str) -> Callable[[Tensor, Tensor], Tensor]:
+        A, B = (factors.A.get(layer), factors.B.get(layer)) if layer in factors.A else (None, None)
+
+        def sums(inputs: Tensor, outputs: Tensor) -> Tensor:
+            rows, answers = inputs.float(), outputs.float().norm(dim=-1).clamp(min=1e-12)
+            ratio = rows.new_zeros(())
+            if A is not None:
+                change = (rows @ A.to(rows).mT) @ B.to(rows).mT * factors.scaling(layer)
+                ratio = (change.norm(dim=-1) / answers).sum()
+            inside = [(rows @ columns.to(rows)).square().sum() for columns in slices.get(layer, [])]
+            return torch.stack([rows.new_tensor(rows.shape[0]), ratio, rows.square().sum(), *inside]).double()
+
+        return sums
+
+    layers = {layer: base.model.get_submodule(layer) for layer in base.parts.target_layers}
+    collator, device = TrainCollator(base.prompt), next(base.model.parameters()).device
+    own = records[distributed.rank() :: distributed.world_size()]
+    inputs = (
+        {key: value.to(device) for key, value in collator(part).items() if key != "labels"}
+        for part in batches(own, size)
+    )
+    lengths = {layer: 3 + len(slices.get(layer, [])) for layer in layers}
+    sums = measure_inputs(model, layers, inputs, measure, lengths)
+    return {
+        layer: {"interference": float(values[1] / values[0]), "covered": (values[3:] / values[2]).tolist()}
+        for layer, values in sums.items()
+    }
+
+
+def sets_to_look_at(benchmark: Benchmark, units: list[Unit], unit: Unit, everything: bool, samples: int):
+    """Name -> training records: of the domains learnt so far, or of all (`everything`), and of the suites."""
+    names = [name for each in units if everything or each.index <= unit.index for name in each.domains]
+    for name in names:
+        yield name, evenly_spaced(benchmark.train_records(name), samples)
+    for name in benchmark.suites:
+        yield name, [_as_conversation(record) for record in evenly_spaced(benchmark.test_records(name), samples)]
+
+
+def slices_of(kept: dict[str, Basis], parts: dict[str, list[int]]) -> dict[str, list[torch.Tensor]]:
+    """Columns of each kept basis, apart by who added them."""
+    return {layer: list(basis.columns.split(parts[layer], dim=1)) for layer, basis in kept.items()}
+
+
+def _as_conversation(record: Record) -> Record:
+    turns = (*record.turns, Turn("assistant", record.answer or ""))
+    return Record(record.id, record.media, turns, origin=record.origin)
