@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mllm_keeplora.adapters.dense import DenseDeltas, split_at_break_even
 from mllm_keeplora.adapters.factors import Branch, Factors, concatenate, peft_settings
 from mllm_keeplora.adapters.history import PristineWeights, choose_history
 
@@ -41,6 +42,7 @@ class Adapters:
         self.branch: Branch | None = None
         self.past: list[Factors] = []
         self.past_full: list[dict[str, Tensor]] = []
+        self._dense: DenseDeltas | None = None
         self._pristine = PristineWeights(model, layers if self.mode == "merged" else (), full)
 
     @property
@@ -56,7 +58,8 @@ class Adapters:
         if self.mode == "merged":
             self._pristine.merge(self.past)
         elif self.past:
-            together = concatenate(self.past)
+            together, dense = split_at_break_even(concatenate(self.past))
+            self._dense = DenseDeltas(self.base, dense)
             self._add(PAST, together.A, together.alpha)
             self._fill(PAST, together.A, together.B)
         self._freeze()
@@ -196,6 +199,9 @@ class Adapters:
 
     def _unload(self) -> None:
         self.branch = None
+        if self._dense is not None:
+            self._dense.remove()
+            self._dense = None
         if self.peft is not None:
             self.base = self.peft.unload()
             self._pristine.model = self.base

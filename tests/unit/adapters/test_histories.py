@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Factors
+from mllm_keeplora.adapters.dense import split_at_break_even
 from tests.unit.adapters.conftest import (
     ABSENT,
     HISTORIES,
@@ -171,3 +172,39 @@ def test_full_deltas_of_the_projector_round_trip(new_base, batch, pristine):
     adapters.load(random_factors(base, 2), read)
     for name in full:
         assert torch.allclose(base.model.get_parameter(name), trained[name], atol=1e-6)
+
+
+# -- a long past -----------------------------------------------------------------------------------------------------
+
+
+def test_a_long_past_runs_as_dense_deltas_and_answers_as_the_merged_one(new_base, batch):
+    logits = {}
+    for history in HISTORIES:
+        base = new_base()
+        adapters = adapt(base, history)
+        adapters.restore([random_factors(base, seed, size=0.05) for seed in range(30)], [])
+        assert adapters.peft is None, "with ranks this high no layer is worth its factors"
+        adapters.open(random_branch(base, 99))
+        logits[history] = logits_of(adapters.model, batch)
+        adapters.restore([], [])
+        logits[history, "untouched"] = logits_of(adapters.model, batch)
+    assert (logits["factors"] - logits["factors", "untouched"]).abs().max() > 0.1
+    assert (logits["merged"] - logits["factors"]).abs().max() < 1e-5 * logits["merged"].abs().max()
+    assert torch.equal(logits["factors", "untouched"], logits["merged", "untouched"])
+
+
+def test_a_past_turns_dense_layer_by_layer_just_past_break_even(new_base):
+    base = new_base()
+    layer = base.parts.target_layers[0]
+    module = base.model.get_submodule(layer)
+    d_in, d_out = module.in_features, module.out_features
+    most = d_in * d_out // (d_in + d_out)
+
+    def past_of_rank(rank):
+        return Factors({layer: torch.ones(rank, d_in)}, {layer: torch.ones(d_out, rank)}, {layer: 2.0 * rank})
+
+    factors, dense = split_at_break_even(past_of_rank(most))
+    assert list(factors.A) == [layer] and not dense
+    factors, dense = split_at_break_even(past_of_rank(most + 1))
+    assert not factors.A and not factors.alpha
+    assert torch.equal(dense[layer], torch.full((d_out, d_in), 2.0 * (most + 1)))
