@@ -12,7 +12,7 @@ from mllm_keeplora import distributed
 from mllm_keeplora.adapters import Adapters, adapters_for
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import RunConfig, parse_config, read_yaml
-from mllm_keeplora.data import Benchmark, Domain, TestSet
+from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
@@ -41,17 +41,19 @@ class SavedRun:
         """Domains and suites as the run recorded them, every path absolute."""
         record = self.run.record
         domains = {each["name"]: Domain(**each["files"]) for each in record["domains"]}
-        suites = {each["name"]: TestSet(**each["files"]) for each in record["suites"]}
+        suites = {each["name"]: Suite(**each["files"]) for each in record["suites"]}
         split = self.config.eval.split
         return Benchmark(name=record["benchmark"], domains=domains, suites=suites, split=split)
 
     def load(self, after: int | None = None) -> tuple[Any, Any]:
         """Plain transformers model with everything learnt by the first `after` units merged, and its processor.
 
+        Of a run on quantised weights: the same update on the weights before they were quantised.
+
         Args:
             after: number of units; None for all that are finished, 0 for the base.
         """
-        base = self._load_base()  # a fresh one: what was handed out before stays as it is
+        base = self._load_base(quantised=False)  # a fresh one: what was handed out before stays as it is
         adapters = adapters_for(base, self.config.adapters.projector, "merged")
         adapters.restore(*past_of(self.run, self._first(after)))
         return adapters.base, base.processor
@@ -64,8 +66,9 @@ class SavedRun:
         self.adapters.restore(*past_of(self.run, self._first(after)))
         return self.adapters.model
 
-    def _load_base(self) -> Base:
-        base = load_base(self.config.base, self.config.adapters.projector)
+    def _load_base(self, quantised: bool = True) -> Base:
+        config = self.config.base if quantised else self.config.base.model_copy(update={"quantization": None})
+        base = load_base(config, self.config.adapters.projector)
         recorded = self.run.record["base"]["fingerprint"]
         if recorded not in (None, base.fingerprint):
             raise UserError(f"{self.run.path} was made with other weights of {self.config.base.model}")

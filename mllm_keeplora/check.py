@@ -52,6 +52,11 @@ def check_run(config: RunConfig, decode_images: bool = True) -> Checked:
     base_fingerprint = None
     if location is not None and Path(location).is_dir():
         base_fingerprint = collect(lambda: fingerprint(Path(location)))
+    if config.base.quantization is not None and config.adapters.history == "merged":
+        faults.append(
+            f"adapters.history is merged, but weights quantised as {config.base.quantization} cannot be merged into; "
+            "allowed: auto, factors"
+        )
     collect(lambda: deepspeed_file(config.deepspeed))
     collect(lambda: _training_settings(config))
     benchmark = collect(lambda: load_benchmark(config, _drawing()))

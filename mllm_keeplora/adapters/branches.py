@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters.dense import DenseDeltas, split_at_break_even
 from mllm_keeplora.adapters.factors import Branch, Factors, concatenate, peft_settings
-from mllm_keeplora.adapters.history import PristineWeights, choose_history
+from mllm_keeplora.adapters.history import PristineWeights, choose_history, weight_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,8 +114,7 @@ class Adapters:
 
     def weight(self, layer: str) -> Tensor:
         """Current weight (d_out, d_in) of a target layer: base and past, without any open branch."""
-        module = self.base.get_submodule(layer)
-        weight = getattr(module, "base_layer", module).weight
+        weight = weight_of(self.base.get_submodule(layer))
         if self.mode == "factors":
             for factors in self.past:
                 if layer in factors.A:
@@ -126,8 +125,7 @@ class Adapters:
         """Untouched weight (d_out, d_in) of a target layer."""
         if layer in self._pristine.weights:
             return self._pristine.weights[layer]
-        module = self.base.get_submodule(layer)
-        return getattr(module, "base_layer", module).weight
+        return weight_of(self.base.get_submodule(layer))
 
     @contextmanager
     def closed(self) -> Iterator[None]:

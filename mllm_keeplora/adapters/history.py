@@ -15,12 +15,20 @@ if TYPE_CHECKING:
 
 
 def choose_history(mode: str, model: Any) -> str:
-    """`auto` is `merged` where the compute weights are float32, `factors` otherwise."""
+    """`auto` is `merged` where the compute weights are float32, `factors` otherwise and for quantised weights."""
     import torch
 
     if mode != "auto":
         return mode
-    return "merged" if next(model.parameters()).dtype == torch.float32 else "factors"
+    quantised = getattr(model, "is_quantized", False)
+    return "merged" if not quantised and next(model.parameters()).dtype == torch.float32 else "factors"
+
+
+def weight_of(module: Any) -> Tensor:
+    """Weight (d_out, d_in) of a linear layer, wrapped by peft or not; of a quantised one what it stands for."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(getattr(module, "base_layer", module))
 
 
 class PristineWeights:

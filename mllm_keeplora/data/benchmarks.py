@@ -19,7 +19,7 @@ from mllm_keeplora.errors import UserError, known, several
 from mllm_keeplora.metrics import SCORERS
 
 DATA_ROOT = "MLLM_KEEPLORA_DATA"
-PATHS = ("train", "validation", "test", "images")  # keys of a domain that say where, not what or how
+PATHS = ("train", "validation", "test", "anchors", "images")  # keys of a domain that say where, not what or how
 
 
 class TestSet(BaseModel):

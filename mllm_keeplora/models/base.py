@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,12 @@ def resolve(config: BaseConfig) -> str:
     style = config.prompt if config.prompt != "auto" else prompt
     if style != "chat_template":
         raise UserError(f"base.prompt {style!r} is not known; allowed: auto, chat_template")
-    if config.quantization is not None:
-        raise UserError(f"base.quantization {config.quantization!r} is not supported yet; allowed: null")
+    if config.quantization == "int8":
+        raise UserError("base.quantization 'int8' is not supported yet; allowed: null, nf4")
+    if config.quantization is not None and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"base.quantization {config.quantization!r} needs bitsandbytes: pip install 'mllm-keeplora[quant]'"
+        )
     return location
 
 
@@ -74,12 +79,15 @@ def load_base(config: BaseConfig, projector: str) -> Base:
     try:
         processor = AutoProcessor.from_pretrained(location)
         model = AutoModelForImageTextToText.from_pretrained(
-            location, dtype=compute_dtype(config.dtype), attn_implementation=config.attn
+            location,
+            dtype=compute_dtype(config.dtype),
+            attn_implementation=config.attn,
+            **_quantisation(config, location, projector),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.model {config.model!r} cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False).eval()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and config.quantization is None:
         from mllm_keeplora import distributed
 
         model.to(distributed.device())
@@ -91,6 +99,28 @@ def load_base(config: BaseConfig, projector: str) -> Base:
         parts=name_parts(model, projector),
         fingerprint=fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(model, location),
     )
+
+
+def _quantisation(config: BaseConfig, location: str, projector: str) -> dict[str, Any]:
+    """Arguments that make `from_pretrained` quantise the language model; tower, projector and head stay as they are."""
+    if config.quantization is None:
+        return {}
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+
+    from mllm_keeplora import distributed
+
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(location))
+    parts = name_parts(empty, projector)
+    heads = [name for name, module in empty.named_modules() if module is empty.get_output_embeddings()]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype(config.dtype),
+        llm_int8_skip_modules=[parts.vision_tower, parts.mm_projector, *heads],
+    )
+    return {"quantization_config": settings, "device_map": {"": distributed.device()}}
 
 
 def compute_dtype(name: str):

@@ -76,7 +76,7 @@ class RunContext:
         return self.branches.weight(layer)
 
     def d_in(self, layer: str) -> int:
-        return self.weight(layer).shape[1]
+        return self.branches.base.get_submodule(layer).in_features
 
     def depth(self, layer: str) -> int | None:
         return self.base.parts.depth(layer)

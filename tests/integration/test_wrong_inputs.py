@@ -250,7 +250,7 @@ LATE = {
     ),
     "unknown Trainer argument": (["train.args={warp_drive: 9}"], ["warp_drive"]),
     "unknown schedule": (["train.schedule=zigzag"], ["zigzag"]),
-    "quantization": (["base.quantization=nf4"], ["base.quantization 'nf4'"]),
+    "quantization": (["base.quantization=int8"], ["base.quantization 'int8'", "nf4"]),
     "prompt": (["base.prompt=vicuna"], ["base.prompt 'vicuna'"]),
 }
 
