@@ -28,11 +28,16 @@ KILLS = {
     "consolidate_between_two_layers": ((f"{LINALG}:Basis.grow", 3), "01_Alpha/train", "01_Alpha/consolidate"),
     "evaluate_half_way_through_a_set": (
         (f"{HARNESS}:Journal.add", 8),
-        "01_Alpha/consolidate",
+        "01_Alpha/diagnose",
         "01_Alpha/evaluate/Alpha",
     ),
 }
 MORE_KILLS = {
+    "diagnose_before_its_file": (
+        ("rename:02_Beta/diagnostics.json", 1),
+        "02_Beta/consolidate",
+        "02_Beta/diagnose",
+    ),
     "start_before_the_ledger_is_there": (("rename:run.json", 1), None, "prepare"),
     "prepare_while_its_file_is_written": (("rename:prepare/basis.safetensors", 1), None, "prepare"),
     "gradient_between_its_two_files": (
