@@ -5,7 +5,7 @@ Knows sizes and accumulators of `linalg`; no model and no hooks (those are in `p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mllm_keeplora.log import log
@@ -60,6 +60,14 @@ class FeaturePlan:
     memory_gb: float | None = None
     tokens: dict[str, int] | None = None
     normalise: bool = False
+
+    def made_exact(self) -> FeaturePlan:
+        """The same tokens with exact moments."""
+        return replace(self, statistic="exact")
+
+    def of_questions(self) -> FeaturePlan:
+        """The same plan without the tokens of answers."""
+        return replace(self, tokens={**(self.tokens or {}), "answer": 0})
 
     def exact(self, widths: list[int], device: torch.device) -> bool:
         """Whether features of these widths (one for each distinct input) get exact moments."""

@@ -91,16 +91,22 @@ class Adapters:
 
     def read(self) -> Factors:
         """The open branch's factors, copied to float32 on the CPU; a frozen A is the one it was opened with."""
+        import torch
+
         assert self.branch is not None, "no branch is open"
-        A, B = {}, {}
+        A, B, alpha = {}, {}, dict(self.branch.alpha)
         for layer in self.branch.A:
             module = self._module(layer)
-            B[layer] = module.lora_B[OPEN].weight.detach().float().cpu().clone()
-            if self.branch.B:
-                B[layer] -= self.branch.B[layer].cpu()
             trained = "A" in self.branch.train
+            B[layer] = module.lora_B[OPEN].weight.detach().float().cpu().clone()
             A[layer] = module.lora_A[OPEN].weight.detach().float().cpu().clone() if trained else self.branch.A[layer]
-        return Factors(A, B, self.branch.alpha)
+            if self.branch.B and not trained:
+                B[layer] -= self.branch.B[layer].cpu()
+            elif self.branch.B:  # B A - B0 A0 has no common A: both pairs are kept
+                A[layer] = torch.cat([A[layer], self.branch.A[layer].cpu()])
+                B[layer] = torch.cat([B[layer], -self.branch.B[layer].cpu()], dim=1)
+                alpha[layer] *= 2
+        return Factors(A, B, alpha)
 
     def read_full(self) -> dict[str, Tensor]:
         """What was added to the parameters trained in full since the branch was opened."""
@@ -108,8 +114,14 @@ class Adapters:
 
     def load(self, factors: Factors, full: dict[str, Tensor]) -> None:
         """Set the open branch to trained factors (a run continued after training)."""
-        start = self.branch.B
-        self._fill(OPEN, factors.A, {layer: B + start[layer] if start else B for layer, B in factors.B.items()})
+        A, B = factors.A, factors.B
+        if self.branch.B and "A" in self.branch.train:
+            ranks = self.branch.ranks
+            A = {layer: each[: ranks[layer]] for layer, each in A.items()}
+            B = {layer: each[:, : ranks[layer]] for layer, each in B.items()}
+        elif self.branch.B:
+            B = {layer: each + self.branch.B[layer] for layer, each in B.items()}
+        self._fill(OPEN, A, B)
         self._pristine.shift([*self.past_full, full] if full else self.past_full)
 
     def weight(self, layer: str) -> Tensor:

@@ -20,7 +20,7 @@ from .decompose import (
     leading_right_vectors,
     orthonormal_complement,
 )
-from .energy import SHARE_SLACK, rank_for_energy
+from .energy import rank_for_energy
 from .frequent_directions import FrequentDirections
 
 ENERGY_REFERENCES = ("total", "residual")
@@ -28,6 +28,7 @@ ENERGY_REFERENCES = ("total", "residual")
 # columns), up to the second re-orthonormalised (columns stored in bf16 or fp16), beyond it refused.
 KEEP_TOLERANCE = 5e-7
 REPAIR_TOLERANCE = 2e-2
+SKETCH_ROUNDING = 1e-6  # share of its energy that a float32 sketch may lose by rounding alone
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class _Leftover:
     energy: float
     covered: float  # share of total_energy
     total_energy: float
+    lost: float  # energy that a sketch no longer holds, beyond its rounding
     noise_floor: float  # squared singular values up to this are rounding noise
 
 
@@ -156,7 +158,7 @@ class Basis:
         if limit is not None:
             room = min(room, as_count(limit, "limit", 0))
         leftover = self._leftover(moments_or_rows)
-        total = leftover.total_energy if reference == "total" else leftover.energy
+        total = leftover.total_energy if reference == "total" else leftover.energy + leftover.lost
         covered = leftover.covered if reference == "total" else 0.0
         if room == 0 or total == 0.0 or covered >= energy:
             return 0
@@ -182,10 +184,8 @@ class Basis:
         energy = as_share(energy, "energy")
         as_choice(reference, "reference", ENERGY_REFERENCES)
         leftover = self._leftover(sketch)
-        total = leftover.total_energy
-        if reference == "residual":
-            total -= leftover.covered * leftover.total_energy
-        return sketch.shrunken_energy <= (1.0 - energy) * total + SHARE_SLACK * leftover.total_energy
+        total = leftover.total_energy if reference == "total" else leftover.energy + leftover.lost
+        return leftover.lost <= (1.0 - energy) * total
 
     def coverage(self, moments_or_rows: Tensor | MomentAccumulator | FrequentDirections) -> float:
         """Share of the energy of features that lies inside the subspace, in [0, 1]; 1 if they carry none.
@@ -218,7 +218,8 @@ class Basis:
             energy = max(_energy(left, is_moments), 0.0)
         total = held if total is None else total
         covered = 1.0 if total <= 0.0 else min(max((held - energy) / total, 0.0), 1.0)
-        return _Leftover(left, is_moments, energy, covered, max(total, 0.0), noise_ratio * largest)
+        lost = total - held if total - held > SKETCH_ROUNDING * total else 0.0
+        return _Leftover(left, is_moments, energy, covered, max(total, 0.0), lost, noise_ratio * largest)
 
 
 def leak(delta_weight: Tensor, basis: Basis) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -54,7 +55,7 @@ class KeepLoRAOptions(StrategyOptions):
     feature_samples: int | float = Field(512, gt=0)
     feature_statistic: Statistic = "auto"
     feature_sketch_size: int = Field(1024, ge=1)
-    feature_tokens: dict[Literal["image", "instruction", "answer"], int] | None = None
+    feature_tokens: dict[Literal["image", "instruction", "answer"], Annotated[int, Field(ge=0)]] | None = None
     normalise_tokens: bool = False
     statistics_memory_gb: float | None = Field(None, gt=0.0)
 
@@ -83,8 +84,8 @@ class KeepLoRAOptions(StrategyOptions):
     @classmethod
     def _positive(cls, value: Any) -> Any:
         numbers = value if isinstance(value, list) else [value] if not isinstance(value, str) else []
-        if any(number <= 0.0 for number in numbers):
-            raise ValueError("must be above 0")
+        if any(not 0.0 < number < math.inf for number in numbers):
+            raise ValueError("must be above 0 and finite")
         return value
 
     # -- what they mean ------------------------------------------------------------------------------------------

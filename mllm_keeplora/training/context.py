@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed
@@ -88,7 +89,12 @@ class RunContext:
         of: Sequence[str] = (),
         layers: Sequence[str] | None = None,
     ) -> dict[str, MomentAccumulator | FrequentDirections]:
-        records = [record for name in of for record in self.anchors(name)] if of else self.records
+        records = self.records
+        if of:  # answers of anchors are not used: the first question of each, whose tokens see no answer
+            first = 2  # a question and its answer, which the prompt needs
+            together = [record for name in of for record in self.anchors(name)]
+            records = [replace(record, turns=record.turns[:first]) for record in together]
+            plan = plan.of_questions()
         batches = self._pass(records, samples, "anchors" if of else "features")
         return collect_moments(self.branches.model, self._modules(layers), batches, plan)
 
