@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Make the README's table and pictures again: every strategy, rate and seed on the mini benchmark, two runs side by side.
-# Usage: bash scripts/evidence.sh [FOLDER]      default: runs/sweeps/mini_dcl
-# About three hours on two CPU cores. Run it again to continue after an interruption.
+# Make the README's tables and pictures again: every strategy, rate and seed on the mini benchmark, two runs side by side.
+# Usage: bash scripts/evidence.sh [SWEEP]...      default: mini_dcl; also: mini_dcl_variants
+# About an hour and a quarter on two CPU cores for mini_dcl. Run it again to continue after an interruption.
+# Runs go to runs/sweeps/SWEEP; what the README shows, and every run's results, to docs/evidence/SWEEP.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
-    sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"
+    sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"
     exit 0
 fi
-folder="${1:-runs/sweeps/mini_dcl}"
 bash scripts/setup.sh
-"${VENV:-.venv}/bin/mllm-keeplora" sweep mini_dcl output="$folder" --jobs 2
-cp "$folder/score_matrices.png" "$folder/trade_off.png" docs/
-cat "$folder/tables.md"
+for sweep in "${@:-mini_dcl}"; do
+    folder="runs/sweeps/$sweep" kept="docs/evidence/$sweep"
+    "${VENV:-.venv}/bin/mllm-keeplora" sweep "$sweep" --jobs 2
+    (cd "$folder" && find . -mindepth 3 -maxdepth 3 \( -name config.yaml -o -name results.json \)) |
+        while read -r file; do install -D -m 644 "$folder/$file" "$kept/$file"; done
+    cp "$folder"/{sweep.json,tables.md,score_matrices.png,trade_off.png} "$kept/"
+    cat "$folder/tables.md"
+done

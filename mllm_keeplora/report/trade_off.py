@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 from mllm_keeplora.report.figures import FAINT, INK, LINE_COLOURS, MARKERS, new_figure, png_of
+
+# Where a label may stand beside its point: offset in points, alignment; the first one that is free is taken.
+PLACES = (
+    (6, 6, "left", "bottom"), (-6, 6, "right", "bottom"), (6, -6, "left", "top"), (-6, -6, "right", "top"),
+    (0, 12, "center", "bottom"), (0, -12, "center", "top"), (12, 0, "left", "center"), (-12, 0, "right", "center"),
+    (10, 24, "left", "bottom"), (10, -24, "left", "top"), (-10, 24, "right", "bottom"), (-10, -24, "right", "top"),
+)  # fmt: skip
 
 
 def trade_off_figure(
@@ -29,6 +38,7 @@ def trade_off_figure(
         raise ValueError("a trade-off curve needs at least one run with plasticity and BWT")
     figure = new_figure(6.2, 4.0)
     axes = figure.subplots()
+    labels = []
     for i, (name, points) in enumerate(curves.items()):
         colour = LINE_COLOURS[dark][i % len(LINE_COLOURS[dark])]
         xs, ys = [point[1] for point in points], [point[2] for point in points]
@@ -36,10 +46,8 @@ def trade_off_figure(
         for setting, x, y in points:
             if (name, setting) in chosen:
                 axes.plot([x], [y], marker="o", markersize=13, markerfacecolor="none", color=colour, linestyle="none")
-            style = {"color": colour, "fontsize": 8, "parse_math": False}
-            axes.annotate(setting, (x, y), xytext=(6, 6), textcoords="offset points", **style)
+            labels.append((setting, x, y, colour))
     axes.margins(0.14)
-    axes.axhline(0, color=FAINT[dark], linewidth=0.8)
     axes.set_xlabel("plasticity: score right after learning (%)", color=INK[dark], fontsize=9)
     axes.set_ylabel("BWT: change since then (points)", color=INK[dark], fontsize=9)
     axes.tick_params(colors=INK[dark], labelsize=8.5, length=0)
@@ -48,4 +56,37 @@ def trade_off_figure(
     legend = axes.legend(frameon=False, fontsize=9, loc="lower left")
     for text in legend.get_texts():
         text.set_color(INK[dark])
+    _place(axes, labels, [legend])
+    axes.axhline(0, color=FAINT[dark], linewidth=0.8, zorder=1)
     return png_of(figure, dark)
+
+
+def _place(axes: Any, labels: Sequence[tuple[str, float, float, str]], taken: Sequence[Any]) -> None:
+    """Write each label beside its point, where it covers least of the lines and labels that are there already."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    boxes = [artist.get_window_extent() for artist in taken]
+    dots = [dot for line in axes.lines for dot in _along(axes.transData.transform(line.get_xydata()))]
+    for text, x, y, colour in labels:
+        tried = []
+        for place, (dx, dy, horizontal, vertical) in enumerate(PLACES):
+            label = axes.annotate(
+                text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=horizontal, va=vertical,
+                color=colour, fontsize=8, parse_math=False,
+            )  # fmt: skip
+            box = label.get_window_extent()
+            covered = sum(box.overlaps(other) for other in boxes) * 100 + box.count_contains(dots)
+            outside = not axes.bbox.containsx(box.x0) or not axes.bbox.containsx(box.x1)
+            tried.append((covered + 1000 * outside, place, label, box))
+        tried.sort(key=lambda each: each[:2])
+        for *_, label, _ in tried[1:]:
+            label.remove()
+        boxes.append(tried[0][3])
+
+
+def _along(points: Any) -> list[tuple[float, float]]:
+    """Points of a line and some between them, in pixels."""
+    steps = [i / 24 for i in range(25)]
+    return [(x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for (x0, y0), (x1, y1) in pairwise(points) for t in steps] + [
+        tuple(point) for point in points
+    ]
