@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mllm_keeplora.linalg import Basis
 
 COMBINE = ("merge",)
+FORGOTTEN = "|forgotten"  # after a layer's name: which of its earlier columns were given up
 
 
 def write_manifest(unit: DomainDir, combine: str, start_from: str) -> None:
@@ -48,32 +49,54 @@ def past_of(run: RunDir, units: list[Unit]) -> tuple[list[Factors], list[dict[st
     return factors, full
 
 
-def save_new_columns(folder: DomainDir, kept: dict[str, Basis], before: dict[str, int]) -> None:
-    """Write the columns that a domain added to each kept basis."""
-    files.write_tensors(folder.basis, {layer: basis.columns[:, before[layer] :] for layer, basis in kept.items()})
+def save_growth(folder: DomainDir, kept: dict[str, Basis], before: dict[str, int], forgotten: dict[str, list[int]]):
+    """Write how a domain changed each kept basis: the columns that it added, and which earlier ones it gave up.
+
+    Args:
+        folder: of the domain.
+        kept: bases after the domain.
+        before: columns of each before it.
+        forgotten: layer -> columns that were given up, counted in the grown basis.
+    """
+    import torch
+
+    tensors = {}
+    for layer, basis in kept.items():
+        earlier = [column for column in forgotten.get(layer, ()) if column < before[layer]]
+        tensors[layer] = basis.columns[:, before[layer] - len(earlier) :]
+        if earlier:
+            tensors[layer + FORGOTTEN] = torch.tensor(earlier)
+    files.write_tensors(folder.basis, tensors)
 
 
 def parts_of(run: RunDir, units: list[Unit]) -> dict[str, list[int]]:
-    """Columns of every kept basis by who added them: before the first unit, then each unit."""
-    if not run.kept_by_prepare.is_file():
-        return {}
-    parts = {layer: [columns.shape[1]] for layer, columns in files.read_tensors(run.kept_by_prepare).items()}
-    for unit in units:
-        for layer, columns in files.read_tensors(run.folder(unit).basis).items():
-            parts[layer].append(columns.shape[1])
-    return parts
+    """Columns of every kept basis by who added them: before the first unit, then each unit. Forgotten ones are gone."""
+    return {
+        layer: [owners.count(number) for number in range(len(units) + 1)]
+        for layer, (_, owners) in _kept(run, units).items()
+    }
 
 
 def kept_of(run: RunDir, units: list[Unit]) -> dict[str, Basis]:
     """Kept basis of every target layer after the given units: what prepare kept, plus what each unit added."""
-    import torch
-
     from mllm_keeplora.linalg import Basis
+
+    return {layer: Basis.from_columns(columns) for layer, (columns, _) in _kept(run, units).items()}
+
+
+def _kept(run: RunDir, units: list[Unit]) -> dict[str, tuple[Tensor, list[int]]]:
+    """Columns of every kept basis, and for each the number of the unit that added it (0: before the first)."""
+    import torch
 
     if not run.kept_by_prepare.is_file():
         return {}
-    columns = files.read_tensors(run.kept_by_prepare)
-    for unit in units:
-        added = files.read_tensors(run.folder(unit).basis)
-        columns = {layer: torch.cat([old, added[layer]], dim=1) for layer, old in columns.items()}
-    return {layer: Basis.from_columns(each) for layer, each in columns.items()}
+    found = {name: (each, [0] * each.shape[1]) for name, each in files.read_tensors(run.kept_by_prepare).items()}
+    for number, unit in enumerate(units, start=1):
+        stored = files.read_tensors(run.folder(unit).basis)
+        for layer, (columns, owners) in found.items():
+            gone = set(stored[layer + FORGOTTEN].tolist()) if layer + FORGOTTEN in stored else set()
+            stay = [column for column in range(len(owners)) if column not in gone]
+            added = stored[layer]
+            columns = torch.cat([columns[:, stay] if gone else columns, added], dim=1)
+            found[layer] = columns, [owners[column] for column in stay] + [number] * added.shape[1]
+    return found

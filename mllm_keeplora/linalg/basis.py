@@ -1,10 +1,11 @@
-"""A protected subspace of a layer's input space: orthonormal columns that only ever grow.
+"""A protected subspace of a layer's input space: orthonormal columns that grow, and are only forgotten on request.
 
 Knows no layer. A basis holds float32 columns; what decides about them is computed in float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -193,6 +194,30 @@ class Basis:
         For a sketch this is a lower bound, as in `grow`.
         """
         return self._leftover(moments_or_rows).covered
+
+    def energies(self, moments_or_rows: Tensor | MomentAccumulator | FrequentDirections) -> Tensor:
+        """Share of the energy of features along each column, q^T C q / tr C: (rank,) float64, zeros if they have none.
+
+        Arguments and errors as in `grow`; for a sketch these are lower bounds.
+        """
+        matrix, is_moments, _, total = _source_matrix(moments_or_rows, self.d_in)
+        with full_precision(matrix.device):
+            columns = self._columns.to(matrix)
+            image = matrix @ columns
+            along = (columns * image).sum(dim=0) if is_moments else image.square().sum(dim=0)
+        total = _energy(matrix, is_moments) if total is None else total
+        return (along.clamp(min=0.0) / total).cpu() if total > 0.0 else torch.zeros(self.rank, dtype=torch.float64)
+
+    def forget(self, columns: Sequence[int]) -> None:
+        """Give columns up; the others stay as they are, bit for bit and in order.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        gone = set(columns)
+        if gone - set(range(self.rank)):
+            raise ValueError(f"columns to forget must be in 0..{self.rank - 1}, got {sorted(gone)}")
+        self._columns = self._columns[:, [i for i in range(self.rank) if i not in gone]]
 
     def round_last(self, count: int, dtype: torch.dtype) -> None:
         """Round the last `count` columns to a coarser dtype, as a file of that dtype would keep them."""

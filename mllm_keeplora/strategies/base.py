@@ -80,6 +80,9 @@ class Context(Protocol):
     ) -> dict[str, GradientAccumulator | GradientSketch]:
         """Mean loss gradient of every target layer, over so many (or that share of) evenly spaced records."""
 
+    def forget(self, layer: str, columns: Sequence[int]) -> None:
+        """Give up columns of a layer's kept basis. The only way to do so: what earlier domains kept is on disk."""
+
     def teacher_forward(self, batch: Mapping[str, Any]) -> Any:
         """Outputs of the model as it was before this domain, without gradient."""
 

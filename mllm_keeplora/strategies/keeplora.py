@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 
 
 class KeepLoRA(Strategy):
-    """Stores per domain: A, B and the basis columns that the domain added."""
+    """Stores per domain: A, B, the basis columns that the domain added, and with `max_kept` those that it gave up."""
 
     Options: ClassVar[type[StrategyOptions]] = KeepLoRAOptions
     presets: ClassVar[dict[str, dict]] = PRESETS
     options: KeepLoRAOptions
+
+    def __init__(self, options: StrategyOptions):
+        super().__init__(options)
+        self.use: dict[str, Tensor] = {}  # layer -> summed energy share of past domains along each feature direction
 
     def prepare(self, context: Context) -> None:
         """Kept basis of every layer: principal input subspace of its weight, Eq. (1); then what the anchors add."""
@@ -74,7 +78,16 @@ class KeepLoRA(Strategy):
         else:
             gradients = context.collect_weight_gradients(self.options.feature_samples)
             features = {layer: gradient.mean for layer, gradient in gradients.items()}
-        context.log({"added": self._grow(context, features, "energy_features")})
+        added = self._grow(context, features, "energy_features")
+        context.log({"added": added})
+        if self.options.max_kept is not None:
+            context.log({"forgotten": self._forget_least_used(context, features, added)})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.use)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.use = dict(state)
 
     # -- parts of the above --------------------------------------------------------------------------------------
 
@@ -121,6 +134,27 @@ class KeepLoRA(Strategy):
             added[layer] = basis.grow(features[layer], self.options.threshold(name, layer), reference)
             basis.round_last(added[layer], self.options.torch_dtype())
         return added
+
+    def _forget_least_used(self, context: Context, features: dict, added: dict[str, int]) -> dict[str, int]:
+        """Give up feature directions beyond `max_kept`, those along which past domains sent the least energy first.
+
+        Every domain counts alike: its features are measured as shares of their energy. What a domain adds competes
+        at once; directions of the weights and of anchors are never given up.
+        """
+        import torch
+
+        forgotten = {}
+        for layer, basis in context.kept.items():
+            use = self.use.get(layer, torch.zeros(0, dtype=torch.float64))
+            pinned = basis.rank - added[layer] - len(use)
+            use = torch.cat([use, use.new_zeros(added[layer])]) + basis.energies(features[layer])[pinned:]
+            excess = basis.rank - int(self.options.max_kept * basis.d_in)
+            least = use.argsort()[: max(excess, 0)]
+            if len(least):
+                context.forget(layer, (pinned + least).tolist())
+            self.use[layer] = use[[i for i in range(len(use)) if i not in set(least.tolist())]]
+            forgotten[layer] = len(least)
+        return forgotten
 
     def _tell_of_exhaustion(self, context: Context, facts: dict[str, dict]) -> None:
         """Layers with fewer free directions than the rank learn with those; without any they stay as they are.

@@ -27,8 +27,10 @@ class KeepLoRAOptions(StrategyOptions):
 
     Samples are counts of records, or shares of them if below 1. `thresholds` gives layers whose name matches a regular
     expression energies of their own. `basis_dtype` is how bases and A are kept; bases are orthonormalised again when
-    they are read, which the published code leaves out. `layer_scale` is KeepLoRA++: `linear` from `layer_scale_gamma`
-    at the first layer to 1 at the last, `reversed`, one number for all layers, or a list of one number per layer.
+    they are read, which the published code leaves out. `max_kept` bounds the kept share of every layer's input
+    directions for long sequences: the least used feature directions are given up (our own; the published rule goes on
+    until the space is full). `layer_scale` is KeepLoRA++: `linear` from `layer_scale_gamma` at the first layer to 1 at
+    the last, `reversed`, one number for all layers, or a list of one number per layer.
     """
 
     energy_weights: float = Field(0.6, ge=0.0, le=1.0)
@@ -58,6 +60,8 @@ class KeepLoRAOptions(StrategyOptions):
     feature_tokens: dict[Literal["image", "instruction", "answer"], Annotated[int, Field(ge=0)]] | None = None
     normalise_tokens: bool = False
     statistics_memory_gb: float | None = Field(None, gt=0.0)
+
+    max_kept: float | None = Field(None, gt=0.0, le=1.0, description="share of a layer's inputs; null = no bound")
 
     basis_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 

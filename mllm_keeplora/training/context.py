@@ -68,6 +68,7 @@ class RunContext:
         self.optimizer: torch.optim.Optimizer | None = None
         self.step = 0
         self.facts: dict[str, Any] = {}
+        self.forgotten: dict[str, list[int]] = {}
 
     @property
     def target_layers(self) -> tuple[str, ...]:
@@ -103,6 +104,12 @@ class RunContext:
     ) -> dict[str, GradientAccumulator | GradientSketch]:
         batches = self._pass(self.records, samples, "gradient")
         return collect_mean_gradients(self.branches.model, self._modules(), batches, plan)
+
+    def forget(self, layer: str, columns: Sequence[int]) -> None:
+        if layer in self.forgotten:
+            raise RuntimeError(f"columns of {layer} were forgotten already in this stage")
+        self.kept[layer].forget(columns)
+        self.forgotten[layer] = sorted(columns)
 
     def teacher_forward(self, batch: Mapping[str, Any]) -> Any:
         import torch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed, files
 from mllm_keeplora.adapters import Adapters, Branch, Factors, adapters_for
-from mllm_keeplora.adapters.stored import kept_of, parts_of, past_of, save_new_columns, write_manifest
+from mllm_keeplora.adapters.stored import kept_of, parts_of, past_of, save_growth, write_manifest
 from mllm_keeplora.config import RunConfig, result_defining
 from mllm_keeplora.data import Benchmark
 from mllm_keeplora.data.collate import TrainCollator
@@ -134,7 +134,7 @@ class Learner:
         before = {layer: basis.rank for layer, basis in self.kept.items()}
         self.strategy.after_domain(context)
         if distributed.is_main():
-            save_new_columns(folder, self.kept, before)
+            save_growth(folder, self.kept, before, context.forgotten)
             state = self.strategy.state_dict()
             if state:
                 files.write_tensors(folder.strategy, state)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mllm_keeplora.adapters import Adapters
-from mllm_keeplora.adapters.stored import kept_of, save_new_columns
+from mllm_keeplora.adapters.stored import kept_of, save_growth
 from mllm_keeplora.files import write_tensors
 from mllm_keeplora.linalg import Basis
 from mllm_keeplora.runs import RunDir, Unit
@@ -47,7 +47,7 @@ def test_kept_bases_come_back_from_disk_bit_for_bit(taught, tmp_path):
     write_tensors(run.kept_by_prepare, {layer: torch.tensor(kept).float() for layer, kept in first.items()})
     for unit, domain in zip(units, taught.domains, strict=True):
         kept = {layer: Basis.from_columns(torch.tensor(after).float()) for layer, after in domain.kept_after.items()}
-        save_new_columns(run.folder(unit), kept, {layer: q.shape[1] for layer, q in domain.kept_before.items()})
+        save_growth(run.folder(unit), kept, {layer: q.shape[1] for layer, q in domain.kept_before.items()}, {})
     for count, expected in enumerate([first, *(domain.kept_after for domain in taught.domains)]):
         stored = columns_of(kept_of(run, units[:count]))
         assert stored.keys() == expected.keys()
