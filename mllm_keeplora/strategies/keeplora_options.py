@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.plans import FeaturePlan, GradientPlan, Statistic
@@ -79,6 +79,8 @@ class KeepLoRAOptions(StrategyOptions):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            if not energies:
+                raise ValueError(f"{pattern!r} names no energy; allowed: {', '.join(THRESHOLDS)}")
             wrong = [energy for energy in energies.values() if not 0.0 <= energy <= 1.0]
             if wrong:
                 raise ValueError(f"energies of {pattern!r} must be in [0, 1], got {wrong[0]}")
@@ -91,6 +93,19 @@ class KeepLoRAOptions(StrategyOptions):
         if any(not 0.0 < number < math.inf for number in numbers):
             raise ValueError("must be above 0 and finite")
         return value
+
+    @field_validator("grad_samples", "feature_samples")
+    @classmethod
+    def _count_or_share(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"must be a whole number of records, or a share of them below 1, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _wide_enough(self) -> KeepLoRAOptions:
+        if self.sketch_width is not None and self.sketch_width < self.rank:
+            raise ValueError(f"sketch_width must be at least the rank {self.rank}, got {self.sketch_width}")
+        return self
 
     # -- what they mean ------------------------------------------------------------------------------------------
 

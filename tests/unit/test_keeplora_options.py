@@ -168,6 +168,7 @@ def test_patterns_that_match_nothing_are_named():
         ({".*": {"energy_features": -0.1}}, r"-0\.1"),
         ({".*": {"energy_anchor": float("nan")}}, "nan"),
         ({".*": 0.5}, "thresholds"),
+        ({".*": {}}, "names no energy"),
     ],
 )
 def test_thresholds_that_cannot_be_meant_are_refused(thresholds, told):
@@ -289,3 +290,17 @@ def test_defaults_are_those_that_the_comparison_of_code_and_paper_recommends():
 def test_values_out_of_range_and_unknown_names_are_refused(name, value):
     with pytest.raises(ValidationError, match=name):
         KeepLoRAOptions(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["grad_samples", "feature_samples"])
+def test_samples_are_whole_records_or_a_share(name):
+    for good in (1, 128, 0.2, 1.0):
+        assert getattr(KeepLoRAOptions(**{name: good}), name) == good
+    with pytest.raises(ValidationError, match=r"whole number of records.*got 1\.5"):
+        KeepLoRAOptions(**{name: 1.5})
+
+
+def test_a_sketch_narrower_than_the_rank_is_refused():
+    assert KeepLoRAOptions(rank=8, sketch_width=8).gradient_plan().width == 8
+    with pytest.raises(ValidationError, match="at least the rank 8, got 7"):
+        KeepLoRAOptions(rank=8, sketch_width=7)
