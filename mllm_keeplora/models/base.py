@@ -87,6 +87,7 @@ def load_base(config: BaseConfig, projector: str) -> Base:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.model {config.model!r} cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False).eval()
+    _keep_packing(model)
     if torch.cuda.is_available() and config.quantization is None:
         from mllm_keeplora import distributed
 
@@ -99,6 +100,17 @@ def load_base(config: BaseConfig, projector: str) -> Base:
         parts=name_parts(model, projector),
         fingerprint=fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(model, location),
     )
+
+
+def _keep_packing(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place at the first answer, as it does on CPUs with AVX512-BF16.
+
+    Repacked weights cannot be read as the base's any more, differ from other machines', and need widths that are
+    multiples of the quantisation block.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantisation(config: BaseConfig, location: str, projector: str) -> dict[str, Any]:
