@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; default all")
     parser.add_argument("--largest", type=int, default=11008, help="leave out larger matrices")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=4, help="batches of 8 x 96 tokens in a data pass")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     unknown = set(options.parts) - parts.keys()
@@ -46,7 +47,7 @@ def main() -> None:
         parser.error(f"unknown part {sorted(unknown)[0]!r}; allowed: {', '.join(parts)}")
     torch.set_num_threads(options.threads)
     model, name, encode = load_language_model()
-    batches = text_batches(encode, 4)
+    batches = text_batches(encode, options.batches)
     lines: list[Line] = []
     for part in options.parts or parts:
         lines += parts[part](model, batches, options)

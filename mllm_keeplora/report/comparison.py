@@ -27,7 +27,6 @@ from mllm_keeplora.report.view import METRICS, NOT_MEASURED, Metric, duration_te
 
 SHOWN = ("last", "average", "transfer", "bwt", "plasticity", "general_retention")
 COLUMNS = tuple(next(metric for metric in METRICS if metric.key == key) for key in SHOWN)
-PAIRED = tuple(metric for metric in COLUMNS if metric.key in ("last", "bwt"))
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -50,8 +49,10 @@ def summary(groups: Sequence[Group], settings: Mapping[str, str]) -> Table:
         rows.append([*row, duration_text(mean_and_sd(group.seconds())[0] or 0.0)])
     num_domains = len(groups[0].runs[0]["domains"])
     for reference in reference_rows(groups):
-        last = mean_and_sd(reference.scores[:num_domains])[0]
+        last, transfer = (mean_and_sd(reference.scores[first:num_domains])[0] for first in (0, 1))
         known = {"": reference.label, "Last": score_text(last)}
+        if reference.label == "zero-shot" and num_domains > 1:
+            known["Transfer"] = score_text(transfer)  # what an untouched base would have there
         rows.append([known.get(head, NOT_MEASURED) for head in heads])
     return heads, rows
 
@@ -72,12 +73,13 @@ def paired(groups: Sequence[Group]) -> Table | None:
         return None
     rows = []
     for group in groups:
-        for metric in PAIRED:
+        for metric in COLUMNS:
             differences = paired_differences(group, reference, metric.key)
             if group is reference or not differences:
                 continue
             better = sum(value > 0 for value in differences.values())
-            listed = ", ".join(f"{value:+.1f}" for value in differences.values())
+            factor = 100 if metric.key == "general_retention" else 1
+            listed = ", ".join(f"{factor * value:+.1f}" for value in differences.values())
             rows.append([f"{group.label} − {reference.label}", metric.label, listed, f"{better} of {len(differences)}"])
     return (["", "metric", "by seed", "better"], rows) if rows else None
 
@@ -126,19 +128,22 @@ def render_comparison(
     if differences is not None:
         parts.append(section("Difference to sequential LoRA, seed by seed", _html_table(differences)))
     maps = [heat_maps(groups, dark) for dark in (False, True)]
-    parts.append(section("Mean score matrices", picture("Heat maps of the score matrices", *maps, wide=True)))
+    note = '<p class="note">Framed: the domain just learned. Hatched: not measured.</p>'
+    parts.append(section("Mean score matrices", picture("Heat maps of the score matrices", *maps, wide=True) + note))
     final = section("Final score by domain", _html_table(finals(groups)))
     curves = trade_off_curves(tried)
     if any(len(points) > 1 for points in curves.values()):
         drawn = [trade_off_figure(curves, chosen, dark) for dark in (False, True)]
-        seeds = ", ".join(map(str, sorted({seed for group in tried for seed in group.seeds})))
-        note = f"Each point is one setting on the {split_of(tried)} questions, seeds {seeds}. Up and right is better."
+        numbers = sorted({seed for group in tried for seed in group.seeds})
+        seeds = f"{'seeds' if len(numbers) > 1 else 'seed'} {', '.join(map(str, numbers))}"
+        note = f"Each point is one setting on the {split_of(tried)} questions, {seeds}. Up and right is better."
         note = f'<p class="note">{note}{" A ring marks the chosen one." if chosen else ""}</p>'
         parts.append(pair(section("Trade-off", picture("Trade-off curve", *drawn) + note, "figure"), final))
     else:
         parts.append(final)
     if tuning is not None:
-        parts.append(section("Settings that were tried", _html_table(tuning)))
+        note = f'<p class="note">Last in percent on the {split_of(tried)} questions, by setting.</p>'
+        parts.append(section("Settings that were tried", _html_table(tuning) + note))
     parts.append(_types(groups))
     return document(title, parts)
 
@@ -153,8 +158,8 @@ def _measured(groups: Sequence[Group], notes: Sequence[str]) -> str:
         "questions": ", ".join(f"{name} {count}" for name, count in counts.items()),
         "split": identity.get("split"),
         "base": f"{run['base']} ({identity.get('base')})" if identity.get("base") else run["base"],
-        "drawn by": identity.get("generator"),
-        "data": identity.get("data"),
+        "generator": identity.get("generator"),
+        "fingerprint of the data": identity.get("data"),
     }
     rows = "".join(f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items() if value)
     text = "".join(f"<p>{escape(note)}</p>" for note in notes)
@@ -164,8 +169,9 @@ def _measured(groups: Sequence[Group], notes: Sequence[str]) -> str:
 def _meanings() -> str:
     """What the columns say, in one paragraph."""
     said = [f"{metric.label}: {metric.meaning}" for metric in COLUMNS]
-    said += ["of joint: Last as a share of joint training's", "zero-shot: the base model before any training"]
-    said += ["blind: the most frequent training answer to a question, without a look at the image"]
+    said += ["of joint: Last as a share of joint training's", "wall time: of a whole run, evaluation included"]
+    said += ["zero-shot: the base model before any training"]
+    said += ["blind: the most frequent training answer to a question, without looking at the image"]
     return f'<p class="note">{". ".join(said)}. In percent and points.</p>'
 
 
@@ -173,12 +179,15 @@ def _how_sure(groups: Sequence[Group]) -> str:
     """What the spread covers, and the sampling error that it does not."""
     run = groups[0].runs[0]
     counts = [count for name, count in (run.get("questions") or {}).items() if name in run["domains"]]
-    text = "± is the standard deviation over seeds (start of the branches, order of the batches); the base, the "
-    text += "training data and the questions are the same for all."
+    text = (
+        "± is the standard deviation (n − 1) over seeds (start of the branches, order of the batches); the base, the "
+    )
+    text += "training data, the order of domains and the questions are the same for all."
     if counts:
         cell = 50 / math.sqrt(min(counts))
-        text += f" With {min(counts)} questions a cell has a sampling error of at most {cell:.1f} points, the mean of "
-        text += f"{len(counts)} domains of at most {cell / math.sqrt(len(counts)):.1f}; it is shared by all rows."
+        text += f" Beyond that, {min(counts)} questions give a cell a standard error of up to {cell:.1f} points, the "
+        text += f"mean of {len(counts)} domains up to {cell / math.sqrt(len(counts)):.1f}; all rows answer the same "
+        text += "questions, so that their errors go together."
     return f'<p class="note">{text}</p>'
 
 
@@ -198,7 +207,7 @@ def _types(groups: Sequence[Group]) -> str:
             reference = blind.get(domain, {}).get(kind)
             rows.append([f"{domain}: {kind}", score_text(reference), *map(score_text, cells)])
     table = _html_table((["", "blind", *(group.label for group in with_types)], rows))
-    return f"<details><summary>Final score by question type</summary>{table}</details>"
+    return f"<details><summary>Final score by question type, means over seeds</summary>{table}</details>"
 
 
 def _html_table(table: Table) -> str:

@@ -52,7 +52,7 @@ def compare_table(results_list: Sequence[Results]) -> RenderableType:
     """Show runs side by side: metrics, then the final score on every domain; the best of a column is bold.
 
     Runs that differ by seed alone are one row, mean over standard deviation. The references lie below: what the base
-    model answers, and the most frequent answer without a look at the image.
+    model answers, and the most frequent answer without looking at the image.
 
     Args:
         results_list: results of at least one run, all on the same domains in whatever order.

@@ -23,7 +23,7 @@ class Metric:
 METRICS = (
     Metric("last", "Last", "mean score after the whole sequence"),
     Metric("average", "Average", "mean of all cells, domains not yet learned included"),
-    Metric("transfer", "Transfer", "mean score on domains before they are learned"),
+    Metric("transfer", "Transfer", "how a domain scores before it is learned, mean over domains from the second on"),
     Metric("plasticity", "Plasticity", "mean score right after learning"),
     Metric("bwt", "BWT", "mean change since right after learning", signed=True),
     Metric("forgetting", "Forgetting", "mean loss against the best earlier score", higher_is_better=False),

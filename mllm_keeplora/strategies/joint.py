@@ -1,4 +1,7 @@
-"""Joint training: all domains at once, the upper bound. Same branch as sequential LoRA, matched number of steps."""
+"""Joint training: all domains at once, an upper bound for Last; as many steps as the whole sequence has.
+
+The branch is that of sequential LoRA.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KeepLoRA and KeepLoRA++: train only where past knowledge does not live.
+"""KeepLoRA (KeepLoRA++ with `layer_scale`): train outside the main directions of weights and of past features.
 
 Kept are the leading input directions of the pre-trained weights and the dominant feature directions of past domains
 (and of an anchor set, if one is named); A spans the top of the residual of the domain's mean gradient and stays frozen,

@@ -12,7 +12,7 @@ from mllm_keeplora.sweep import final_cell, load_sweep, tune_cell
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
-ROWS = {"joint": "joint (upper bound)", "finetune": "sequential LoRA", "keeplora": "**KeepLoRA**"}
+ROWS = {"joint": "joint training", "finetune": "sequential LoRA", "keeplora": "**KeepLoRA**"}
 COLUMNS = ("last", "average", "transfer", "bwt", "plasticity", "general_retention")
 
 
