@@ -6,6 +6,8 @@ hands out what a group of processes has to sum in place. They know no model and 
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor
 
@@ -120,8 +122,8 @@ class GradientSketch:
     """Streamed sketch Y = sum of x^T (dy Omega) of a weight gradient that is never formed.
 
     Omega is (d_out, width), standard normal, drawn on the CPU from a generator of its own, so equal seeds give
-    equal matrices on every process and device. The columns of Y span about the leading input-side directions of
-    the gradient; its energy is about width times the gradient's.
+    equal matrices on every process and device; layers of the same width share it. The columns of Y span about the
+    leading input-side directions of the gradient; its energy is about width times the gradient's.
 
     Args:
         d_out: width of an output gradient row.
@@ -147,9 +149,7 @@ class GradientSketch:
         self.d_in = as_count(d_in, "d_in", 1)
         self.width = as_count(width, "width", 1)
         self.seed = as_count(seed, "seed", 0)
-        generator = torch.Generator().manual_seed(seed)
-        test_matrix = torch.randn(d_out, width, generator=generator, dtype=torch.float32)
-        self._test_matrix = test_matrix.to(device=device, dtype=_sum_dtype(dtype))
+        self._test_matrix = _test_matrix(d_out, width, seed, _sum_dtype(dtype), torch.device(device))
         self._sketch = torch.zeros(d_in, width, dtype=dtype, device=device)
         self._samples = torch.zeros(1, dtype=torch.float64, device=device)
 
@@ -183,6 +183,20 @@ class GradientSketch:
     def tensors(self) -> list[Tensor]:
         """The tensors to sum over processes, in place: sketch (d_in, width), sample count (1,) float64."""
         return [self._sketch, self._samples]
+
+
+# Random matrices in use; a model's layers have few different widths, so sharing them saves most of their memory.
+_TEST_MATRICES: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
+
+
+def _test_matrix(d_out: int, width: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    key = d_out, width, seed, dtype, device
+    matrix = _TEST_MATRICES.get(key)
+    if matrix is None:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(d_out, width, generator=generator, dtype=torch.float32)
+        matrix = _TEST_MATRICES[key] = drawn.to(device=device, dtype=dtype)
+    return matrix
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -179,10 +179,8 @@ def _how_sure(groups: Sequence[Group]) -> str:
     """What the spread covers, and the sampling error that it does not."""
     run = groups[0].runs[0]
     counts = [count for name, count in (run.get("questions") or {}).items() if name in run["domains"]]
-    text = (
-        "± is the standard deviation (n − 1) over seeds (start of the branches, order of the batches); the base, the "
-    )
-    text += "training data, the order of domains and the questions are the same for all."
+    text = "± is the standard deviation (n − 1) over seeds (start of the branches, order of the batches); the base, "
+    text += "the training data, the order of domains and the questions are the same for all."
     if counts:
         cell = 50 / math.sqrt(min(counts))
         text += f" Beyond that, {min(counts)} questions give a cell a standard error of up to {cell:.1f} points, the "
