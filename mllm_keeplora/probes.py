@@ -84,20 +84,27 @@ def collect_mean_gradients(
     sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     device = next(iter(layers.values())).weight.device
     exact = distributed.from_main(plan.exact(sizes, device))
+    guided = [name for name, (d_out, _) in sizes.items() if plan.guided and not exact and plan.width < d_out]
+    along: dict[str, Tensor] = {}
+    if guided and distributed.world_size() > 1:
+        along, batches = _same_directions(model, layers, batches, plan, guided)
     gradients: dict[str, GradientAccumulator | GradientSketch] = {}
+
+    def add(name: str, grad_output: Tensor, inputs: Tensor) -> None:
+        if name not in gradients:
+            if name in guided and name not in along:
+                along[name] = plan.directions(grad_output, inputs)
+            gradients[name] = plan.accumulator(*sizes[name], exact, device, along.pop(name, None))
+        gradients[name].update(grad_output, inputs)
+
     for batch in batches:
-        labels = batch["labels"]
-        inputs_only = {key: value for key, value in batch.items() if key != "labels"}
-        hooks = _gradient_hooks(layers, gradients, partial(plan.accumulator, exact=exact))
-        with hooks, graph_from_inputs(model), evaluating(model):
-            loss = per_sample_loss(model(**inputs_only).logits, labels).sum()
-            loss.backward()
+        _backward(model, layers, batch, add)
         for accumulator in gradients.values():
-            accumulator.count_samples(labels.shape[0])
+            accumulator.count_samples(batch["labels"].shape[0])
     _refuse_missing(layers, distributed.from_main(list(gradients)), "received no gradient")
     for name in layers:
         if name not in gradients:
-            gradients[name] = plan.accumulator(*sizes[name], exact=exact, device=device)
+            gradients[name] = plan.accumulator(*sizes[name], exact, device, along.pop(name, None))
         distributed.all_reduce(gradients[name].tensors())
     return {name: gradients[name] for name in layers}
 
@@ -202,25 +209,43 @@ def _input_hooks(layers: dict[str, Any], into: dict[str, Any], rows: ChosenRows,
         yield
 
 
-@contextmanager
-def _gradient_hooks(layers: dict[str, Any], into: dict[str, Any], make: Callable) -> Iterator[None]:
-    """Add output gradient times input to every layer's accumulator while the backward pass runs."""
+def _backward(model: Any, layers: dict[str, Any], batch: dict, add: Callable[[str, Tensor, Tensor], None]) -> None:
+    """One pass of a batch; while it runs backward, `add` gets name, output gradients and inputs of every layer."""
 
     def keep(name: str):
         def hook(module: Any, args: tuple, output: Tensor) -> None:
-            features = args[0].detach()
-
-            def accumulate(gradient: Tensor) -> None:
-                if name not in into:
-                    into[name] = make(gradient.shape[-1], features.shape[-1], device=features.device)
-                _named(name, into[name].update, as_rows(gradient), as_rows(features))
-
-            output.register_hook(accumulate)
+            rows = as_rows(args[0].detach())
+            output.register_hook(lambda gradient: _named(name, partial(add, name), as_rows(gradient), rows))
 
         return hook
 
-    with removed_afterwards([module.register_forward_hook(keep(name)) for name, module in layers.items()]):
-        yield
+    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with removed_afterwards(handles), graph_from_inputs(model), evaluating(model):
+        per_sample_loss(model(**inputs).logits, batch["labels"]).sum().backward()
+
+
+def _same_directions(
+    model: Any, layers: dict[str, Any], batches: Iterable[dict], plan: GradientPlan, guided: list[str]
+) -> tuple[dict[str, Tensor], Iterable[dict]]:
+    """What to sketch along on all processes: from the main one's first batch; and the batches, that one included."""
+    import torch
+
+    batches = iter(batches)
+    first = next(batches, None)
+    found: dict[str, Tensor] = {}
+
+    def look(name: str, grad_output: Tensor, inputs: Tensor) -> None:
+        if name in guided and name not in found:
+            found[name] = plan.directions(grad_output, inputs)
+
+    if distributed.is_main() and first is not None:
+        _backward(model, layers, first, look)
+    for name in guided:
+        if name not in found:
+            found[name] = torch.zeros(layers[name].out_features, plan.width, device=layers[name].weight.device)
+        distributed.all_reduce([found[name]])
+    return found, batches if first is None else chain([first], batches)
 
 
 def _features_exactly(model: Any, layers: dict[str, Any], batch: dict, plan: FeaturePlan) -> bool:

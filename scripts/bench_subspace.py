@@ -89,7 +89,7 @@ def gradients(model: Any, batches: list, options: argparse.Namespace) -> Iterato
         return reference.accumulate_gradients(model, layers, loss_of, batches)
 
     bytes_of_floor = peak_bytes(floor)
-    sketches = GradientPlan("sketch", 8 * RANK)
+    sketches = GradientPlan("sketch", 8 * RANK, guided=True)
     for name, plan in (("sketch", sketches), ("exact", GradientPlan("exact"))):
 
         def ours(plan: GradientPlan = plan) -> dict:

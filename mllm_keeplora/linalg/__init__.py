@@ -3,7 +3,7 @@
 Everything is float32 or float64 inside, whatever came in; values that are not finite are refused.
 """
 
-from .accumulators import GradientAccumulator, GradientSketch, MomentAccumulator
+from .accumulators import GradientAccumulator, GradientSketch, MomentAccumulator, output_range
 from .basis import Basis, leak
 from .directions import RandomizedSVD, gradient_capture, top_residual_directions
 from .energy import principal_subspace, rank_for_energy
@@ -18,6 +18,7 @@ __all__ = [
     "RandomizedSVD",
     "gradient_capture",
     "leak",
+    "output_range",
     "principal_subspace",
     "rank_for_energy",
     "top_residual_directions",

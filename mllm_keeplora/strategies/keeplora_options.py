@@ -25,6 +25,7 @@ THRESHOLDS = ("energy_weights", "energy_features", "energy_anchor")
 class KeepLoRAOptions(StrategyOptions):
     """Our defaults; `presets` has the published ones.
 
+    A sketch of gradients is taken along the output directions of the first batch (`sketch_directions`), or random ones.
     Samples are counts of records, or shares of them if below 1. `thresholds` gives layers whose name matches a regular
     expression energies of their own. `basis_dtype` is how bases and A are kept; bases are orthonormalised again when
     they are read, which the published code leaves out. `max_kept` bounds the kept share of every layer's input
@@ -45,6 +46,7 @@ class KeepLoRAOptions(StrategyOptions):
     grad_samples: int | float = Field(512, gt=0)
     gradient_statistic: Statistic = "auto"
     sketch_width: int | None = Field(None, ge=1, description="columns of a gradient sketch; null = 8 times the rank")
+    sketch_directions: Literal["first_batch", "random"] = "first_batch"
     a_init: Literal["gradient", "random_complement", "random"] = "gradient"
     a_init_svd: Literal["exact", "randomized"] = "exact"
     oversample: int | None = Field(None, ge=0, description="of a randomized SVD; null = width of 4 times the rank")
@@ -150,7 +152,8 @@ class KeepLoRAOptions(StrategyOptions):
     def gradient_plan(self) -> GradientPlan:
         """Exact sums where B starts from the gradient, which a sketch does not have."""
         statistic = self.gradient_statistic if self.b_init == "zero" else "exact"
-        return GradientPlan(statistic, self.sketch_width or 8 * self.rank, 0, self.statistics_memory_gb)
+        guided = self.sketch_directions == "first_batch"
+        return GradientPlan(statistic, self.sketch_width or 8 * self.rank, 0, self.statistics_memory_gb, guided)
 
     def feature_plan(self) -> FeaturePlan:
         tokens = dict(self.feature_tokens) if self.feature_tokens is not None else None
