@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,9 @@ def main() -> None:
     batches = text_batches(encode, options.batches)
     lines: list[Line] = []
     for part in options.parts or parts:
-        lines += parts[part](model, batches, options)
+        for line in parts[part](model, batches, options):
+            print(json.dumps(line), file=sys.stderr, flush=True)  # an interrupted benchmark has told what it knew
+            lines.append(line)
     show(lines, name)
     print(json.dumps({"model": name, "threads": options.threads, "torch": torch.__version__, "lines": lines}))
 
