@@ -107,7 +107,7 @@ def all_reduce(tensors) -> None:
 
         via_gpu = dist.get_backend() == "nccl"
         for tensor in tensors:
-            moved = tensor.to(device()) if via_gpu else tensor
+            moved = (tensor.to(device()) if via_gpu else tensor).contiguous()  # memory is summed, whatever the strides
             dist.all_reduce(moved)
             if moved is not tensor:
                 tensor.copy_(moved)
