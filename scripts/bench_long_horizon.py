@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from mllm_keeplora import load_config, run_sequence
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.results import Results
+from mllm_keeplora.eval.saved import load_run, refresh_results
 
 SIGNS, CELLS, SIDE, TRAIN, TEST = 8, 6, 64, 96, 24
 WORDS = ("atom", "bar", "belly", "candle", "cross", "desert", "disc", "farmland", "hexagon", "lamp", "leaf", "moon",
@@ -38,6 +39,9 @@ def main() -> None:
     parser.add_argument("--domains", type=int, default=60)
     parser.add_argument("--folder", type=Path, default=Path("runs/long_horizon"))
     options = parser.parse_args()
+    for rule in options.rules:
+        if not re.fullmatch(r"plain|bounded=(0?\.\d+|1(\.0)?)", rule):
+            parser.error(f"unknown rule {rule!r}; allowed: plain, bounded=SHARE with a share up to 1")
     names = [f"D{number:02d}" for number in range(1, options.domains + 1)]
     for number, name in enumerate(names):
         write_domain(options.folder / "data" / name, number)
@@ -85,7 +89,7 @@ def record(part: str, identity: str, image: str, question: str, word: str) -> di
 def learn(folder: Path, rule: str, names: list[str]) -> dict[str, Any]:
     """Run the stream under one rule; where it cannot go on, what it reached by then and why it ended."""
     kind, _, share = rule.partition("=")
-    bound = float(share or 0.7) if kind == "bounded" else None
+    bound = float(share) if kind == "bounded" else None
     output = folder / f"{rule.replace('=', '-')}-{len(names)}"
     config = load_config("mini_dcl", [f"{key}={json.dumps(value)}" for key, value in {
         "name": kind, "output": str(output),
@@ -103,7 +107,7 @@ def learn(folder: Path, rule: str, names: list[str]) -> dict[str, Any]:
         results = run_sequence(config)
     except UserError as error:
         ended = str(error)
-        results = Results.load(output / "results.json")
+        results = refresh_results(load_run(output))
     matrix = [[cell for cell in row if cell is not None] for row in results.score_matrix]
     matrix = [row for row in matrix if row]
     kept = []

@@ -49,7 +49,9 @@ def past_of(run: RunDir, units: list[Unit]) -> tuple[list[Factors], list[dict[st
     return factors, full
 
 
-def save_growth(folder: DomainDir, kept: dict[str, Basis], before: dict[str, int], forgotten: dict[str, list[int]]):
+def save_growth(
+    folder: DomainDir, kept: dict[str, Basis], before: dict[str, int], forgotten: dict[str, list[int]]
+) -> None:
     """Write how a domain changed each kept basis: the columns that it added, and which earlier ones it gave up.
 
     Args:

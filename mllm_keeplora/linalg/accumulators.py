@@ -132,7 +132,8 @@ class GradientSketch:
         seed: seed of Omega.
         dtype: float32 or float64.
         device: where the sum and Omega live; products are formed where the rows are.
-        test_matrix: (d_out, width) to take instead of a drawn Omega, kept in bfloat16; see `output_range`.
+        test_matrix: (d_out, width) to take instead of a drawn Omega, kept in bfloat16; see `output_range`. Along
+            orthonormal columns the sketch holds at most the gradient's energy.
 
     Source: Halko, Martinsson and Tropp (2011), range finder, on the gradient of KeepLoRA (ICLR 2026), Eq. (2).
     """

@@ -69,7 +69,9 @@ def _leading_by_tridiagonal(lower: Tensor, count: Callable[[Tensor], int]) -> Te
     work = int(lapack.dsytrd_lwork(size, lower=1)[0])
     array = lower.numpy().copy("F")
     reflectors, diagonal, beside, factors, _ = lapack.dsytrd(array, lower=1, lwork=work, overwrite_a=1)
-    eigenvalues, _ = lapack.dsterf(diagonal, beside)
+    eigenvalues, info = lapack.dsterf(diagonal, beside)
+    if info:
+        raise RuntimeError(f"LAPACK found no eigenvalues of a matrix of size {size} (dsterf: {info})")
     wanted = count(torch.from_numpy(eigenvalues[::-1].copy()).clamp(min=0.0))
     if wanted == 0:
         return lower.new_zeros(size, 0)

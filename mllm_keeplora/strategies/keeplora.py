@@ -152,7 +152,9 @@ class KeepLoRA(Strategy):
             least = use.argsort()[: max(excess, 0)]
             if len(least):
                 context.forget(layer, (pinned + least).tolist())
-            self.use[layer] = use[[i for i in range(len(use)) if i not in set(least.tolist())]]
+            stays = torch.ones(len(use), dtype=torch.bool)
+            stays[least] = False
+            self.use[layer] = use[stays]
             forgotten[layer] = len(least)
         return forgotten
 
