@@ -97,8 +97,11 @@ def report(learner: Learner) -> Results:
 
 def _limit_threads(config: RunConfig) -> None:
     if config.threads is not None:
+        import scipy.linalg  # noqa: F401  (its BLAS must be loaded to be limited)
         import torch
+        from threadpoolctl import threadpool_limits
 
+        threadpool_limits(config.threads)
         torch.set_num_threads(config.threads)
 
 
