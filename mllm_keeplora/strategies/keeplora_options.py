@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.plans import FeaturePlan, GradientPlan, Statistic
@@ -100,14 +100,16 @@ class KeepLoRAOptions(StrategyOptions):
     @classmethod
     def _count_or_share(cls, value: float) -> float:
         if value > 1 and value != int(value):
-            raise ValueError(f"must be a whole number of records, or a share of them below 1, got {value}")
+            raise ValueError(f"must be a whole number of records, or a share of them below 1")
         return value
 
-    @model_validator(mode="after")
-    def _wide_enough(self) -> KeepLoRAOptions:
-        if self.sketch_width is not None and self.sketch_width < self.rank:
-            raise ValueError(f"sketch_width must be at least the rank {self.rank}, got {self.sketch_width}")
-        return self
+    @field_validator("sketch_width")
+    @classmethod
+    def _wide_enough(cls, value: int | None, info: ValidationInfo) -> int | None:
+        rank = info.data.get("rank", 1)
+        if value is not None and value < rank:
+            raise ValueError(f"must be at least the rank {rank}")
+        return value
 
     # -- what they mean ------------------------------------------------------------------------------------------
 

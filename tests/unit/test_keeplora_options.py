@@ -296,11 +296,11 @@ def test_values_out_of_range_and_unknown_names_are_refused(name, value):
 def test_samples_are_whole_records_or_a_share(name):
     for good in (1, 128, 0.2, 1.0):
         assert getattr(KeepLoRAOptions(**{name: good}), name) == good
-    with pytest.raises(ValidationError, match=r"whole number of records.*got 1\.5"):
+    with pytest.raises(ValidationError, match="whole number of records"):
         KeepLoRAOptions(**{name: 1.5})
 
 
 def test_a_sketch_narrower_than_the_rank_is_refused():
     assert KeepLoRAOptions(rank=8, sketch_width=8).gradient_plan().width == 8
-    with pytest.raises(ValidationError, match="at least the rank 8, got 7"):
+    with pytest.raises(ValidationError, match="at least the rank 8"):
         KeepLoRAOptions(rank=8, sketch_width=7)
