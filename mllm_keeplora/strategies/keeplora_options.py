@@ -100,7 +100,7 @@ class KeepLoRAOptions(StrategyOptions):
     @classmethod
     def _count_or_share(cls, value: float) -> float:
         if value > 1 and value != int(value):
-            raise ValueError(f"must be a whole number of records, or a share of them below 1")
+            raise ValueError("must be a whole number of records, or a share of them below 1")
         return value
 
     @field_validator("sketch_width")
