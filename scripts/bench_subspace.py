@@ -14,12 +14,12 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from bench import reference
-from bench.language_model import adapted_layers, load_language_model, text_batches
+from bench.language_model import BATCH, adapted_layers, load_language_model, text_batches
 from bench.measure import peak_bytes, side_by_side
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; default all")
     parser.add_argument("--largest", type=int, default=11008, help="leave out larger matrices")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=4, help="batches of 8 x 96 tokens in a data pass")
+    parser.add_argument("--samples", type=int, default=64, help="samples of 96 tokens in a data pass, by batches of 8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     unknown = set(options.parts) - parts.keys()
@@ -48,7 +48,7 @@ def main() -> None:
         parser.error(f"unknown part {sorted(unknown)[0]!r}; allowed: {', '.join(parts)}")
     torch.set_num_threads(options.threads)
     model, name, encode = load_language_model()
-    batches = text_batches(encode, options.batches)
+    batches = text_batches(encode, options.samples)
     lines: list[Line] = []
     for part in options.parts or parts:
         for line in parts[part](model, batches, options):
@@ -79,36 +79,53 @@ def weights(model: Any, batches: list, options: argparse.Namespace) -> Iterator[
 
 
 def gradients(model: Any, batches: list, options: argparse.Namespace) -> Iterator[Line]:
-    """The gradient pass: sketches and exact sums against input gradients alone, and against two copies of `.grad`."""
+    """The gradient pass: sketches and exact sums against input gradients alone, and against two copies of `.grad`.
+
+    By batches of 8 samples, and sample by sample as the published pass goes: hooks keep the layers' inputs for the
+    backward pass, so the memory beyond the sums grows with the tokens of a batch.
+    """
     layers = adapted_layers(model)
+    sketch, exact = GradientPlan("sketch", 6 * RANK, guided=True), GradientPlan("exact")
+    singles = [{key: value[row : row + 1] for key, value in each.items()} for each in batches for row in range(BATCH)]
+    cases = {"8": batches, "1": singles[: max(BATCH, len(singles) // 2)]}
+    for size, given in cases.items():
+        for name, plan in (("sketch", sketch), ("exact", exact)):
+            yield pass_line(
+                model, layers, given, options, f"{name}, batch {size} / input gradients", plan, input_gradients
+            )
+    yield pass_line(model, layers, batches, options, "sketch, batch 8 / two copies", sketch, two_copies)
+    for size, given in cases.items():
+        yield captured(model, layers, given, sketch, f"captured, sketch / exact, batch {size} (second pass)")
+
+
+def pass_line(
+    model: Any, layers: dict, batches: list, options: argparse.Namespace, what: str, plan: GradientPlan, other: Callable
+) -> Line:
     copies = 2 * sum(layer.weight.numel() for layer in layers.values()) * 4
 
-    def floor() -> None:
-        for batch in batches:
-            with graph_from_inputs(model):
-                loss_of(model, batch).backward()
+    def ours() -> dict:
+        return collect_mean_gradients(model, layers, batches, plan)
 
-    def two_copies() -> dict:
-        return reference.accumulate_gradients(model, layers, loss_of, batches)
-
-    bytes_of_floor = peak_bytes(floor)
-    sketches = GradientPlan("sketch", 8 * RANK, guided=True)
-    for name, plan in (("sketch", sketches), ("exact", GradientPlan("exact"))):
-
-        def ours(plan: GradientPlan = plan) -> dict:
-            return collect_mean_gradients(model, layers, batches, plan)
-
-        for against, other in (("input gradients", floor), ("two copies", two_copies)):
-            timing = side_by_side(ours, other, options.repeats)
-            yield {
-                "part": "gradients", "what": f"{name} / {against}", "ratio": timing.ratio,
-                "ours_s": timing.ours, "reference_s": timing.reference,
-                "extra_bytes_of_two_copies": (peak_bytes(ours) - bytes_of_floor) / copies,
-            }  # fmt: skip
-    yield captured(model, layers, batches, sketches)
+    timing = side_by_side(ours, lambda: other(model, layers, batches), options.repeats)
+    extra = peak_bytes(ours) - peak_bytes(lambda: input_gradients(model, layers, batches))
+    return {
+        "part": "gradients", "what": what, "ratio": timing.ratio,
+        "ours_s": timing.ours, "reference_s": timing.reference, "extra_bytes_of_two_copies": extra / copies,
+    }  # fmt: skip
 
 
-def captured(model: Any, layers: dict, batches: list, plan: GradientPlan) -> Line:
+def input_gradients(model: Any, layers: dict, batches: list) -> None:
+    """Forward and backward of the frozen model, from its embeddings on; nothing of it is kept."""
+    for batch in batches:
+        with graph_from_inputs(model):
+            loss_of(model, batch).backward()
+
+
+def two_copies(model: Any, layers: dict, batches: list) -> dict:
+    return reference.accumulate_gradients(model, layers, loss_of, batches)
+
+
+def captured(model: Any, layers: dict, batches: list, plan: GradientPlan, what: str) -> Line:
     """Energy that A of a sketch captures, measured on the exact gradient, in units of the exact A's."""
     exact = collect_mean_gradients(model, layers, batches, GradientPlan("exact"))
     sketched = collect_mean_gradients(model, layers, batches, plan)
@@ -122,7 +139,7 @@ def captured(model: Any, layers: dict, batches: list, plan: GradientPlan) -> Lin
         shares[name] = found / best
     worst = min(shares, key=shares.get)
     return {
-        "part": "gradients", "what": "captured, sketch / exact (second pass)", "ratio": None,
+        "part": "gradients", "what": what, "ratio": None,
         "mean": statistics.fmean(shares.values()), "worst": shares[worst], "worst_layer": worst,
     }  # fmt: skip
 

