@@ -68,6 +68,9 @@ class Context(Protocol):
     def depth(self, layer: str) -> int | None:
         """Index of the transformer layer; None for the projector's."""
 
+    def shared_inputs(self) -> list[list[str]]:
+        """Target layers in groups that receive the same tensor: q, k, v of a block; its gate and up."""
+
     def collect_inputs(
         self,
         samples: int | float,

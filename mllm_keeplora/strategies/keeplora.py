@@ -42,7 +42,10 @@ class KeepLoRA(Strategy):
             energy = self.options.threshold("energy_weights", layer)
             columns = principal_subspace(context.weight(layer), energy, self.options.rank_rule)
             context.kept[layer] = Basis.from_columns(columns)
-            context.kept[layer].round_last(columns.shape[1], self.options.torch_dtype())
+        if self.options.share_basis == "input":
+            self._unite(context)
+        for basis in context.kept.values():
+            basis.round_last(basis.rank, self.options.torch_dtype())
         if self.options.anchors:
             features = self._features(context, self.options.anchor_samples, self.options.anchors)
             context.log({"added_by_anchors": self._grow(context, features, "energy_anchor")})
@@ -90,6 +93,16 @@ class KeepLoRA(Strategy):
         self.use = dict(state)
 
     # -- parts of the above --------------------------------------------------------------------------------------
+
+    def _unite(self, context: Context) -> None:
+        """Let layers with the same input keep the same: the span of what each of them keeps of its weight."""
+        from mllm_keeplora.linalg import Basis
+
+        for first, *others in context.shared_inputs():
+            for layer in others:
+                context.kept[first].grow(context.kept[layer].columns.mT, energy=1.0)
+            for layer in others:
+                context.kept[layer] = Basis.from_columns(context.kept[first].columns)
 
     def _directions(self, context: Context, layer: str, gradient) -> Tensor:
         """(r', d_in) rows of A, none where the layer is to be left alone."""

@@ -25,13 +25,15 @@ THRESHOLDS = ("energy_weights", "energy_features", "energy_anchor")
 class KeepLoRAOptions(StrategyOptions):
     """Our defaults; `presets` has the published ones.
 
-    A sketch of gradients is taken along the output directions of the first batch (`sketch_directions`), or random ones.
-    Samples are counts of records, or shares of them if below 1. `thresholds` gives layers whose name matches a regular
-    expression energies of their own. `basis_dtype` is how bases and A are kept; bases are orthonormalised again when
-    they are read, which the published code leaves out. `max_kept` bounds the kept share of every layer's input
-    directions for long sequences: the least used feature directions are given up (our own; the published rule goes on
-    until the space is full). `layer_scale` is KeepLoRA++: `linear` from `layer_scale_gamma` at the first layer to 1 at
-    the last, `reversed`, one number for all layers, or a list of one number per layer.
+    A sketch of gradients is taken along the output directions of the first batch (`sketch_directions`), or random
+    ones. Samples are counts of records, or shares of them if below 1. `share_basis: input` lets layers with the
+    same input (q, k, v; gate, up) keep what any of them keeps: stricter, and full sooner. `thresholds` gives layers
+    whose name matches a regular expression energies of their own. `basis_dtype` is how bases and A are kept; bases
+    are orthonormalised again when they are read, which the published code leaves out. `max_kept` bounds the kept
+    share of every layer's input directions for long sequences: the least used feature directions are given up (our
+    own; the published rule goes on until the space is full). `layer_scale` is KeepLoRA++: `linear` from
+    `layer_scale_gamma` at the first layer to 1 at the last, `reversed`, one number for all layers, or a list of one
+    number per layer.
     """
 
     energy_weights: float = Field(0.6, ge=0.0, le=1.0)
@@ -41,6 +43,7 @@ class KeepLoRAOptions(StrategyOptions):
         default_factory=dict
     )
     rank_rule: Literal["reach", "below_legacy"] = "reach"
+    share_basis: Literal["module", "input"] = "module"
     energy_reference: Literal["total", "residual"] = "total"
 
     grad_samples: int | float = Field(512, gt=0)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed
 from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced
+from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
-from mllm_keeplora.probes import collect_mean_gradients, collect_moments
+from mllm_keeplora.probes import collect_mean_gradients, collect_moments, shared_inputs
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import DomainInfo
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters import Adapters
-    from mllm_keeplora.data import Record
     from mllm_keeplora.linalg import (
         Basis,
         FrequentDirections,
@@ -82,6 +82,14 @@ class RunContext:
 
     def depth(self, layer: str) -> int | None:
         return self.base.parts.depth(layer)
+
+    def shared_inputs(self) -> list[list[str]]:
+        text = Record("shared inputs", (), (Turn("user", "?"), Turn("assistant", "!")))
+        device = next(self.branches.base.parameters()).device
+        batch = {key: value.to(device) for key, value in self.collator([text]).items()}
+        groups = shared_inputs(self.branches.model, self._modules(), batch)
+        reached = {layer for group in groups for layer in group}
+        return groups + [[layer] for layer in self.target_layers if layer not in reached]
 
     def collect_inputs(
         self,

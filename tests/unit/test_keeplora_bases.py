@@ -56,6 +56,26 @@ def test_the_legacy_rule_is_about_weights_alone(new_base, alpha_records):
     assert_bases(domain.finish(), wanted, 1e-3)
 
 
+def test_layers_with_one_input_keep_what_any_of_them_keeps(new_base, alpha_records):
+    """Option D14: the span of q, k, v together, grown by the same features; other layers keep their own."""
+    own = begin(new_base(), alpha_records).kept_before
+    domain = taught(new_base(), alpha_records, share_basis="input")
+    features, after = domain.tokens(), domain.finish()
+    for layer, columns in own.items():
+        block, _, name = layer.rpartition(".")
+        names = next((names for names in (QKV, ("gate_proj", "up_proj")) if name in names), (name,))
+        together = np.concatenate([own[f"{block}.{each}"] for each in names], axis=1)
+        left, values, _ = np.linalg.svd(together, full_matrices=False)
+        united = left[:, values > 1e-5]
+        found = domain.kept_before[layer]
+        assert found.shape == united.shape and (len(names) == 1 or found.shape[1] > columns.shape[1])
+        assert np.linalg.norm(found @ found.T - united @ united.T, 2) < TOLERANCE, layer
+        assert np.array_equal(after[layer], after[f"{block}.{names[0]}"])
+    kept = domain.kept_before
+    assert_bases(after, {layer: subspace.grow(kept[layer], features[layer], ENERGY_FEATURES) for layer in kept}, 1e-3)
+
+
+QKV = ("q_proj", "k_proj", "v_proj")
 THRESHOLDS = {
     r".*down_proj.*": {"energy_weights": 0.8, "energy_features": 0.99},
     r".*layers\.1.*": {"energy_features": 0.6},

@@ -79,11 +79,14 @@ def test_a_shipped_sweep_grades_tuning_on_validation_and_the_choice_on_test_ques
     sweep = load_sweep(name)
     assert sweep.name == name
     for label in sweep.strategies:
-        tuned = tune_cell(sweep, label, 0.001).config()
-        final = final_cell(sweep, label, 0.001, sweep.final.seeds[0]).config()
+        value = sweep.tune.grid[-1]
+        tuned = tune_cell(sweep, label, value).config()
+        final = final_cell(sweep, label, value, sweep.final.seeds[0]).config()
         assert (tuned.eval.split, final.eval.split) == ("validation", "test")
         assert tuned.seed not in sweep.final.seeds
-        assert tuned.train.lr == final.train.lr == 0.001
+        section, key = sweep.tune.key.split(".")
+        for config in (tuned, final):
+            assert config.model_dump()[section][key] == value
         assert build_strategy(final.strategy).options.rank >= 1
 
 
