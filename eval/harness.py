@@ -17,7 +17,7 @@ from mllm_keeplora import distributed, files
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.data.collate import batches
 from mllm_keeplora.data.images import images_of
-from mllm_keeplora.metrics import score
+from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
 from mllm_keeplora.models import Base
 from mllm_keeplora.progress import progress_bar
 
@@ -30,6 +30,14 @@ class Question:
     record: Record
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote; `is_cut` if it reached the token limit without an end mark."""
+
+    text: str
+    is_cut: bool
+
+
 def evaluate_set(
     base: Base,
     model: Any,
@@ -39,45 +47,67 @@ def evaluate_set(
     title: str,
     batch_size: int,
     max_new_tokens: int | None = None,
-) -> float:
-    """Answer and score every record; write the predictions file and return the mean score in percent.
+    asked_of: str = "",
+    keep_journal: bool = False,
+) -> float | None:
+    """Answer and score every record; write the predictions file and return the score in percent.
 
     Args:
         base: gives prompt and processor.
         model: what answers; `base.model` or its wrapped form.
         records: test records, in the order of the predictions file.
         part: scorer, prompt suffix and answer length of this set.
-        predictions: JSON lines of id, question, answer, prediction, score; written whole, at the end.
+        predictions: JSON lines as `grading.rows_of` makes them; written whole, at the end.
         title: shown beside the progress bar.
         batch_size: questions per forward and process.
         max_new_tokens: overrides the set's own.
+        asked_of: names the model, where one folder may be used for several: answers of another are not taken over.
+        keep_journal: leave the answers for a caller that has more sets to ask; `forget_journals` removes them.
+
+    Returns:
+        None where the set cannot be graded here; what to hand in elsewhere is then beside the predictions.
     """
     plan = _plan(base, records, batch_size)
     tokens = max_new_tokens or part.max_new_tokens
-    identity = _identity(records, part, batch_size, tokens)
+    identity = _identity(records, part, batch_size, tokens, asked_of)
     journal = Journal(predictions.with_name(f"{predictions.name}.rank{distributed.rank()}.part"), identity)
     own = range(distributed.rank(), len(plan), distributed.world_size())
     with progress_bar(title, sum(len(plan[number]) for number in own)) as advance:
         for number in own:
             if number not in journal.answers:
-                texts = generate(base, model, [q.record for q in plan[number]], part.prompt_suffix, tokens)
-                journal.add(number, {q.index: text for q, text in zip(plan[number], texts, strict=True)})
+                batch = [question.record for question in plan[number]]
+                answers = generate(base, model, batch, [part.suffix_for(record) for record in batch], tokens)
+                journal.add(number, {q.index: answer for q, answer in zip(plan[number], answers, strict=True)})
             advance(len(plan[number]))
-    answered = {int(i): text for share in distributed.gather(journal.texts()) for i, text in share.items()}
-    rows = [_row(record, answered[index], part) for index, record in enumerate(records)]
+    answered = {index: answer for share in distributed.gather(journal.by_index()) for index, answer in share.items()}
+    texts = [answered[index].text for index in range(len(records))]
+    graded = grade_set(part, records, texts)
+    rows = rows_of(records, texts, graded.scores, [answered[index].is_cut for index in range(len(records))])
     if distributed.is_main():
-        files.write_json_lines(predictions, rows)
+        if graded.percent is None:
+            files.write_json_lines(submission_file(predictions), submission_rows(records, texts, part))
+        write_graded(predictions, rows, part, graded)
     distributed.barrier()
-    journal.remove()
-    return mean_score(rows)
+    if not keep_journal:
+        journal.remove()
+    return graded.percent
 
 
-def generate(base: Base, model: Any, records: Sequence[Record], suffix: str, max_new_tokens: int) -> list[str]:
-    """Greedy answers to one batch of questions."""
+def forget_journals(folder: Path) -> None:
+    """Remove the journals of this process: every set that was to be asked is answered and graded."""
+    distributed.barrier()
+    for path in folder.glob(f"*.rank{distributed.rank()}.part"):
+        path.unlink()
+
+
+def generate(
+    base: Base, model: Any, records: Sequence[Record], suffixes: Sequence[str], max_new_tokens: int
+) -> list[Answer]:
+    """Greedy answers to one batch of questions, each with a suffix appended."""
     import torch
 
-    parameter = next(base.model.parameters())
-    batch = base.prompt.question_batch(records, [images_of(record) for record in records], suffix)
+    parameter, prompt = next(base.model.parameters()), base.prompt
+    batch = prompt.question_batch(records, [images_of(record, prompt.background) for record in records], suffixes)
     batch = {key: _to(value, parameter) for key, value in batch.items()}
     with torch.inference_mode():
         tokens = model.generate(
@@ -85,14 +115,12 @@ def generate(base: Base, model: Any, records: Sequence[Record], suffix: str, max
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            pad_token_id=base.prompt.tokenizer.pad_token_id,
+            pad_token_id=prompt.tokenizer.pad_token_id,
         )
-    return base.prompt.answers(tokens, batch["input_ids"].shape[1])
-
-
-def mean_score(rows: Sequence[dict]) -> float:
-    """Mean score in percent."""
-    return 100.0 * sum(row["score"] for row in rows) / len(rows)
+    length = batch["input_ids"].shape[1]
+    ends = base.model.generation_config.eos_token_id
+    ended = torch.isin(tokens[:, length:], torch.tensor(ends, device=tokens.device)).any(dim=1).tolist()
+    return [Answer(text, not end) for text, end in zip(prompt.answers(tokens, length), ended, strict=True)]
 
 
 class Journal:
@@ -100,7 +128,7 @@ class Journal:
 
     def __init__(self, path: Path, identity: str):
         self.path = path
-        self.answers: dict[int, dict[str, str]] = {}
+        self.answers: dict[int, dict[str, list]] = {}
         lines = files.read_lines(path) if path.is_file() else []
         if lines and lines[0] == identity:
             for line in lines[1:]:
@@ -112,13 +140,13 @@ class Journal:
         whole = [identity, *(self._line(number) for number in self.answers)]
         files.write_text(path, "\n".join(whole) + "\n")
 
-    def add(self, number: int, answers: dict[int, str]) -> None:
-        self.answers[number] = {str(index): text for index, text in answers.items()}
+    def add(self, number: int, answers: dict[int, Answer]) -> None:
+        self.answers[number] = {str(index): [answer.text, answer.is_cut] for index, answer in answers.items()}
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(self._line(number) + "\n")
 
-    def texts(self) -> dict[str, str]:
-        return {index: text for answers in self.answers.values() for index, text in answers.items()}
+    def by_index(self) -> dict[int, Answer]:
+        return {int(index): Answer(*told) for answers in self.answers.values() for index, told in answers.items()}
 
     def remove(self) -> None:
         self.path.unlink()
@@ -133,21 +161,10 @@ def _plan(base: Base, records: Sequence[Record], batch_size: int) -> list[list[Q
     return [list(batch) for batch in batches(questions, batch_size)]
 
 
-def _identity(records: Sequence[Record], part: TestSet, batch_size: int, max_new_tokens: int) -> str:
+def _identity(records: Sequence[Record], part: TestSet, batch_size: int, max_new_tokens: int, asked_of: str) -> str:
     asked = hashlib.sha256("\0".join(f"{r.id}\1{r.question}" for r in records).encode()).hexdigest()[:16]
-    return json.dumps([asked, part.prompt_suffix, batch_size, max_new_tokens, distributed.world_size()])
-
-
-def _row(record: Record, prediction: str, part: TestSet) -> dict:
-    image = record.media[0].path.name if record.media else ""
-    value = score(part.scorer, prediction=prediction, answer=record.answer, question=record.question, image=image)
-    return {
-        "id": record.id,
-        "question": record.question,
-        "answer": record.answer,
-        "prediction": prediction,
-        "score": value,
-    }
+    how = [part.prompt_suffix, part.image_mode, batch_size, max_new_tokens, distributed.world_size(), asked_of]
+    return json.dumps([asked, *how])
 
 
 def _to(value: Any, parameter: Any) -> Any:

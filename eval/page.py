@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mllm_keeplora import files
-from mllm_keeplora.data import Benchmark
+from mllm_keeplora.data import Benchmark, Media
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report import UnitFacts, WrongAnswer, inspection_sections, render_html
 from mllm_keeplora.runs import RunDir
@@ -40,25 +40,27 @@ def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = SAMPLES) -> 
         path = folder.predictions(name)
         if not path.is_file():
             continue
-        pictures = {record.id: record.media for record in benchmark.test_records(name)}
-        wrong = [row for row in files.read_json_lines(path) if row["score"] < 1][:samples]
+        wrong = [row for row in files.read_json_lines(path) if row["score"] is not None and row["score"] < 1][:samples]
+        shown = {row["id"] for row in wrong}
+        pictures = {record.id: record.media for record in benchmark.test_records(name) if record.id in shown}
         for row in wrong:
             media = pictures.get(row["id"])
-            found.append(
-                WrongAnswer(
-                    name, row["question"], row["prediction"], row["answer"], _png(media[0].path) if media else None
-                )
-            )
+            picture = _png(media[0]) if media else None
+            found.append(WrongAnswer(name, row["question"], row["prediction"], _gold(row["answer"]), picture))
     return found
 
 
-def _png(path) -> bytes:
+def _gold(answer: str | list[str]) -> str:
+    return answer if isinstance(answer, str) else " | ".join(dict.fromkeys(answer))
+
+
+def _png(media: Media) -> bytes:
     from io import BytesIO
 
     from mllm_keeplora.data.images import read_image
 
     buffer = BytesIO()
-    picture = read_image(path)
+    picture = read_image(media)
     picture.thumbnail((256, 256))
     picture.save(buffer, "PNG")
     return buffer.getvalue()

@@ -15,7 +15,8 @@ from mllm_keeplora import files
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import PATHS, Benchmark
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.rows import blind_scores, by_type, sets_after, stored_score, stored_scores
+from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
+from mllm_keeplora.eval.rows import blind_graded, by_type, sets_after, stored_percent, stored_rows
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
 from mllm_keeplora.runs import BASE_UNIT, RunDir
 
@@ -29,6 +30,9 @@ class Results:
 
     Attributes:
         per_type, blind_per_type: set -> question type -> score, after the last unit; where test records name types.
+        errors: set -> form of error -> how many wrong answers of the last unit have it; see `metrics.mistake`.
+        strict: set -> share of the last unit's answers that are the gold one word by word, in percent.
+        grading: set -> how it was asked and graded: scorer, prompt suffix, picture mode, answer length, batch, dtype.
         complete: every unit is learnt, and everything is measured that the config asks for.
         settings: every key that defines results, but name and seed, by dotted name; `parent` where there is one.
         identity: what was measured on: `split`, `data` (digest of its JSON files and grading rules), `generator` (of
@@ -52,6 +56,9 @@ class Results:
     environment: dict[str, str] = field(default_factory=dict)
     per_type: dict[str, dict[str, float]] = field(default_factory=dict)
     blind_per_type: dict[str, dict[str, float]] = field(default_factory=dict)
+    errors: dict[str, dict[str, int]] = field(default_factory=dict)
+    strict: dict[str, float] = field(default_factory=dict)
+    grading: dict[str, dict[str, Any]] = field(default_factory=dict)
     complete: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, str | None] = field(default_factory=dict)
@@ -97,22 +104,23 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
     suites = [each["name"] for each in run.record["suites"]]
     base_folder = run.folder(BASE_UNIT)
     matrix: list[list[float | None]] = [[None] * len(domains) for _ in domains]
-    general: dict[str, list[float | None]] = {suite: [stored_score(base_folder, suite)] for suite in suites}
+    general = {suite: [stored_percent(base_folder, suite, benchmark)] for suite in suites}
     learnt = 0
     for unit in run.units:
         learnt += len(unit.domains)
-        matrix[learnt - 1] = [stored_score(run.folder(unit), name) for name in domains]
+        matrix[learnt - 1] = [stored_percent(run.folder(unit), name, benchmark) for name in domains]
         for suite in suites:
-            general[suite].append(stored_score(run.folder(unit), suite))
-    zero_shot = [stored_score(base_folder, name) for name in domains]
+            general[suite].append(stored_percent(run.folder(unit), suite, benchmark))
+    zero_shot = [stored_percent(base_folder, name, benchmark) for name in domains]
     metrics = dict(ScoreMatrix(matrix, zero_shot=zero_shot).metrics())
     metrics["general_retention"] = general_retention(general[suites[0]]) if suites else None
     record = run.record
-    blind = {name: blind_scores(benchmark, name, config) for name in domains}
-    scores = {}
+    blind = {name: blind_graded(benchmark, name, config) for name in domains}
+    last = {}
     if run.finished_units:
-        last = run.folder(run.finished_units[-1])
-        scores = {name: stored_scores(last, name) for name in [*domains, *suites]}
+        folder = run.folder(run.finished_units[-1])
+        last = {name: rows for name in [*domains, *suites] if (rows := stored_rows(folder, name))}
+    scores = {name: {row["id"]: row["score"] for row in rows} for name, rows in last.items()}
     return Results(
         name=record["name"],
         benchmark=record["benchmark"],
@@ -122,7 +130,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         seed=record["config"]["seed"],
         score_matrix=matrix,
         zero_shot=zero_shot,
-        blind=[100 * sum(scores.values()) / len(scores) for scores in blind.values()],
+        blind=[percent for _, percent in blind.values()],
         general=general,
         metrics=metrics,
         wall_seconds=run.seconds_by_kind(),
@@ -130,7 +138,10 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         questions=_counts(run),
         environment=environment(),
         per_type=_typed(benchmark, scores),
-        blind_per_type=_typed(benchmark, blind),
+        blind_per_type=_typed(benchmark, {name: each for name, (each, _) in blind.items()}),
+        errors={name: errors_of(rows) for name, rows in last.items()},
+        strict={name: percent for name, rows in last.items() if (percent := strict_percent(rows)) is not None},
+        grading={name: _grading(benchmark, run, name) for name in [*domains, *suites]},
         complete=_is_complete(run, benchmark, config),
         settings=settings_of(record),
         identity={
@@ -173,6 +184,17 @@ def digest_of_data(parts: Sequence[Mapping[str, Any]]) -> str:
         rules = sorted((key, value) for key, value in part["files"].items() if key not in PATHS)
         told.append([part["name"], rules, sorted(part["sha256"].items())])
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+
+def _grading(benchmark: Benchmark, run: RunDir, name: str) -> dict[str, Any]:
+    """How a set was asked last, and is graded."""
+    part = benchmark.graded(name)
+    told = {key: getattr(part, key) for key in ("scorer", "prompt_suffix", "image_mode", "max_new_tokens")}
+    entries = [entry for stage, entry in run.record["stages"].items() if stage.endswith(f"/evaluate/{name}")]
+    last = entries[-1] if entries else {}
+    asked = {key: last[key] for key in ("batch_size", "dtype") if key in last}
+    parts = stored_figures(run.folder(run.finished_units[-1]).predictions(name), part)[1] if run.finished_units else {}
+    return {**told, **asked, **({"parts": parts} if parts else {})}
 
 
 def _is_complete(run: RunDir, benchmark: Benchmark, config: RunConfig) -> bool:

@@ -9,13 +9,14 @@ from mllm_keeplora import files
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.collate import evenly_spaced
-from mllm_keeplora.eval.harness import evaluate_set, mean_score
-from mllm_keeplora.metrics import BlindAnswerer, score
+from mllm_keeplora.eval.grading import grade_set, stored_figures
+from mllm_keeplora.eval.harness import evaluate_set
+from mllm_keeplora.metrics import UNGRADED, BlindAnswerer
 from mllm_keeplora.models import Base
 from mllm_keeplora.runs import DomainDir, Unit
 
 
-def asked_records(benchmark: Benchmark, name: str, config: RunConfig) -> list[Record]:
+def asked_records(benchmark: Benchmark, name: str, config: RunConfig) -> Sequence[Record]:
     """Test records of a domain or suite, evenly thinned to the run's limit."""
     records = benchmark.test_records(name)
     limit = config.eval.limit if name in benchmark.domains else config.eval.suite_limit
@@ -32,11 +33,12 @@ def sets_after(unit: Unit, units: Sequence[Unit], benchmark: Benchmark, config: 
 
 
 def evaluate_named(
-    base: Base, model: Any, benchmark: Benchmark, name: str, config: RunConfig, folder: DomainDir
-) -> dict[str, float | int]:
-    """Grade one domain or suite with the model as it is now; facts for the ledger."""
+    base: Base, model: Any, benchmark: Benchmark, name: str, config: RunConfig, folder: DomainDir, **journal: Any
+) -> dict[str, Any]:
+    """Grade one domain or suite with the model as it is now; facts for the ledger. `journal`: as in `evaluate_set`."""
     records = asked_records(benchmark, name, config)
     part = benchmark.graded(name)
+    batch_size = config.eval.batch_size
     percent = evaluate_set(
         base,
         model,
@@ -44,30 +46,38 @@ def evaluate_named(
         part,
         folder.predictions(name),
         title=f"{folder.path.name}: {name}",
-        batch_size=config.eval.batch_size,
+        batch_size=batch_size,
         max_new_tokens=config.eval.max_new_tokens,
+        **journal,
     )
-    return {"score": percent, "questions": len(records)}
+    dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+    return {"score": percent, "questions": len(records), "batch_size": batch_size, "dtype": dtype}
 
 
-def stored_score(folder: DomainDir, name: str) -> float | None:
-    """Mean score in percent of stored predictions; None where none were made."""
+def stored_rows(folder: DomainDir, name: str) -> list[dict[str, Any]] | None:
+    """Rows of stored predictions; None where none were made."""
     path = folder.predictions(name)
-    return mean_score(files.read_json_lines(path)) if path.is_file() else None
+    return files.read_json_lines(path) if path.is_file() else None
 
 
-def blind_scores(benchmark: Benchmark, name: str, config: RunConfig) -> dict[str, float]:
-    """What no look at the image is worth: the score of the most frequent training answer per question text.
+def stored_percent(folder: DomainDir, name: str, benchmark: Benchmark) -> float | None:
+    """Score in percent of stored predictions; None where none were made, or where they cannot be graded."""
+    return stored_figures(folder.predictions(name), benchmark.graded(name))[0]
+
+
+def blind_graded(benchmark: Benchmark, name: str, config: RunConfig) -> tuple[dict[str, float], float | None]:
+    """What no look at the image is worth: the most frequent training answer per question text, graded.
 
     Returns:
-        Record id -> score in [0, 1].
+        Record id -> score in [0, 1], and the set's score in percent; nothing and None for a set that is not graded.
     """
-    pairs = [pair for record in benchmark.train_records(name) for pair in record.question_answers()]
-    blind, part = BlindAnswerer(pairs), benchmark.graded(name)
-    return {
-        r.id: score(part.scorer, prediction=blind.answer(r.question), answer=r.answer, question=r.question)
-        for r in asked_records(benchmark, name, config)
-    }
+    part = benchmark.graded(name)
+    if part.scorer in UNGRADED:
+        return {}, None
+    blind = BlindAnswerer(pair for record in benchmark.train_records(name) for pair in record.question_answers())
+    records = asked_records(benchmark, name, config)
+    graded = grade_set(part, records, [blind.answer(record.question) for record in records])
+    return {record.id: score for record, score in zip(records, graded.scores, strict=True)}, graded.percent
 
 
 def by_type(benchmark: Benchmark, name: str, scores: Mapping[str, float]) -> dict[str, float]:
@@ -78,12 +88,6 @@ def by_type(benchmark: Benchmark, name: str, scores: Mapping[str, float]) -> dic
     """
     found: dict[str, list[float]] = {}
     for record in benchmark.test_records(name):
-        if record.kind and record.id in scores:
+        if record.kind and scores.get(record.id) is not None:
             found.setdefault(record.kind, []).append(scores[record.id])
     return {kind: 100 * sum(marks) / len(marks) for kind, marks in sorted(found.items(), key=lambda k: -len(k[1]))}
-
-
-def stored_scores(folder: DomainDir, name: str) -> dict[str, float]:
-    """Record id -> score of stored predictions; empty where none were made."""
-    path = folder.predictions(name)
-    return {row["id"]: row["score"] for row in files.read_json_lines(path)} if path.is_file() else {}

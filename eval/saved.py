@@ -14,9 +14,11 @@ from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
 from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.eval.grading import regrade
+from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
-from mllm_keeplora.eval.rows import evaluate_named
+from mllm_keeplora.eval.rows import asked_records, evaluate_named, stored_percent
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 
@@ -97,7 +99,7 @@ def evaluate(
     domains: Sequence[str] | None = None,
     suite: str | Path | None = None,
     batch_size: int | None = None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Ask a saved run's model and grade it; predictions are kept in the run directory.
 
     Args:
@@ -124,9 +126,37 @@ def evaluate(
     with saved.run.locked():
         for name in names:
             model = saved.restore(after) if model is None else model
-            facts = evaluate_named(saved.base, model, benchmark, name, config, saved.folder(after))
+            facts = evaluate_named(saved.base, model, benchmark, name, config, saved.folder(after), keep_journal=True)
             scores[name] = facts["score"]
+        forget_journals(saved.folder(after).path / "predictions")
     return scores
+
+
+def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, float | None]]:
+    """Grade every stored prediction of a run again by the scorers as they are now; no model is loaded.
+
+    Returns:
+        (unit key, set, score in percent before, score now), in the order of the units.
+
+    Raises:
+        UserError: stored predictions answer other questions than the data has now; another process works on the run.
+    """
+    saved = run if isinstance(run, SavedRun) else load_run(run)
+    benchmark, changed = saved.benchmark, []
+    with saved.run.locked():
+        for unit in [BASE_UNIT, *saved.run.finished_units]:
+            folder = saved.run.folder(unit)
+            for name in [*benchmark.domains, *benchmark.suites]:
+                before = stored_percent(folder, name, benchmark)
+                if not folder.predictions(name).is_file():
+                    continue
+                records = asked_records(benchmark, name, saved.config)
+                try:
+                    now = regrade(folder.predictions(name), benchmark.graded(name), records)
+                except ValueError as error:
+                    raise UserError(str(error)) from None
+                changed.append((unit.key, name, before, now))
+    return changed
 
 
 def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | None) -> tuple[Benchmark, list[str]]:

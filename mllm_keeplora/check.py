@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.images import unreadable_images
 from mllm_keeplora.errors import UserError, several
+from mllm_keeplora.log import log
+from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models.base import fingerprint, resolve
 from mllm_keeplora.progress import progress_bar
+from mllm_keeplora.record_check import load_prompt, token_faults
 from mllm_keeplora.strategies import Strategy, build_strategy
 from mllm_keeplora.training.deepspeed import deepspeed_file
 
@@ -28,12 +32,12 @@ class Checked:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def check_run(config: RunConfig, decode_images: bool = True) -> Checked:
+def check_run(config: RunConfig, look_inside: bool = True) -> Checked:
     """Resolve a run and look for every fault it could fail of later.
 
     Args:
         config: a loaded config.
-        decode_images: open every image once; without it they only have to exist.
+        look_inside: decode every image and tokenise every training record once, not only read the data files.
 
     Raises:
         UserError: one sentence a fault, all of them in one error.
@@ -62,17 +66,51 @@ def check_run(config: RunConfig, decode_images: bool = True) -> Checked:
     benchmark = collect(lambda: load_benchmark(config, _drawing()))
     counts: dict[str, dict[str, int]] = {}
     if benchmark is not None:
-        records = _read_all(benchmark, counts, collect)
+        parts = _read_all(benchmark, counts, collect)
         for name in strategy.options.record_sets if strategy is not None else ():
-            records += collect(lambda name=name: benchmark.anchor_records(name)) or []
-        if decode_images:
-            with progress_bar("check images", len({m.path for r in records for m in r.media})) as advance:
-                faults += unreadable_images(records, advance)
+            parts.append(collect(lambda name=name: benchmark.anchor_records(name)) or [])
+        if look_inside:
+            with progress_bar("check images", sum(map(len, parts))) as advance:
+                faults += unreadable_images(chain.from_iterable(parts), advance)
+        for name in [*benchmark.domains, *benchmark.suites] if look_inside and not faults else ():
+            collect(lambda name=name: faults.extend(_gold_faults(benchmark, name)))
+        if look_inside and location is not None and not faults:
+            collect(lambda: faults.extend(_token_faults(config, benchmark, location)))
     if strategy is not None and strategy.stream == "none":
         faults.append(f"strategy {config.strategy.name} trains nothing")
     if faults:
         raise several(faults)
     return Checked(strategy, benchmark, location, base_fingerprint, counts)
+
+
+def _gold_faults(benchmark: Benchmark, name: str) -> list[str]:
+    """Gold answers that the set's scorer cannot grade by: no option letter, no box, no ten human answers."""
+    part, faults = benchmark.graded(name), []
+    if part.scorer in UNGRADED:
+        return []
+    for record in benchmark.test_records(name):
+        gold = record.answer if isinstance(record.answer, str) else record.answer[0]
+        try:
+            score(part.scorer, prediction=gold, answer=record.answer, question=record.question)
+        except ValueError as error:
+            faults.append(f"{record.origin}: {error}")
+        if part.scorer in SET_SCORERS:  # one is enough to see that its libraries are there
+            break
+    return faults
+
+
+def _token_faults(config: RunConfig, benchmark: Benchmark, location: str) -> list[str]:
+    """Training records that train nothing or are too long, of every domain, as its own settings have it."""
+    prompt = load_prompt(location)
+    if prompt is None:
+        log.info("tokens are not checked: the processor of %s is not on this machine", location)
+        return []
+    faults: list[str] = []
+    for name in benchmark.domains:
+        records = benchmark.train_records(name)
+        with progress_bar(f"check tokens: {name}", len(records)) as advance:
+            faults += token_faults(prompt, records, config.train_of(name).max_length, advance)
+    return faults
 
 
 def _training_settings(config: RunConfig) -> None:
@@ -83,17 +121,17 @@ def _training_settings(config: RunConfig) -> None:
         training_arguments(settings, settings.epochs, Path(config.output_dir), 0, None, bf16=False)
 
 
-def _read_all(benchmark: Benchmark, counts: dict[str, dict[str, int]], collect: Callable) -> list[Record]:
-    together: list[Record] = []
+def _read_all(benchmark: Benchmark, counts: dict[str, dict[str, int]], collect: Callable) -> list[Sequence[Record]]:
+    together: list[Sequence[Record]] = []
     for name in benchmark.domains:
         train = collect(lambda name=name: benchmark.train_records(name)) or []
         test = collect(lambda name=name: benchmark.test_records(name)) or []
         counts[name] = {"train": len(train), "test": len(test)}
-        together += train + test
+        together += [train, test]
     for name in benchmark.suites:
         test = collect(lambda name=name: benchmark.test_records(name)) or []
         counts[name] = {"test": len(test)}
-        together += test
+        together.append(test)
     return together
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mllm_keeplora.cli_evaluation import evaluate, rescore
+
+if TYPE_CHECKING:
+    from mllm_keeplora.config import RunConfig
 
 app = typer.Typer(
     name="mllm-keeplora",
@@ -48,32 +53,8 @@ def run(
         typer.echo(f"\nresults  {loaded.output_dir}/results.json\nreport   {loaded.output_dir}/report.html")
 
 
-@app.command(name="eval")
-def evaluate(
-    run: Run,
-    after: Annotated[int | None, typer.Option(help="after so many domains; 0 is the base model; default: all")] = None,
-    domains: Annotated[str | None, typer.Option(help="comma-separated domains or suites; default: all")] = None,
-    suite: Annotated[str | None, typer.Option(help="a suite's name, or a JSON file of test records")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="questions per forward; default: as in the run")] = None,
-) -> None:
-    """Ask a saved run's model and grade it, without training.
-
-    Example: mllm-keeplora eval runs/mini_dcl --after 3 --domains RS,Med
-    """
-    from mllm_keeplora.distributed import is_main, process_group
-    from mllm_keeplora.eval.saved import evaluate, load_run, refresh_results
-    from mllm_keeplora.log import start_logging
-
-    start_logging()
-    saved = load_run(run)
-    names = [name.strip() for name in domains.split(",")] if domains is not None else None
-    with process_group():
-        scores = evaluate(saved, after, names, suite, batch_size)
-        refresh_results(saved)
-    if not is_main():
-        return
-    for name, percent in scores.items():
-        typer.echo(f"{name:<12} {percent:6.2f}")
+app.command(name="eval")(evaluate)
+app.command()(rescore)
 
 
 @app.command()
@@ -168,21 +149,54 @@ def sweep(
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    show: Annotated[
+        str | None, typer.Option(metavar="[DOMAIN/]N", help="print training record N (from 0) as the model will see it")
+    ] = None,
+) -> None:
     """Look for every fault of config, data and base before anything runs.
 
-    Example: mllm-keeplora check my_run.yaml
+    Example: mllm-keeplora check my_run.yaml --show RS/12
     """
     from mllm_keeplora.check import check_run
     from mllm_keeplora.config import load_config
     from mllm_keeplora.log import start_logging
 
     start_logging()
-    checked = check_run(load_config(config, overrides or []))
+    loaded = load_config(config, overrides or [])
+    if show is not None:
+        _show_record(loaded, show)
+        return
+    checked = check_run(loaded)
     for name, counts in checked.counts.items():
         typer.echo(f"{name:<12} " + ", ".join(f"{count} {kind} records" for kind, count in counts.items()))
     typer.echo(f"base         {checked.base_location}")
     typer.echo("no faults found")
+
+
+def _show_record(config: RunConfig, which: str) -> None:
+    """Print one training record, by domain and number, as the model will see it."""
+    from rich.console import Console
+
+    from mllm_keeplora.data import load_benchmark
+    from mllm_keeplora.errors import UserError, known
+    from mllm_keeplora.models.base import resolve
+    from mllm_keeplora.record_check import as_seen, load_prompt
+
+    benchmark = load_benchmark(config)
+    domain, _, number = which.rpartition("/")
+    domain = domain or next(iter(benchmark.domains))
+    if domain not in benchmark.domains or not number.isdigit():
+        raise UserError(f"--show must be DOMAIN/N or N, got {which!r}; domains: {known(benchmark.domains)}")
+    records = benchmark.train_records(domain)
+    if int(number) >= len(records):
+        raise UserError(f"--show {which}: {domain} has {len(records)} training records, numbered from 0")
+    prompt = load_prompt(resolve(config.base))
+    if prompt is None:
+        raise UserError(f"--show needs the processor of {config.base.model}, which is not on this machine")
+    Console().print(as_seen(prompt, records[int(number)]))
 
 
 @app.command(name="list")

@@ -12,12 +12,21 @@ from typing import Any
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as handle:
-        os.fsync(handle.fileno())
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     _sync_folder(path.parent)
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: `$MLLM_KEEPLORA_CACHE`, else a folder in the user's cache."""
+    return Path(os.environ.get("MLLM_KEEPLORA_CACHE") or Path.home() / ".cache" / "mllm_keeplora")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ import yaml
 from mllm_keeplora import distributed, files
 from mllm_keeplora.check import Checked
 from mllm_keeplora.config import RunConfig, flatten, result_defining
-from mllm_keeplora.data import PATHS, Benchmark, Domain
+from mllm_keeplora.data import PATHS, Benchmark, Domain, with_published_epochs
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.log import log
@@ -93,7 +93,8 @@ def _recorded(record: dict[str, Any]) -> dict[str, Any]:
 
 def _domain(config: RunConfig, benchmark: Benchmark, name: str) -> dict[str, Any]:
     """A domain as the run records it: its files and how it is trained."""
-    return {**_graded(benchmark, name), "train": result_defining(config.train_of(name))}
+    train = with_published_epochs(config, benchmark).train_of(name)
+    return {**_graded(benchmark, name), "train": result_defining(train)}
 
 
 def graded_parts(benchmark: Benchmark) -> list[dict[str, Any]]:
@@ -109,7 +110,8 @@ def _graded(benchmark: Benchmark, name: str) -> dict[str, Any]:
         if values.get(key) is not None:
             values[key] = str((benchmark.root / values[key]).resolve())
     graded = "test" if name in benchmark.suites else benchmark.split
-    digests = {key: digest(Path(values[key])) for key in ("train", graded) if values.get(key) is not None}
+    read = ("train", graded, "references")
+    digests = {key: digest(Path(values[key])) for key in read if values.get(key) is not None}
     return {"name": name, "files": values, "sha256": digests}
 
 

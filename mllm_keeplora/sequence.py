@@ -21,6 +21,7 @@ from typing import Any
 from mllm_keeplora import distributed
 from mllm_keeplora.check import Checked, check_run
 from mllm_keeplora.config import RunConfig
+from mllm_keeplora.data import with_published_epochs
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.rows import evaluate_named, sets_after
@@ -46,12 +47,12 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
     deepspeed_file(config.deepspeed)  # refused here if it is not installed: the process group needs it
     with distributed.process_group(deepspeed=config.deepspeed is not None):
         started = RunDir(config.output_dir).exists()
-        checked = distributed.main_first(lambda: check_run(config, decode_images=distributed.is_main() and not started))
+        checked = distributed.main_first(lambda: check_run(config, look_inside=distributed.is_main() and not started))
         with RunDir(config.output_dir).locked():
             parent = Path(from_run) if from_run is not None else None
             run = distributed.main_first(lambda: open_run(config, checked, parent, after))
             start_logging(run.log)
-            return _run_stages(config, run, checked)
+            return _run_stages(with_published_epochs(config, checked.benchmark), run, checked)
 
 
 def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:
@@ -80,7 +81,7 @@ def evaluate(learner: Learner, unit: Unit) -> None:
     names = sets_after(unit, run.units, benchmark, config)
     asked = [run.once(f"{unit.key}/evaluate/{name}", partial(ask, name)) for name in names]
     if any(asked):
-        scores = (f"{name} {run.record['stages'][f'{unit.key}/evaluate/{name}']['score']:.1f}" for name in names)
+        scores = (f"{name} {_text(run.record['stages'][f'{unit.key}/evaluate/{name}']['score'])}" for name in names)
         log.info("after %s: %s", unit.name, ", ".join(scores))
 
 
@@ -103,6 +104,10 @@ def _limit_threads(config: RunConfig) -> None:
 
         threadpool_limits(config.threads)
         torch.set_num_threads(config.threads)
+
+
+def _text(score: float | None) -> str:
+    return "not graded" if score is None else f"{score:.1f}"
 
 
 def _announce(run: RunDir, unit: Unit) -> None:

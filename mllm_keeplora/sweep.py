@@ -190,7 +190,7 @@ def _check(sweep: SweepConfig) -> None:
         first = sweep.tune.grid[0]
         for cell in (tune_cell(sweep, label, first), final_cell(sweep, label, first, sweep.final.seeds[0])):
             try:
-                checked = check_run(cell.config(), decode_images=False)
+                checked = check_run(cell.config(), look_inside=False)
             except UserError as error:
                 faults.append(f"{label}: {error}")
                 continue

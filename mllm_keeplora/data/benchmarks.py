@@ -6,20 +6,31 @@ Nothing here knows one benchmark from another; `generator` names a drawer of dat
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mllm_keeplora.config import RunConfig, find_config, read_yaml, validation_faults
+from mllm_keeplora.config import DomainOverride, RunConfig, find_config, read_yaml, validation_faults
 from mllm_keeplora.data.readers import read_test, read_train
+from mllm_keeplora.data.references import with_references
 from mllm_keeplora.data.schema import Record
+from mllm_keeplora.data.store import Records
 from mllm_keeplora.errors import UserError, known, several
-from mllm_keeplora.metrics import SCORERS
+from mllm_keeplora.metrics import SCORERS, UNGRADED
 
 DATA_ROOT = "MLLM_KEEPLORA_DATA"
-PATHS = ("train", "validation", "test", "anchors", "images")  # keys of a domain that say where, not what or how
+OTHERS = "*"
+PATHS = (
+    "train",
+    "validation",
+    "test",
+    "anchors",
+    "images",
+    "train_images",
+    "references",
+)  # keys of a domain that say where, not what or how
 
 
 class TestSet(BaseModel):
@@ -31,9 +42,25 @@ class TestSet(BaseModel):
     images: str | None = Field(
         None, description="folder that image paths are relative to; null = the test file's folder"
     )
+    image_mode: Literal["processor", "pad"] = Field(
+        "processor", description="pad: to a square in the processor's mean colour, as LLaVA-1.5 does"
+    )
     scorer: str = "exact"
-    prompt_suffix: str = ""
+    prompt_suffix: str | dict[str, str] = Field(
+        "",
+        description="appended to the question; a mapping gives gold answers (A|B) suffixes of their own, * to others",
+    )
     max_new_tokens: int = Field(16, ge=1)
+    references: str | None = Field(None, description="file with the gold answers, where they are kept apart")
+
+    def suffix_for(self, record: Record) -> str:
+        """What is appended to a record's question."""
+        if isinstance(self.prompt_suffix, str):
+            return self.prompt_suffix
+        for golds, suffix in self.prompt_suffix.items():
+            if record.answer in golds.split("|"):
+                return suffix
+        return self.prompt_suffix.get(OTHERS, "")
 
 
 class Suite(TestSet):
@@ -46,7 +73,9 @@ class Domain(TestSet):
     """One member of the sequence with its train and test set."""
 
     train: str
+    train_images: str | None = Field(None, description="as `images`, where training pictures lie elsewhere")
     validation: str | None = None
+    epochs: float | None = Field(None, gt=0.0, description="as published; used where the run does not say")
 
 
 class Benchmark(BaseModel):
@@ -62,16 +91,19 @@ class Benchmark(BaseModel):
     root: Path = Path()
     split: Literal["test", "validation"] = "test"
 
-    def train_records(self, domain: str) -> list[Record]:
+    def train_records(self, domain: str) -> Records:
         part = self.domains[domain]
         path = self.root / part.train
-        return read_train(path, self._images(part, path))
+        folder = self.root / part.train_images if part.train_images is not None else self._images(part, path)
+        return read_train(path, folder, part.image_mode == "pad")
 
-    def test_records(self, name: str) -> list[Record]:
+    def test_records(self, name: str) -> Sequence[Record]:
         """Graded records of a domain or a suite, by its name: its test set, or its validation set by `split`."""
         part = self.graded(name)
         path = self.root / self.graded_file(name)
-        return read_test(path, self._images(part, path))
+        kept_apart = part.references is not None or part.scorer in UNGRADED
+        records = read_test(path, self._images(part, path), part.image_mode == "pad", not kept_apart)
+        return records if part.references is None else with_references(records, self.root / part.references)
 
     def anchor_file(self, name: str) -> Path:
         """Training records of an anchor set: of a suite that names some, or a file.
@@ -90,10 +122,12 @@ class Benchmark(BaseModel):
             )
         return Path(name)
 
-    def anchor_records(self, name: str) -> list[Record]:
+    def anchor_records(self, name: str) -> Records:
         path = self.anchor_file(name)
         part = self.anchor_suites.get(name)
-        return read_train(path, path.parent if part is None else self._images(part, path))
+        if part is None:
+            return read_train(path, path.parent)
+        return read_train(path, self._images(part, path), part.image_mode == "pad")
 
     def graded_file(self, name: str) -> str:
         """The file that a domain or suite is graded by, relative to the root."""
@@ -124,7 +158,7 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
     faults = [
         f"domain or suite {name}: unknown scorer {part.scorer!r}; known: {known(SCORERS)} ({origin})"
         for name, part in [*benchmark.domains.items(), *benchmark.suites.items()]
-        if part.scorer not in SCORERS
+        if part.scorer not in SCORERS and part.scorer not in UNGRADED
     ]
     wanted = _wanted(config, benchmark, faults, origin)
     faults += [
@@ -155,6 +189,18 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
     elif config.data_root or os.environ.get(DATA_ROOT):
         benchmark.root = Path(config.data_root or os.environ[DATA_ROOT])
     return benchmark
+
+
+def with_published_epochs(config: RunConfig, benchmark: Benchmark) -> RunConfig:
+    """The config with a benchmark's epochs by domain, where neither `train` nor `per_domain` says how many."""
+    if "epochs" in config.train.model_fields_set:
+        return config
+    own = dict(config.per_domain)
+    for name, domain in benchmark.domains.items():
+        settings = own.get(name, DomainOverride())
+        if domain.epochs is not None and "epochs" not in settings.train:
+            own[name] = DomainOverride(train={**settings.train, "epochs": domain.epochs})
+    return config.model_copy(update={"per_domain": own})
 
 
 def _wanted(config: RunConfig, benchmark: Benchmark, faults: list[str], origin: str) -> list[str]:

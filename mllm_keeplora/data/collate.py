@@ -8,6 +8,7 @@ from typing import Any
 
 from mllm_keeplora.data.images import images_of
 from mllm_keeplora.data.schema import Record
+from mllm_keeplora.data.store import Selection
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class TrainCollator:
     max_length: int | None = None
 
     def __call__(self, records: Sequence[Record]) -> dict:
-        return self.prompt.training_batch(records, [images_of(record) for record in records], self.max_length)
+        images = [images_of(record, self.prompt.background) for record in records]
+        return self.prompt.training_batch(records, images, self.max_length)
 
 
 def batches(records: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:
@@ -27,8 +29,8 @@ def batches(records: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:
         yield records[start : start + size]
 
 
-def evenly_spaced(records: Sequence[Record], count: int) -> list[Record]:
+def evenly_spaced(records: Sequence[Record], count: int) -> Sequence[Record]:
     """At most `count` records spread evenly over the whole list, in its order (as the KeepLoRA code samples)."""
     if count >= len(records):
-        return list(records)
-    return [records[index * len(records) // count] for index in range(count)]
+        return records
+    return Selection([records], (index * len(records) // count for index in range(count)))

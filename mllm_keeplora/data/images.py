@@ -2,48 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import io
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from itertools import islice
 
-from mllm_keeplora.data.schema import Record
+from mllm_keeplora.data.schema import Media, Record
 from mllm_keeplora.errors import UserError
 
+WINDOW = 1024  # pictures that are looked at together
 
-def read_image(path: Path):
+
+def read_image(media: Media):
     """Decode one image as RGB (PIL).
 
     Raises:
-        UserError: the file is missing, truncated or no image.
+        UserError: the file is missing, outside its folder, truncated or no image.
     """
     from PIL import Image, UnidentifiedImageError
 
+    source = io.BytesIO(media.data) if media.data is not None else _checked_path(media)
     try:
-        with Image.open(path) as picture:
+        with Image.open(source) as picture:
             return picture.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise UserError(f"image {path} cannot be read: {error}") from None
+        raise UserError(f"image {media.path} cannot be read: {error}") from None
 
 
-def images_of(record: Record) -> list:
-    return [read_image(media.path) for media in record.media]
+def images_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> list:
+    """Decoded images of a record.
+
+    Args:
+        record: names them.
+        background: colour around those that are to be padded to squares.
+
+    Raises:
+        UserError: one of them cannot be read; the record is named.
+    """
+    try:
+        return [
+            padded_to_square(read_image(media), background) if media.pad else read_image(media)
+            for media in record.media
+        ]
+    except UserError as error:
+        raise UserError(f"{record.origin}: {error}") from None
 
 
-def unreadable_images(records: Iterable[Record], advance: Callable[[int], None] = lambda n: None) -> list[str]:
-    """Decode every image once, on several threads; a sentence for each that fails, with the record that names it."""
-    first_use = {media.path: record.origin for record in records for media in record.media}
+def image_size(media: Media) -> tuple[int, int]:
+    """Width and height of an image as the processor gets it, from its header alone.
 
-    def fault(path: Path) -> str | None:
+    Raises:
+        UserError: the file is missing, outside its folder or no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    source = io.BytesIO(media.data) if media.data is not None else _checked_path(media)
+    try:
+        with Image.open(source) as picture:
+            width, height = picture.size
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise UserError(f"image {media.path} cannot be read: {error}") from None
+    return (max(width, height),) * 2 if media.pad else (width, height)
+
+
+def padded_to_square(picture, background: tuple[int, int, int]):
+    """The picture in the middle of a square of its longer side. Source: LLaVA-1.5, `image_aspect_ratio = pad`."""
+    from PIL import Image
+
+    width, height = picture.size
+    if width == height:
+        return picture
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def unreadable_images(records: Iterable[Record], advance: Callable[[int], None] = lambda n: None) -> Iterator[str]:
+    """Decode every image once, on several threads; a sentence for each that fails, with the record that names it.
+
+    Args:
+        records: any number of them; only a few are held at once.
+        advance: told after every record.
+    """
+
+    def fault(use: tuple[str, Media]) -> str | None:
         try:
-            read_image(path)
+            read_image(use[1])
         except UserError as error:
-            return f"{first_use[path]}: {error}"
+            return f"{use[0]}: {error}"
         return None
 
-    faults = []
+    seen: set[int] = set()
+    uses = _first_uses(records, seen, advance)
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(fault, first_use, chunksize=64):
-            advance(1)
-            if found:
-                faults.append(found)
-    return faults
+        while window := list(islice(uses, WINDOW)):
+            yield from (found for found in pool.map(fault, window) if found)
+
+
+def _first_uses(
+    records: Iterable[Record], seen: set[int], advance: Callable[[int], None]
+) -> Iterator[tuple[str, Media]]:
+    """The first record that names each picture, with the picture."""
+    for record in records:
+        for media in record.media:
+            key = hash((media.path, media.folder, media.data))
+            if key not in seen:
+                seen.add(key)
+                yield record.origin, media
+        advance(1)
+
+
+def _checked_path(media: Media):
+    """The image's own path, which may not leave the data folder."""
+    path = media.path.resolve()
+    name = media.path
+    if media.folder is not None:
+        folder = media.folder.resolve()
+        name = media.path.relative_to(media.folder) if media.path.is_relative_to(media.folder) else media.path
+        if not path.is_relative_to(folder):
+            raise UserError(f"image {str(name)!r} leaves the data folder {media.folder}")
+    if not path.is_file():
+        raise UserError(f"image {str(name)!r} does not exist in {media.folder or path.parent}")
+    return path

@@ -1,124 +1,212 @@
-"""Read records: LLaVA JSON for training, the benchmarks' test records for grading. All faults of a file are told."""
+"""Read a data file of any known shape into records. All faults of a file are told, each with its record and its fix.
+
+JSON, JSON lines, parquet, and folders saved by Hugging Face `datasets`; a LLaMA-Factory `dataset_info.json` beside the
+file names its columns. A file is read record by record and never held as a whole.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
+from mllm_keeplora import files
+from mllm_keeplora.data.formats import Draft, Fault, Layout, question_draft, test_draft, train_draft
+from mllm_keeplora.data.store import VERSION, Records, open_rows, rows_of, write_rows
 from mllm_keeplora.errors import UserError, several
+from mllm_keeplora.log import log
 
-ROLES = {"human": "user", "gpt": "assistant"}
+INFO = "dataset_info.json"
+CHUNK = 1 << 20  # characters or bytes read at once
+PARQUET = ".parquet"
+SMALL = 1 << 24  # bytes; smaller JSON files are read into memory as they are
+EDGE = 1 << 20  # bytes of either end of a file in a dataset folder that its digest covers
+SHOWN = 20
 
 
-def read_train(path: Path, images: Path) -> list[Record]:
-    """Training records in LLaVA format: `image` and `conversations` of alternating `human` and `gpt` turns.
+def read_train(path: Path, images: Path, pad: bool = False) -> Records:
+    """Training records of a data file. Images themselves are not looked at.
+
+    Args:
+        path: a file, or a folder saved by `datasets`.
+        images: folder that image paths are relative to.
+        pad: pictures are to be padded to squares.
 
     Raises:
         UserError: every fault of the file at once, each with record index and what is wrong.
     """
-    return _read(path, images, _train_record)
+    return Records(_stored(path, train_draft), path, images, pad)
 
 
-def read_test(path: Path, images: Path) -> list[Record]:
-    """Test records: `question_id`, `image`, `text` (no image mark) and `answer`; ids are unique within the file."""
-    records = _read(path, images, _test_record)
-    seen: set[str] = set()
-    doubled = [record for record in records if record.id in seen or seen.add(record.id)]
-    if doubled:
-        raise several([f"{record.origin}: question_id {record.id!r} occurs twice" for record in doubled])
-    return records
+def read_test(path: Path, images: Path, pad: bool = False, needs_answers: bool = True) -> Records:
+    """Graded records: a question each, with its gold answer if `needs_answers`; identifiers are unique in the file."""
+    return Records(_stored(path, test_draft if needs_answers else question_draft), path, images, pad)
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a data file, kept in the run so that changed data is noticed."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a data file, kept in the run so that changed data is noticed; of a folder's files the two ends."""
+    if path.is_dir():
+        total = hashlib.sha256()
+        for each in sorted(each for each in path.rglob("*") if each.is_file()):
+            size = each.stat().st_size
+            total.update(f"{each.relative_to(path)}:{size}".encode())
+            with open(each, "rb") as handle:
+                total.update(handle.read(EDGE))
+                handle.seek(max(0, size - EDGE))
+                total.update(handle.read(EDGE))
+        return total.hexdigest()
+    stat = path.stat()
+    return (_digest if stat.st_size < SMALL else _kept_digest)(path, stat.st_mtime_ns, stat.st_size)
 
 
-def _read(path: Path, images: Path, parse) -> list[Record]:
-    if not path.is_file():
+def _digest(path: Path, *_: int) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+_kept_digest = lru_cache(1024)(_digest)  # of large files, as long as neither time nor size changes
+
+
+def _stored(path: Path, parse: Callable[[Any, Layout], Draft]) -> Sequence[dict[str, Any]]:
+    if not path.exists():
         raise UserError(f"data file {path} does not exist")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path} is not readable JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"data file {path} must hold one JSON array of records, got {type(rows).__name__}")
-    if not rows:
-        raise UserError(f"data file {path} is empty: it holds no record")
-    records, faults = [], []
-    for index, row in enumerate(rows):
-        origin = f"{path} record {index}"
+    layout = _layout(path)
+    if path.is_file() and path.suffix != PARQUET and path.stat().st_size < SMALL:
+        return rows_of(_drafts(path, layout, parse))
+    told = json.dumps([digest(path), parse.__name__, VERSION, layout.formatting, layout.columns, layout.tags])
+    names = (hashlib.sha256(text.encode()).hexdigest() for text in (f"{path.resolve()} {parse.__name__}", told))
+    arrow = files.cache_folder() / "records" / f"{'-'.join(name[:16] for name in names)}.arrow"
+    if not arrow.is_file():
+        log.info("reading %s once; its records are kept in %s", path, arrow.parent)
+        write_rows(arrow, _drafts(path, layout, parse))
+        for older in arrow.parent.glob(f"{arrow.name.split('-')[0]}-*.arrow"):
+            if older != arrow:
+                older.unlink(missing_ok=True)
+    return open_rows(arrow)
+
+
+def _drafts(path: Path, layout: Layout, parse: Callable[[Any, Layout], Draft]) -> Iterator[Draft]:
+    """Every record understood; at the end one error with every fault, if there was any."""
+    faults, more, count = [], 0, 0
+    seen: set[str] = set()
+    for index, row in enumerate(_rows(path)):
+        count += 1
         try:
-            records.append(parse(row, images, origin))
-        except UserError as fault:
-            faults.append(str(fault))
+            draft = parse(row, layout)
+            if parse is not train_draft and draft.id in seen:
+                raise Fault(f"question_id {draft.id!r} occurs twice")
+            seen |= set() if parse is train_draft else {draft.id}
+        except Fault as fault:
+            if len(faults) < SHOWN:
+                faults.append(f"{path} record {index}: {fault}")
+            else:
+                more += 1
+            continue
+        if not faults:
+            yield draft
+    if not count:
+        raise UserError(f"data file {path} is empty: it holds no record")
     if faults:
-        raise several(faults)
-    return records
+        raise several(faults, SHOWN, more)
 
 
-def _train_record(row: Any, images: Path, origin: str) -> Record:
-    _require(row, {"conversations": list}, origin)
-    turns = []
-    for position, turn in enumerate(row["conversations"]):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in ROLES:
-            raise UserError(f"{origin}: turn {position} must be {{from: human|gpt, value: text}}, got {turn!r}")
-        turns.append(Turn(ROLES[turn["from"]], turn["value"]))
-    roles = [turn.role for turn in turns]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise UserError(f"{origin}: turns must alternate human, gpt and end with gpt, got {[r for r in roles]}")
-    if any(not turn.text.strip() for turn in turns if turn.role == "assistant"):
-        raise UserError(f"{origin}: a gpt turn is empty")
-    media = _media(row, images, origin)
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    if marks != len(media):
-        raise UserError(f"{origin}: {marks} {IMAGE_MARK} marks for {len(media)} images; each image needs one mark")
-    if any(IMAGE_MARK in turn.text for turn in turns[1:]):
-        raise UserError(f"{origin}: {IMAGE_MARK} may stand in the first human turn only")
-    turns[0] = Turn("user", turns[0].text.replace(IMAGE_MARK, "").strip())
-    return Record(_identifier(row), media, tuple(turns), origin=origin)
+def _rows(path: Path) -> Iterator[Any]:
+    if path.is_dir():
+        return _saved_rows(path)
+    if path.suffix == PARQUET:
+        return _parquet_rows(path)
+    return _json_rows(path)
 
 
-def _test_record(row: Any, images: Path, origin: str) -> Record:
-    _require(row, {"text": str, "answer": str}, origin)
-    if IMAGE_MARK in row["text"]:
-        raise UserError(f"{origin}: a test question carries no {IMAGE_MARK} mark; the image is named by `image`")
-    identifier = _identifier(row)
-    if not identifier:
-        raise UserError(f"{origin}: question_id is missing")
-    media, kind = _media(row, images, origin), str(row.get("type", ""))
-    return Record(identifier, media, (Turn("user", row["text"]),), row["answer"], kind, origin)
+def _saved_rows(path: Path) -> Iterator[dict]:
+    from datasets import Image, List, load_from_disk
+
+    try:
+        table = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"data folder {path} was not saved by `datasets`: {error}") from None
+    if not hasattr(table, "column_names") or isinstance(table.column_names, dict):
+        raise UserError(f"data folder {path} holds several splits: name one of {', '.join(table)} as a folder below it")
+    for name, feature in table.features.items():  # encoded pictures stay as they are
+        if isinstance(feature, Image):
+            table = table.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            table = table.cast_column(name, List(Image(decode=False)))
+    yield from table
 
 
-def _require(row: Any, keys: dict[str, type], origin: str) -> None:
-    if not isinstance(row, dict):
-        raise UserError(f"{origin}: a record must be a JSON object, got {type(row).__name__}")
-    for key, kind in keys.items():
-        if not isinstance(row.get(key), kind):
-            raise UserError(f"{origin}: {key} must be a {kind.__name__}, got {row.get(key)!r}; keys are {sorted(row)}")
+def _parquet_rows(path: Path) -> Iterator[dict]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"data file {path} is not readable parquet: {error}") from None
 
 
-def _identifier(row: dict) -> str:
-    return str(row.get("question_id", row.get("id", "")))
+def _json_rows(path: Path) -> Iterator[Any]:
+    try:
+        with open(path, encoding="utf-8") as handle:
+            start = handle.read(1)
+            while start.isspace():
+                start = handle.read(1)
+            if start == "[":
+                yield from _array_rows(handle)
+            elif start:
+                handle.seek(0)
+                yield from (json.loads(line) for line in handle if line.strip())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"data file {path} is neither one JSON array nor one JSON object a line: {error}") from None
 
 
-def _media(row: dict, images: Path, origin: str) -> tuple[Media, ...]:
-    names = row.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{origin}: image must be a path or a list of paths, got {names!r}")
-    return tuple(Media("image", _inside(images, name, origin)) for name in names)
+def _array_rows(handle: TextIO) -> Iterator[Any]:
+    """Values of a JSON array whose opening bracket has been read, without holding more than one and a chunk.
+
+    Raises:
+        JSONDecodeError: the file ends too early, or something else than a value, a comma or the end stands there.
+    """
+    decoder, text, at_end, is_first = json.JSONDecoder(), "", False, True
+    while True:
+        text = text.lstrip()
+        if text.startswith("]"):
+            return
+        if text and not is_first and not text.startswith(","):
+            raise json.JSONDecodeError("expected a comma between records", text[:40], 0)
+        body = text if is_first else text[1:].lstrip()
+        try:
+            value, stop = decoder.raw_decode(body)
+            if stop == len(body) and not at_end:
+                raise json.JSONDecodeError("a number may go on", body[:40], 0)
+        except json.JSONDecodeError:
+            more = handle.read(max(CHUNK, len(text)))
+            at_end = not more
+            if at_end:
+                raise
+            text += more
+            continue
+        yield value
+        text, is_first = body[stop:], False
 
 
-def _inside(images: Path, name: str, origin: str) -> Path:
-    """The image's path, which may not leave the data folder."""
-    folder = images.resolve()
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder):
-        raise UserError(f"{origin}: image {name!r} leaves the data folder {images}")
-    if not path.is_file():
-        raise UserError(f"{origin}: image {name!r} does not exist in {images}")
-    return path
+def _layout(path: Path) -> Layout:
+    """What a LLaMA-Factory `dataset_info.json` beside the file says about it."""
+    info = path.parent / INFO
+    if not info.is_file() or path.is_dir():
+        return Layout()
+    try:
+        entries = json.loads(info.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{info} is not readable JSON: {error}") from None
+    entries = entries.values() if isinstance(entries, dict) else []
+    entry = next((e for e in entries if isinstance(e, dict) and e.get("file_name") == path.name), None)
+    if entry is None:
+        return Layout()
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in ("alpaca", "sharegpt"):
+        raise UserError(f"{info}: formatting of {path.name} must be alpaca or sharegpt, got {formatting!r}")
+    return Layout(formatting, entry.get("columns") or {}, entry.get("tags") or {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,37 +11,64 @@ IMAGE_MARK = "<image>"
 
 @dataclass(frozen=True)
 class Media:
-    """One picture (video later), by path; decoded only when a batch needs it."""
+    """One picture (video later), decoded only when a batch needs it.
+
+    Attributes:
+        path: the picture's file; of a picture that is kept inside a data file, the name it has there.
+        folder: where `path` must lie, links followed; None where it may lie anywhere.
+        data: the encoded picture, where it is kept inside a data file.
+        pad: pad it to a square before the processor sees it.
+    """
 
     type: Literal["image"]
     path: Path
+    folder: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+    pad: bool = False
 
 
 @dataclass(frozen=True)
 class Turn:
-    role: Literal["user", "assistant"]
+    """One turn of a conversation; `trained` False takes the loss off an answer."""
+
+    role: Literal["system", "user", "assistant"]
     text: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
 class Record:
     """A conversation about images. A test record is one question; its gold `answer` is not a turn.
 
-    `turns` hold no image marks: the images come before the text of the first user turn, as LLaVA puts them.
+    Where all images come before the text of the first user turn, as LLaVA puts them, `turns` hold no image marks;
+    otherwise a mark stands for each image, in order, at its place in the text.
     """
 
     id: str
     media: tuple[Media, ...]
     turns: tuple[Turn, ...]
-    answer: str | None = None
+    answer: str | tuple[str, ...] | None = None  # several where any of them is right
     kind: str = ""  # question type, where a test record names one
     origin: str = field(default="", compare=False)
 
     @property
     def question(self) -> str:
-        return self.turns[0].text
+        """Text of the first user turn, without image marks."""
+        return without_marks(next(turn.text for turn in self.turns if turn.role == "user"))
 
     def question_answers(self) -> list[tuple[str, str]]:
         """Pairs of a user turn and the assistant turn that follows it."""
-        pairs = zip(self.turns[::2], self.turns[1::2], strict=False)
-        return [(user.text, assistant.text) for user, assistant in pairs]
+        talk = [turn for turn in self.turns if turn.role != "system"]
+        return [(without_marks(user.text), answer.text) for user, answer in zip(talk[::2], talk[1::2], strict=False)]
+
+    def first_exchange(self) -> Record:
+        """The same record up to its first answer, with the images that it shows until then."""
+        stop = next(position for position, turn in enumerate(self.turns) if turn.role == "assistant") + 1
+        marks = [sum(turn.text.count(IMAGE_MARK) for turn in turns) for turns in (self.turns[:stop], self.turns)]
+        media = self.media[: marks[0]] if marks[1] else self.media
+        return replace(self, turns=self.turns[:stop], media=media)
+
+
+def without_marks(text: str) -> str:
+    """A turn's text without image marks."""
+    return text.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in text else text

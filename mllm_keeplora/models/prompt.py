@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from mllm_keeplora.data.schema import Record, Turn
+from mllm_keeplora.data.schema import IMAGE_MARK, Record, Turn
 from mllm_keeplora.errors import UserError
 
 IGNORED = -100
@@ -22,10 +22,18 @@ class ChatPrompt:
     def __init__(self, processor: Any):
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        self._widenings: dict[tuple[int, int], int] = {}
         if not getattr(processor, "chat_template", None):
             raise UserError("the base's processor has no chat template, so its prompt is not known")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """Colour around pictures that are padded to squares: the processor's mean, as LLaVA-1.5 takes it."""
+        mean = getattr(getattr(self.processor, "image_processor", None), "image_mean", None) or (0.0, 0.0, 0.0)
+        red, green, blue = (int(255 * value) for value in mean)
+        return red, green, blue
 
     def training_batch(self, records: Sequence[Record], images: Sequence[list], max_length: int | None) -> dict:
         """Right-padded tensors of whole conversations with `labels` (b, t), IGNORED everywhere but on answers.
@@ -48,9 +56,14 @@ class ChatPrompt:
         batch["labels"] = labels
         return batch
 
-    def question_batch(self, records: Sequence[Record], images: Sequence[list], suffix: str = "") -> dict:
-        """Left-padded tensors of questions, ready for generation; `suffix` is appended to each question's text."""
-        texts = [self._render(record, 1, suffix=suffix) for record in records]
+    def question_batch(
+        self, records: Sequence[Record], images: Sequence[list], suffixes: Sequence[str] | None = None
+    ) -> dict:
+        """Left-padded tensors of questions, ready for generation; each may have a suffix appended to its text."""
+        ends = suffixes if suffixes is not None else [""] * len(records)
+        texts = [
+            self._render(record, _asked(record), suffix=suffix) for record, suffix in zip(records, ends, strict=True)
+        ]
         return self._process(texts, images, side="left")
 
     def answers(self, tokens: Any, prompt_length: int) -> list[str]:
@@ -60,14 +73,36 @@ class ChatPrompt:
 
     def length(self, record: Record) -> int:
         """Text tokens of a question, without image tokens: the key for sorting by length."""
-        return len(self._ids(self._render(record, 1)))
+        return len(self._ids(self._render(record, _asked(record))))
+
+    def trained_tokens(self, record: Record) -> int:
+        """How many tokens of a conversation carry loss."""
+        text = self._render(record, len(record.turns))
+        return sum(stop - start for start, stop in self._answer_spans(record, text, len(self._ids(text))))
+
+    def total_tokens(self, record: Record, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens of a whole conversation with its images, of which only the sizes (width, height) are needed."""
+        text = self._render(record, len(record.turns))
+        return len(self._ids(text)) + sum(self._widening(size) for size in sizes)
+
+    def _widening(self, size: tuple[int, int]) -> int:
+        """How many more tokens a picture of a size takes than its mark in the text; found out once per size."""
+        from PIL import Image
+
+        if size not in self._widenings:
+            text = _rendered(self.processor, (Turn("user", "?"),), 1, "", True)
+            batch = self._process([text], [[Image.new("RGB", size)]], side="right")
+            self._widenings[size] = batch["input_ids"].shape[1] - len(self._ids(text))
+        return self._widenings[size]
 
     def _answer_spans(self, record: Record, text: str, length: int) -> list[tuple[int, int]]:
         """Token ranges of the assistant turns within the processed ids, where images take more tokens than in text."""
         whole = self._ids(text)
         widened = length - len(whole)
         spans = []
-        for turn in range(1, len(record.turns), 2):
+        for turn, each in enumerate(record.turns):
+            if each.role != "assistant" or not each.trained:
+                continue
             before = self._ids(self._render(record, turn))
             after = self._ids(self._render(record, turn + 1, generation=False))
             if whole[: len(before)] != before or whole[: len(after)] != after:
@@ -79,7 +114,8 @@ class ChatPrompt:
         """The chat template over the first `turns` turns; open for an answer if the last one is the user's."""
         shown = record.turns[:turns]
         open_end = shown[-1].role == "user" if generation is None else generation
-        return _rendered(self.processor, shown, len(record.media), suffix, open_end)
+        marked = any(IMAGE_MARK in turn.text for turn in record.turns)
+        return _rendered(self.processor, shown, 0 if marked else len(record.media), suffix, open_end)
 
     def _ids(self, text: str) -> list[int]:
         return _encoded(self.tokenizer, text, not self._starts_with_bos(text))
@@ -100,13 +136,24 @@ class ChatPrompt:
         return dict(batch)
 
 
+def _asked(record: Record) -> int:
+    """How many turns come before the first answer."""
+    return next((number for number, turn in enumerate(record.turns) if turn.role == "assistant"), len(record.turns))
+
+
 @lru_cache(REMEMBERED)
 def _rendered(processor: Any, turns: tuple[Turn, ...], num_images: int, suffix: str, open_end: bool) -> str:
+    """Turns as the template puts them; `num_images` come before the first question, others where their marks stand."""
     messages = []
-    for position, turn in enumerate(turns):
-        pictures = [{"type": "image"} for _ in range(num_images)] if position == 0 else []
-        text = turn.text + suffix if turn.role == "user" else turn.text
-        messages.append({"role": turn.role, "content": [*pictures, {"type": "text", "text": text}]})
+    for turn in turns:
+        parts: list[dict] = []
+        if turn.role == "user":
+            parts, num_images = [{"type": "image"} for _ in range(num_images)], 0
+        pieces = (turn.text + suffix if turn.role == "user" else turn.text).split(IMAGE_MARK)
+        for number, piece in enumerate(pieces):
+            parts += [{"type": "image"}] if number else []
+            parts += [{"type": "text", "text": piece}] if piece or len(pieces) == 1 else []
+        messages.append({"role": turn.role, "content": parts})
     return processor.apply_chat_template(messages, add_generation_prompt=open_end, tokenize=False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed
@@ -50,11 +49,11 @@ class RunContext:
         branches: Adapters,
         kept: dict[str, Basis],
         domain: DomainInfo,
-        records: list[Record],
+        records: Sequence[Record],
         collator: TrainCollator,
         rng: torch.Generator,
         probe_batch_size: int,
-        anchors: Callable[[str], list[Record]] | None = None,
+        anchors: Callable[[str], Sequence[Record]] | None = None,
     ):
         self.base = base
         self.branches = branches
@@ -100,9 +99,7 @@ class RunContext:
     ) -> dict[str, MomentAccumulator | FrequentDirections]:
         records = self.records
         if of:  # answers of anchors are not used: the first question of each, whose tokens see no answer
-            first = 2  # a question and its answer, which the prompt needs
-            together = [record for name in of for record in self.anchors(name)]
-            records = [replace(record, turns=record.turns[:first]) for record in together]
+            records = [record.first_exchange() for name in of for record in self.anchors(name)]
             plan = plan.of_questions()
         batches = self._pass(records, samples, "anchors" if of else "features")
         return collect_moments(self.branches.model, self._modules(layers), batches, plan)
@@ -146,7 +143,7 @@ class RunContext:
         chosen = self.target_layers if layers is None else layers
         return {layer: self.branches.base.get_submodule(layer) for layer in chosen}
 
-    def _pass(self, records: list[Record], samples: int | float, title: str) -> Iterator[dict]:
+    def _pass(self, records: Sequence[Record], samples: int | float, title: str) -> Iterator[dict]:
         """Model inputs over evenly spaced records; each process takes its share."""
         count = samples if samples >= 1 else max(1, round(samples * len(records)))
         chosen = evenly_spaced(records, int(count))

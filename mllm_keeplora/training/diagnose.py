@@ -5,7 +5,7 @@ Written to the unit's `diagnostics.json`; `report` turns it into tables and pict
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed
@@ -66,7 +66,7 @@ def changes_of(
 
 
 def inputs_of(
-    model: Any, base: Base, records: list[Record], factors: Factors, slices: dict[str, list[Tensor]], size: int
+    model: Any, base: Base, records: Sequence[Record], factors: Factors, slices: dict[str, list[Tensor]], size: int
 ) -> dict[str, dict[str, Any]]:
     """Per layer, over the inputs that some records cause: how strongly the unit's update answers to them.
 

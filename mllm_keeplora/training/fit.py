@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def last_checkpoint(folder: Path, identity: dict[str, Any]) -> str | None:
 class Records(torch.utils.data.Dataset):
     """Records by index; images are decoded by the collator."""
 
-    def __init__(self, records: list[Record]):
+    def __init__(self, records: Sequence[Record]):
         self.records = records
 
     def __len__(self) -> int:

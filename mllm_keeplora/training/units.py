@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from array import array
+from collections.abc import Sequence
 
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record
+from mllm_keeplora.data.store import Selection
 from mllm_keeplora.runs import Unit
 from mllm_keeplora.training.seeds import stage_seed
 
@@ -19,7 +22,7 @@ def plan_units(domains: list[str], stream: str) -> list[Unit]:
     return [Unit(index, name, (name,)) for index, name in enumerate(domains, start=1)]
 
 
-def training_records(unit: Unit, benchmark: Benchmark, config: RunConfig) -> tuple[list[Record], float]:
+def training_records(unit: Unit, benchmark: Benchmark, config: RunConfig) -> tuple[Sequence[Record], float]:
     """Records of a unit and the number of epochs over them.
 
     A union repeats each domain's records by that domain's own epochs (a fraction by a seeded sample) and is passed
@@ -28,9 +31,12 @@ def training_records(unit: Unit, benchmark: Benchmark, config: RunConfig) -> tup
     if len(unit.domains) == 1:
         name = unit.domains[0]
         return benchmark.train_records(name), config.train_of(name).epochs
-    together: list[Record] = []
+    sources, places, start = [], array("q"), 0
     for name in unit.domains:
         records, epochs = benchmark.train_records(name), config.train_of(name).epochs
         sampler = random.Random(stage_seed(config.seed, name, "union"))
-        together += records * int(epochs) + sampler.sample(records, round(len(records) * (epochs % 1)))
-    return together, 1.0
+        own = range(start, start + len(records))
+        places.extend([*own] * int(epochs) + sampler.sample(own, round(len(own) * (epochs % 1))))
+        sources.append(records)
+        start += len(records)
+    return Selection(sources, places), 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from mllm_keeplora import files
 from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.readers import read_test
 from mllm_keeplora.eval import harness
-from mllm_keeplora.eval.harness import Journal, evaluate_set, generate
+from mllm_keeplora.eval.harness import Answer, Journal, evaluate_set, forget_journals, generate
 
 QUESTIONS = ["where ?", "what colour is the square where it is ?", "is it red ?", "what is the colour of the square ?"]
 
@@ -63,7 +64,7 @@ def tokens(base, records) -> list[list[int]]:
             found.extend(out[:, inputs["input_ids"].shape[1] :].tolist())
             return out
 
-    generate(base, Keeping(), records, "", 4)
+    generate(base, Keeping(), records, [""] * len(records), 4)
     return found
 
 
@@ -73,7 +74,8 @@ def test_predictions_are_in_the_order_of_the_file_with_scores(base, records, tmp
     rows = files.read_json_lines(path)
     assert [row["id"] for row in rows] == [record.id for record in records]
     assert [row["question"] for row in rows] == [record.question for record in records]
-    assert [list(row) for row in rows] == [["id", "question", "answer", "prediction", "score"]] * len(rows)
+    assert [list(row)[:5] for row in rows] == [["id", "question", "answer", "prediction", "score"]] * len(rows)
+    assert {key for row in rows for key in list(row)[5:]} <= {"cut"}
     assert percent == pytest.approx(100 * sum(row["score"] for row in rows) / len(rows))
     assert [each.name for each in tmp_path.iterdir()] == ["p.jsonl"]
 
@@ -85,6 +87,43 @@ def test_a_prompt_suffix_and_a_token_limit_reach_the_model(base, records, tmp_pa
     short = TestSet(test="test.json", max_new_tokens=1)
     assert max(len(text.split()) for text in answers(base, records, tmp_path, 1, short)) <= 1
     assert max(len(text.split()) for text in plain) > 1
+
+
+def test_an_answer_that_reached_the_token_limit_is_marked(base, records, tmp_path, monkeypatch):
+    """The end mark is what tells: the same answer with room for it is not cut."""
+    import torch
+
+    end = base.model.generation_config.eos_token_id
+
+    class Speaking:
+        def generate(self, **inputs):
+            ids = inputs["input_ids"]
+            new = torch.full((len(ids), 4), 17)
+            new[::2, 2:] = end
+            return torch.cat([ids, new], dim=1)
+
+    answers = generate(base, Speaking(), records, [""] * len(records), 4)
+    assert [answer.is_cut for answer in answers] == [False, True] * (len(records) // 2)
+    evaluate_set(base, Speaking(), records, PART, tmp_path / "p.jsonl", "test", 12)
+    assert sum(row.get("cut", False) for row in files.read_json_lines(tmp_path / "p.jsonl")) == len(records) // 2
+
+
+def test_a_suffix_may_depend_on_the_gold_answer(records):
+    part = TestSet(test="t.json", prompt_suffix={"Yes|No": " yes or no ?", "*": " which ?"})
+    assert [part.suffix_for(replace(records[0], answer=gold)) for gold in ("Yes", "No", "yes", "A")] == [
+        " yes or no ?", " yes or no ?", " which ?", " which ?",
+    ]  # fmt: skip
+    assert TestSet(test="t.json", prompt_suffix={"Yes": " ?"}).suffix_for(replace(records[0], answer="B")) == ""
+
+
+def test_a_set_that_is_graded_elsewhere_leaves_what_to_hand_in(base, records, tmp_path):
+    part = TestSet(test="t.json", max_new_tokens=2, scorer="mathvista", prompt_suffix=" yes ?")
+    unknown = [replace(record, answer=None) for record in records]
+    assert evaluate_set(base, base.model, unknown, part, tmp_path / "p.jsonl", "test", 5) is None
+    assert {row["score"] for row in files.read_json_lines(tmp_path / "p.jsonl")} == {None}
+    lines = files.read_json_lines(tmp_path / "p.submit.jsonl")
+    assert [line["question_id"] for line in lines] == [record.id for record in records]
+    assert all(line["prompt"].endswith(" yes ?") and "text" in line for line in lines)
 
 
 # -- the journal -------------------------------------------------------------------------------------------------
@@ -121,8 +160,8 @@ def test_an_interrupted_evaluation_asks_nothing_twice_and_ends_the_same(base, re
 
 def test_a_journal_keeps_whole_lines_and_drops_a_half_one(tmp_path):
     journal = Journal(tmp_path / "a.part", "[1]")
-    journal.add(0, {0: "one", 3: "two\nlines"})
-    journal.add(1, {1: "é"})
+    journal.add(0, {0: Answer("one", False), 3: Answer("two\nlines", True)})
+    journal.add(1, {1: Answer("é", False)})
     text = (tmp_path / "a.part").read_text(encoding="utf-8")
     for cut in range(0, len(text) + 1, 3):
         (tmp_path / "b.part").write_text(text[:cut], encoding="utf-8")
@@ -131,19 +170,34 @@ def test_a_journal_keeps_whole_lines_and_drops_a_half_one(tmp_path):
         kept = again.answers
         assert len(kept) in {max(0, whole - 1), whole}  # a line may be whole but for its end
         assert all(kept[number] == journal.answers[number] for number in kept)
-        again.add(5, {9: "more"})
+        again.add(5, {9: Answer("more", False)})
         assert Journal(tmp_path / "b.part", "[1]").answers == again.answers
 
 
+def test_a_kept_journal_answers_a_second_time_and_another_model_is_asked_anew(base, records, tmp_path, monkeypatch):
+    path, asked = tmp_path / "p.jsonl", []
+    keep = {"batch_size": 5, "keep_journal": True}
+    evaluate_set(base, base.model, records, PART, path, "test", asked_of="one", **keep)
+    first = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(harness, "generate", lambda *a: asked.append(1) or generate(*a))
+    evaluate_set(base, base.model, records, PART, path, "test", asked_of="one", **keep)
+    assert path.read_bytes() == first and not asked
+    evaluate_set(base, base.model, records, PART, path, "test", asked_of="two", **keep)
+    assert len(asked) == 3
+    forget_journals(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["p.jsonl"]
+
+
 def test_a_journal_of_another_question_set_is_not_used(tmp_path):
-    Journal(tmp_path / "a.part", "[1]").add(0, {0: "one"})
+    Journal(tmp_path / "a.part", "[1]").add(0, {0: Answer("one", False)})
     assert Journal(tmp_path / "a.part", "[2]").answers == {}
 
 
 def test_another_batch_size_starts_the_plan_afresh(base, records, tmp_path):
-    identities = {harness._identity(records, PART, size, 4) for size in (1, 2, 3)}
+    identities = {harness._identity(records, PART, size, 4, "") for size in (1, 2, 3)}
     assert len(identities) == 3
-    assert harness._identity(records[:-1], PART, 3, 4) not in identities
+    assert harness._identity(records[:-1], PART, 3, 4, "") not in identities
     plan = harness._plan(base, records, 5)
     assert [len(batch) for batch in plan] == [5, 5, 2]
     assert sorted(question.index for batch in plan for question in batch) == list(range(12))

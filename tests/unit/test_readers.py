@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mllm_keeplora.data import Media
 from mllm_keeplora.data.collate import batches, evenly_spaced
-from mllm_keeplora.data.images import read_image, unreadable_images
+from mllm_keeplora.data.images import images_of, read_image, unreadable_images
 from mllm_keeplora.data.readers import digest, read_test, read_train
 from mllm_keeplora.errors import UserError
 
@@ -50,7 +51,7 @@ def test_a_training_record_is_read_without_its_mark(folder):
         ("user", "Where ?"),
         ("assistant", "Left"),
     ]
-    assert record.media[0].path == (folder / "images" / "a.png").resolve()
+    assert record.media[0].path == folder / "images" / "a.png"
     assert record.question_answers() == [("What ?", "A cat"), ("Where ?", "Left")]
     assert record.question == "What ?"
     assert record.origin == f"{folder / 'train.json'} record 0"
@@ -78,20 +79,16 @@ def test_a_test_record_is_one_question_and_keeps_its_answer_apart(folder):
 
 
 WRONG = {
-    "no conversations": ({"id": "1"}, "conversations must be a list"),
+    "unknown shape": ({"id": "1"}, "unknown shape: keys are ['id']"),
+    "conversations that are no list": ({"conversations": 3}, "conversations must be a list, got 3"),
     "not an object": (["a"], "must be a JSON object, got list"),
     "mark missing": (conversation("What ?", "A"), "0 <image> marks for 1 images"),
     "mark without image": (conversation("<image> What ?", "A", image=None), "1 <image> marks for 0 images"),
-    "mark in a later turn": (conversation("What ?", "A", "<image> And ?", "B"), "first human turn only"),
     "ends with a question": (conversation("<image> What ?", "A", "And ?"), "end with gpt"),
     "no turn": (conversation(image=None), "must alternate"),
     "empty answer": (conversation("<image> What ?", " "), "a gpt turn is empty"),
     "turn that is no object": ({"conversations": ["a"]}, "turn 0 must be"),
     "text that is no text": ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 must be"),
-    "missing image": (conversation("<image> ?", "A", image="images/c.png"), "'images/c.png' does not exist"),
-    "image above the folder": (conversation("<image> ?", "A", image="../a.png"), "leaves the data folder"),
-    "absolute image": (conversation("<image> ?", "A", image="/etc/passwd"), "leaves the data folder"),
-    "folder for an image": (conversation("<image> ?", "A", image="images"), "does not exist"),
     "number for an image": (conversation("<image> ?", "A", image=4), "path or a list of paths, got 4"),
 }
 
@@ -105,12 +102,26 @@ def test_a_wrong_training_record_is_refused_with_its_index(name, folder):
     assert "train.json record 1" in str(caught.value)
 
 
-def test_a_link_that_leaves_the_folder_is_refused(folder, tmp_path_factory):
+UNREADABLE = {
+    "missing": ("images/c.png", "'images/c.png' does not exist"),
+    "above the folder": ("../a.png", "leaves the data folder"),
+    "absolute": ("/etc/passwd", "leaves the data folder"),
+    "a folder": ("images", "does not exist"),
+    "a link that leaves": ("images/link.png", "leaves the data folder"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_image_that_cannot_be_used_is_named_with_its_record(name, folder, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "x.png"
     outside.write_bytes((folder / "images" / "a.png").read_bytes())
     (folder / "images" / "link.png").symlink_to(outside)
-    with pytest.raises(UserError, match="leaves the data folder"):
-        trained(folder, conversation("<image> ?", "A", image="images/link.png"))
+    image, message = UNREADABLE[name]
+    records = trained(folder, conversation("<image> ?", "A"), conversation("<image> ?", "A", image=image))
+    [fault] = unreadable_images(records)
+    assert message in fault and "train.json record 1" in fault
+    with pytest.raises(UserError, match=r"train\.json record 1"):
+        images_of(records[1])
 
 
 def test_all_faults_of_a_file_are_told_together(folder):
@@ -125,8 +136,8 @@ def test_all_faults_of_a_file_are_told_together(folder):
     ("row", "message"),
     [
         ({"question_id": 1, "text": "<image> ?", "answer": "A"}, "carries no <image> mark"),
-        ({"question_id": 1, "text": "?"}, "answer must be a str, got None"),
-        ({"question_id": 1, "text": "?", "answer": 3}, "answer must be a str, got 3"),
+        ({"question_id": 1, "text": "?"}, "answer must be a str or a list of them, got None"),
+        ({"question_id": 1, "text": "?", "answer": 3}, "answer must be a str or a list of them, got 3"),
         ({"text": "?", "answer": "A"}, "question_id is missing"),
     ],
 )
@@ -162,7 +173,7 @@ def test_the_digest_changes_with_the_content(folder):
 
 
 def test_images_are_read_as_rgb_and_broken_ones_are_named_with_their_record(folder):
-    assert read_image(folder / "images" / "a.png").mode == "RGB"
+    assert read_image(Media("image", folder / "images" / "a.png")).mode == "RGB"
     broken = folder / "images" / "b.png"
     broken.write_bytes(broken.read_bytes()[:40])
     records = trained(folder, conversation("<image> ?", "A"), conversation("<image> ?", "A", image="images/b.png"))
@@ -177,10 +188,10 @@ def test_batches_cover_all_in_order():
 
 
 def test_evenly_spaced_thins_over_the_whole_list():
-    assert evenly_spaced(range(10), 5) == [0, 2, 4, 6, 8]
-    assert evenly_spaced(range(3), 5) == [0, 1, 2]
+    assert list(evenly_spaced(range(10), 5)) == [0, 2, 4, 6, 8]
+    assert list(evenly_spaced(range(3), 5)) == [0, 1, 2]
     for count in range(1, 24):
-        chosen = evenly_spaced(range(24), count)
+        chosen = list(evenly_spaced(range(24), count))
         gaps = {b - a for a, b in pairwise(chosen)}
         assert len(chosen) == count and chosen == sorted(set(chosen))
         assert max(gaps, default=0) - min(gaps, default=0) <= 1

@@ -109,7 +109,7 @@ def test_a_question_is_what_training_showed_before_the_answer(prompt):
 
 
 def test_a_suffix_is_appended_to_the_question(prompt):
-    batch = prompt.question_batch([ONE], [[picture()]], suffix=" yes no")
+    batch = prompt.question_batch([ONE], [[picture()]], suffixes=[" yes no"])
     assert batch["input_ids"].tolist() == [[BOS, *USER, *IMAGES, *COLOUR, YES, NO, *ASSISTANT]]
 
 

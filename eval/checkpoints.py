@@ -1,0 +1,130 @@
+"""Evaluation of what is not a run: a bare base, a merged checkpoint, or a peft adapter on its base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_keeplora import distributed, files
+from mllm_keeplora.config import RunConfig, parse_config
+from mllm_keeplora.data import Benchmark, load_benchmark
+from mllm_keeplora.data.readers import digest
+from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.eval.grading import errors_of, strict_percent
+from mllm_keeplora.eval.harness import forget_journals
+from mllm_keeplora.eval.results import environment
+from mllm_keeplora.eval.rows import evaluate_named, stored_rows
+from mllm_keeplora.models import Base, load_base
+from mllm_keeplora.runs import DomainDir
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is asked: a base by shipped name, folder or hub id, and a peft adapter's folder where there is one."""
+
+    base: str
+    adapter: Path | None = None
+
+    @classmethod
+    def named(cls, target: str | Path, base: str | None = None) -> Checkpoint:
+        """The checkpoint behind a name: an adapter's folder needs its base, which it may name itself.
+
+        Raises:
+            UserError: the adapter does not say what it was made for, and neither does `base`.
+        """
+        folder = Path(target)
+        if not (folder / ADAPTER).is_file():
+            if base is not None:
+                raise UserError(f"--base is for adapters; {target} has no {ADAPTER}")
+            return cls(str(target))
+        own = files.read_json(folder / ADAPTER).get("base_model_name_or_path")
+        if not (base or own):
+            raise UserError(f"{folder / ADAPTER} names no base model; say which with --base")
+        return cls(base or own, folder)
+
+    def load(self, config: RunConfig) -> tuple[Base, Any]:
+        """The base and the model that answers.
+
+        Raises:
+            UserError: the adapter cannot be put on this base.
+        """
+        base = load_base(config.base, "frozen")
+        if self.adapter is None:
+            return base, base.model
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(base.model, str(self.adapter))
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"adapter {self.adapter} does not fit {self.base}: {reason}") from None
+        return base, model.eval()
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    benchmark: str,
+    output: Path,
+    domains: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, float | None]:
+    """Ask a checkpoint the test questions of a benchmark; predictions and scores are written to a folder.
+
+    Args:
+        checkpoint: what answers.
+        benchmark: a shipped name, or a YAML.
+        output: gets `predictions/<set>.jsonl` and `scores.json`; an interrupted evaluation goes on where it was.
+        domains: names of domains and suites; None for all.
+        overrides: dotted keys of a run's config (`eval.batch_size=1`, `data_root=...`).
+
+    Returns:
+        Set name -> score in percent; None where a set cannot be graded here.
+
+    Raises:
+        UserError: unknown benchmark or set, unreadable data, a checkpoint that cannot be loaded.
+    """
+    config = _config(checkpoint, benchmark, output, overrides)
+    loaded = load_benchmark(config)
+    names = _chosen(loaded, domains)
+    folder, scores = DomainDir(output), {}
+    base, model = checkpoint.load(config)
+    told: dict[str, Any] = {"base": checkpoint.base, "adapter": str(checkpoint.adapter) if checkpoint.adapter else None}
+    told |= {"fingerprint": base.fingerprint, "benchmark": loaded.name, "environment": environment(), "sets": {}}
+    asked_of = f"{base.fingerprint} {digest(checkpoint.adapter) if checkpoint.adapter else ''}"
+    for name in names:
+        facts = evaluate_named(base, model, loaded, name, config, folder, asked_of=asked_of, keep_journal=True)
+        scores[name] = facts["score"]
+        rows = stored_rows(folder, name) or []
+        told["sets"][name] = {**facts, "strict": strict_percent(rows), "errors": errors_of(rows)}
+    if distributed.is_main():
+        files.write_json(output / "scores.json", told)
+    forget_journals(output / "predictions")
+    return scores
+
+
+def _config(checkpoint: Checkpoint, benchmark: str, output: Path, overrides: Sequence[str]) -> RunConfig:
+    from mllm_keeplora.config import apply_override
+
+    values: dict[str, Any] = {
+        "name": "checkpoint",
+        "base": {"model": checkpoint.base},
+        "benchmark": benchmark,
+        "strategy": {"name": "finetune"},
+        "output": str(output),
+    }
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, origin="the command line")
+
+
+def _chosen(benchmark: Benchmark, domains: Sequence[str] | None) -> list[str]:
+    allowed = [*benchmark.domains, *benchmark.suites]
+    names = list(domains) if domains is not None else allowed
+    unknown = [name for name in names if name not in allowed]
+    if unknown:
+        raise UserError(f"{benchmark.name} has no domain or suite {unknown[0]!r}; known: {known(allowed)}")
+    return names

@@ -1,0 +1,274 @@
+"""The shapes that records come in, told apart by their keys, and what each says: images, turns, answer.
+
+LLaVA, LLaMA-Factory (sharegpt, alpaca), ms-swift, Hugging Face `messages` with `images`, and the benchmarks' test
+records. Pure: one row in, one draft out; files and folders are the readers' business.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm_keeplora.data.schema import IMAGE_MARK, Turn
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHAPES = (
+    "`conversations` (LLaVA, sharegpt)", "`messages` (ms-swift, Hugging Face)", "`instruction` + `output` (alpaca)",
+    "`query` + `response` (ms-swift)", "`prompt` + `completion`", "`text` + `answer` (test record)",
+)  # fmt: skip
+OTHER_MEDIA = ("video", "videos", "audio", "audios")
+
+
+class Fault(ValueError):
+    """What is wrong with a row; the reader adds where it stands."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names that a LLaMA-Factory `dataset_info.json` gives to columns and tags; the defaults are its own."""
+
+    formatting: str = ""  # sharegpt or alpaca; empty: told by the keys
+    columns: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One row, understood. `images` are paths, or encoded pictures with a name."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[str | tuple[str, bytes], ...]
+    answer: str | tuple[str, ...] | None = None
+    kind: str = ""
+
+
+def train_draft(row: Any, layout: Layout = Layout()) -> Draft:
+    """A training conversation of any known shape.
+
+    Raises:
+        Fault: an unknown shape, roles that do not alternate, no answer, marks and images that do not match.
+    """
+    row = _canonical(_object(row), layout)
+    turns, inside = _conversation(row)
+    images = (*inside, *_images(row))
+    _refuse_other_media(row)
+    talk = [turn for turn in turns if turn.role != "system"]
+    roles = [turn.role for turn in talk]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2) or "system" in [t.role for t in turns[1:]]:
+        raise Fault(f"turns must alternate human, gpt and end with gpt, got {[turn.role for turn in turns]}")
+    if any(not turn.text.strip() for turn in talk if turn.role == "assistant"):
+        raise Fault("a gpt turn is empty; give the record an answer or leave it out")
+    if not any(turn.trained for turn in talk if turn.role == "assistant"):
+        raise Fault("no token is trained: every answer has its loss switched off")
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    if marks != len(images):
+        raise Fault(f"{marks} {IMAGE_MARK} marks for {len(images)} images; each image needs one mark")
+    if any(IMAGE_MARK in turn.text for turn in turns if turn.role != "user"):
+        raise Fault(f"{IMAGE_MARK} may stand in human turns only")
+    moved = "conversations" in row and "images" not in row  # LLaVA puts the image first, wherever its mark stood
+    return Draft(_identifier(row), _with_images_first(turns, moved), images)
+
+
+def test_draft(row: Any, layout: Layout = Layout()) -> Draft:
+    """A question with its gold answer: the benchmarks' test record, or a conversation of one question and answer.
+
+    Raises:
+        Fault: no answer, no identifier, a mark where there is none to be, more than one question.
+    """
+    draft = question_draft(row, layout)
+    if draft.answer is None:
+        raise Fault(f"answer must be a str or a list of them, got None; keys are {sorted(row)}")
+    return draft
+
+
+test_draft.__test__ = False  # not a test, whatever pytest thinks of the name
+
+
+def question_draft(row: Any, layout: Layout = Layout()) -> Draft:
+    """As `test_draft`, but the gold answer may be kept elsewhere, or nowhere that can be read."""
+    row = _object(row)
+    if "text" not in row or any(key in row for key in ("conversations", "messages")):
+        draft = train_draft(row, layout)
+        asked = [turn for turn in draft.turns if turn.role != "assistant"]
+        if len(draft.turns) - len(asked) != 1:
+            raise Fault(f"a test record asks one question, this one asks {len(draft.turns) - len(asked)}")
+        return Draft(draft.id, tuple(asked), draft.images, draft.turns[-1].text, str(row.get("type", "")))
+    if not isinstance(row["text"], str):
+        raise Fault(f"text must be a str, got {row['text']!r}; keys are {sorted(row)}")
+    answer = row.get("answer", row.get("answer_bbox"))
+    if isinstance(answer, list) and answer and all(isinstance(each, str) for each in answer):
+        answer = tuple(answer)
+    if not isinstance(answer, str | tuple | None):
+        raise Fault(f"answer must be a str or a list of them, got {answer!r}; keys are {sorted(row)}")
+    if IMAGE_MARK in row["text"]:
+        raise Fault(f"a test question carries no {IMAGE_MARK} mark; the image is named by `image`")
+    if not _identifier(row):
+        raise Fault("question_id is missing")
+    _refuse_other_media(row)
+    return Draft(_identifier(row), (Turn("user", row["text"]),), tuple(_images(row)), answer, str(row.get("type", "")))
+
+
+def _object(row: Any) -> dict:
+    if not isinstance(row, dict):
+        raise Fault(f"a record must be a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _canonical(row: dict, layout: Layout) -> dict:
+    """The row under the standard names, where a `dataset_info.json` gives it others."""
+    if not layout.formatting:
+        return row
+    if layout.formatting == "alpaca":
+        standard = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+    else:
+        standard = {"messages": "conversations"}
+    standard |= {"system": "system", "images": "images", "videos": "videos", "audios": "audios"}
+    named = {standard.get(key, key): row[column] for key, column in layout.columns.items() if column in row}
+    rest = {key: value for key, value in row.items() if key not in layout.columns.values()}
+    found = {**rest, **named}
+    if layout.formatting == "sharegpt" and isinstance(found.get("conversations"), list):
+        found["conversations"] = [_retagged(turn, layout.tags) for turn in found["conversations"]]
+    return found
+
+
+def _retagged(turn: Any, tags: Mapping[str, str]) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    role = turn.get(tags.get("role_tag", "from"))
+    names = {tags.get(f"{part}_tag", name): name for part, name in DEFAULT_TAGS.items()}
+    return {"from": names.get(role, role), "value": turn.get(tags.get("content_tag", "value"))}
+
+
+DEFAULT_TAGS = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+def _conversation(row: dict) -> tuple[list[Turn], list]:
+    """Turns with marks for their images, and images that stand inside the turns."""
+    inside: list = []
+    if "conversations" in row:
+        turns = _turns(row, "conversations", "from", "value", inside)
+    elif "messages" in row:
+        turns = _turns(row, "messages", "role", "content", inside)
+    elif "instruction" in row and "output" in row:
+        asked = "\n".join(text for key in ("instruction", "input") if (text := _text(row, key)))
+        turns = [*_past(row), Turn("user", asked), Turn("assistant", _text(row, "output"))]
+    elif "query" in row and "response" in row:
+        turns = [*_past(row), Turn("user", _text(row, "query")), Turn("assistant", _text(row, "response"))]
+    elif "prompt" in row and "completion" in row:
+        turns = [*_side(row, "prompt", "user", inside), *_side(row, "completion", "assistant", inside)]
+    else:
+        raise Fault(f"unknown shape: keys are {sorted(row)}; a record has {', '.join(SHAPES)}")
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        turns = [Turn("system", row["system"]), *turns]
+    return turns, inside
+
+
+def _side(row: dict, key: str, role: str, inside: list) -> list[Turn]:
+    if isinstance(row[key], str):
+        return [Turn(role, row[key])]
+    return _turns(row, key, "role", "content", inside)
+
+
+def _turns(row: dict, key: str, role_key: str, text_key: str, inside: list) -> list[Turn]:
+    if not isinstance(row[key], list):
+        raise Fault(f"{key} must be a list, got {row[key]!r}; keys are {sorted(row)}")
+    return [_turn(turn, role_key, text_key, number, inside) for number, turn in enumerate(row[key])]
+
+
+def _past(row: dict) -> list[Turn]:
+    """Earlier exchanges of an alpaca or ms-swift record: pairs of question and answer."""
+    turns: list[Turn] = []
+    for pair in row.get("history") or []:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
+            raise Fault(f"history must hold pairs of question and answer, got {pair!r}")
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    return turns
+
+
+def _turn(turn: Any, role_key: str, text_key: str, number: int, inside: list) -> Turn:
+    if isinstance(turn, dict) and role_key not in turn:  # the other pair of names
+        role_key, text_key = ("role", "content") if role_key == "from" else ("from", "value")
+    role = turn.get(role_key) if isinstance(turn, dict) else None
+    content = turn.get(text_key) if isinstance(turn, dict) else None
+    if isinstance(content, list):
+        content = "".join(_part(part, number, inside) for part in content)
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+        allowed = "system|human|gpt" if role_key == "from" else "system|user|assistant"
+        raise Fault(f"turn {number} must be {{{role_key}: {allowed}, {text_key}: text}}, got {turn!r}")
+    weights = (turn.get("loss"), turn.get("loss_scale"))
+    trained = not any(weight is not None and not weight for weight in weights)
+    return Turn(ROLES[role], content, trained)
+
+
+def _part(part: Any, number: int, inside: list) -> str:
+    """Text of one part of a turn; an image part is a mark, and its image goes to `inside` where it carries one."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "image":
+        own = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+        inside += [] if own is None else [_image(own)]
+        return IMAGE_MARK
+    if kind == "image_url":
+        address = part.get("image_url")
+        inside.append(_image(address.get("url") if isinstance(address, dict) else address))
+        return IMAGE_MARK
+    raise Fault(f"turn {number} has a part that is neither text nor image: {part!r}")
+
+
+def _images(row: dict) -> list:
+    found = row.get("images") if row.get("images") is not None else row.get("image")
+    if found is None or found == "":
+        return []
+    return [_image(each) for each in (found if isinstance(found, list) else [found])]
+
+
+def _image(value: Any) -> str | tuple[str, bytes]:
+    """A path, or an encoded picture with the name it has in its file."""
+    if isinstance(value, dict) and value.get("bytes") is not None:
+        return value.get("path") or "", bytes(value["bytes"])
+    if isinstance(value, dict):
+        value = value.get("path") or value.get("url")
+    if not isinstance(value, str) or not value:
+        raise Fault(f"image must be a path or a list of paths, got {value!r}")
+    if value.startswith("data:"):
+        try:
+            return "", base64.b64decode(value.partition(",")[2], validate=True)
+        except binascii.Error:
+            raise Fault("an image is a data address that is not valid base64") from None
+    if "://" in value and not value.startswith("file://"):
+        raise Fault(f"image {value!r} is an address on the net; download it and name the file")
+    return value.removeprefix("file://")
+
+
+def _refuse_other_media(row: dict) -> None:
+    for key in OTHER_MEDIA:
+        if row.get(key):
+            raise Fault(f"{key} are not supported yet; allowed: images")
+
+
+def _with_images_first(turns: list[Turn], moved: bool) -> tuple[Turn, ...]:
+    """Marks taken out where all of them begin the first human turn, or are moved there; else left at their places."""
+    first = next(position for position, turn in enumerate(turns) if turn.role == "user")
+    text = turns[first].text
+    marks = text.count(IMAGE_MARK)
+    begin = "".join(text.split()).startswith(IMAGE_MARK * marks)
+    if not (begin or moved) or any(IMAGE_MARK in turn.text for turn in turns[first + 1 :]):
+        return tuple(turns)
+    plain = text.replace(IMAGE_MARK, "").strip() if marks else text
+    return (*turns[:first], Turn("user", plain), *turns[first + 1 :])
+
+
+def _text(row: dict, key: str) -> str:
+    value = row.get(key)
+    if value is not None and not isinstance(value, str):
+        raise Fault(f"{key} must be text, got {value!r}")
+    return value or ""
+
+
+def _identifier(row: dict) -> str:
+    return str(row.get("question_id", row.get("id", "")))

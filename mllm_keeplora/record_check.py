@@ -1,0 +1,106 @@
+"""Records as the model will see them: which tokens they become, which are trained, and what is wrong with that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mllm_keeplora.data import Record
+from mllm_keeplora.data.images import image_size, images_of
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.models import IGNORED, ChatPrompt
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def load_prompt(location: str) -> ChatPrompt | None:
+    """The prompt of a base whose processor is on this machine; None where it would have to be downloaded."""
+    from transformers import AutoProcessor
+
+    try:
+        return ChatPrompt(AutoProcessor.from_pretrained(location, local_files_only=not Path(location).is_dir()))
+    except (OSError, ValueError) as error:
+        if not Path(location).is_dir():
+            return None
+        raise UserError(f"base {location}: its processor cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def token_faults(
+    prompt: ChatPrompt,
+    records: Iterable[Record],
+    max_length: int | None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Iterator[str]:
+    """A sentence for each training record that trains no token, or that is longer than the limit.
+
+    Args:
+        prompt: of the base.
+        records: training records.
+        max_length: most tokens of a record, image tokens included; None for no limit.
+        advance: told after every record.
+    """
+    for record in records:
+        try:
+            if prompt.trained_tokens(record) == 0:
+                yield f"{record.origin}: no token of its answers carries loss; does the chat template fit the base?"
+            elif max_length is not None:
+                length = prompt.total_tokens(record, [image_size(media) for media in record.media])
+                if length > max_length:
+                    yield (
+                        f"{record.origin}: {length} tokens, train.max_length allows {max_length}; cutting would take "
+                        "image or answer tokens, so raise the limit or leave the record out"
+                    )
+        except UserError as error:
+            yield str(error)
+        advance(1)
+
+
+def as_seen(prompt: ChatPrompt, record: Record) -> RenderableType:
+    """A training record as the model will see it: prompt with the trained tokens marked, pictures, token counts."""
+    from rich.console import Group
+    from rich.text import Text
+
+    pictures = images_of(record, prompt.background)
+    batch = prompt.training_batch([record], [pictures], None)
+    tokens, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    text = Text()
+    for part, is_trained in _runs(tokens, [label != IGNORED for label in labels]):
+        text.append(_shortened(prompt, part), style="bold green" if is_trained else "")
+    trained = sum(label != IGNORED for label in labels)
+    facts = [f"{record.origin}, id {record.id or '-'}"]
+    facts += [f"picture {media.path.name}: {picture.width} x {picture.height} pixels as the processor gets it"
+              for media, picture in zip(record.media, pictures, strict=True)]  # fmt: skip
+    facts += (
+        ["pixel values " + ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items() if value.ndim > 2)]
+        if pictures
+        else []
+    )
+    facts += [f"{len(tokens)} tokens, {trained} of them trained (green)"]
+    return Group(*(Text(fact, style="dim") for fact in facts), text)
+
+
+def _runs(tokens: list[int], trained: list[bool]) -> Iterator[tuple[list[int], bool]]:
+    """Consecutive tokens that are trained alike."""
+    start = 0
+    for position in range(1, len(tokens) + 1):
+        if position == len(tokens) or trained[position] != trained[start]:
+            yield tokens[start:position], trained[start]
+            start = position
+
+
+def _shortened(prompt: ChatPrompt, tokens: list[int]) -> str:
+    """Text of tokens; a long row of the same token (a picture's patches) as one with its count."""
+    from itertools import groupby
+
+    texts: list[str] = []
+    plain: list[int] = []
+    for token, same in groupby(tokens):
+        count = len(list(same))
+        if count > 3:
+            texts += [prompt.tokenizer.decode(plain), f"[{prompt.tokenizer.decode([token]).strip()} x {count}]"]
+            plain = []
+        else:
+            plain += [token] * count
+    return "".join([*texts, prompt.tokenizer.decode(plain)])

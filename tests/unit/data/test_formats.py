@@ -1,0 +1,177 @@
+"""Every shape that records come in, told by its keys, and what each says."""
+
+import base64
+
+import pytest
+
+from mllm_keeplora.data.formats import Fault, Layout, test_draft, train_draft
+from mllm_keeplora.data.schema import Turn
+
+QUESTION, ANSWER = Turn("user", "What is shown?"), Turn("assistant", "A bridge.")
+LLAVA = {
+    "id": "a1",
+    "image": "img/1.jpg",
+    "conversations": [{"from": "human", "value": "<image>\nWhat is shown?"}, {"from": "gpt", "value": "A bridge."}],
+}
+MARKED = [{"role": "user", "content": "<image>What is shown?"}, {"role": "assistant", "content": "A bridge."}]
+PARTS = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A bridge."}]},
+]
+SHAPES = {
+    "llava": LLAVA,
+    "llava with a list": {**LLAVA, "image": ["img/1.jpg"]},
+    "sharegpt": {"conversations": LLAVA["conversations"], "images": ["img/1.jpg"]},
+    "ms-swift": {"messages": MARKED, "images": ["img/1.jpg"]},
+    "ms-swift pair": {"query": "<image>What is shown?", "response": "A bridge.", "images": ["img/1.jpg"]},
+    "alpaca": {"instruction": "<image>What is shown?", "input": "", "output": "A bridge.", "images": ["img/1.jpg"]},
+    "hugging face": {"messages": PARTS, "images": ["img/1.jpg"]},
+    "hugging face, one image": {"messages": PARTS, "image": "img/1.jpg"},
+    "hugging face, path": {"messages": PARTS, "images": [{"bytes": None, "path": "img/1.jpg"}]},
+    "prompt and completion": {"prompt": PARTS[:1], "completion": PARTS[1:], "images": ["img/1.jpg"]},
+    "image in its part": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": "img/1.jpg"}, PARTS[0]["content"][1]]},
+            PARTS[1],
+        ]
+    },
+    "image address in its part": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "file://img/1.jpg"}},
+                    PARTS[0]["content"][1],
+                ],
+            },
+            PARTS[1],
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_says_the_same(name):
+    draft = train_draft(SHAPES[name])
+    assert draft.turns == (QUESTION, ANSWER)
+    assert draft.images == ("img/1.jpg",)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_conversation_of_one_question_can_be_graded(name):
+    draft = test_draft({"id": "q1", **SHAPES[name]})
+    assert (draft.turns, draft.answer, draft.images) == ((QUESTION,), "A bridge.", ("img/1.jpg",))
+
+
+def test_a_system_line_stands_first_and_history_before_the_question():
+    row = {"instruction": "And now?", "output": "Left.", "history": [["Where?", "Right."]], "system": "Be brief."}
+    assert [(turn.role, turn.text) for turn in train_draft(row).turns] == [
+        ("system", "Be brief."),
+        ("user", "Where?"),
+        ("assistant", "Right."),
+        ("user", "And now?"),
+        ("assistant", "Left."),
+    ]
+    spoken = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
+    turns = train_draft({"messages": [*spoken, {"role": "assistant", "content": "Right."}]}).turns
+    assert [turn.role for turn in turns] == ["system", "user", "assistant"]
+
+
+def test_an_alpaca_input_follows_the_instruction():
+    assert train_draft({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns[0].text == "Add.\n1 and 2"
+
+
+@pytest.mark.parametrize("switch", [{"loss": False}, {"loss_scale": 0.0}])
+def test_an_answer_may_have_its_loss_switched_off(switch):
+    first = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "a", **switch}]
+    last = [{"role": "user", "content": "B?"}, {"role": "assistant", "content": "b", "loss": True}]
+    assert [turn.trained for turn in train_draft({"messages": first + last}).turns[1::2]] == [False, True]
+    with pytest.raises(Fault, match="no token is trained"):
+        train_draft({"messages": first})
+
+
+def test_images_inside_a_record_keep_their_bytes():
+    picture = b"\x89PNG..."
+    inside = train_draft({"messages": PARTS, "images": [{"bytes": picture, "path": "1.png"}]})
+    assert inside.images == (("1.png", picture),)
+    address = "data:image/png;base64," + base64.b64encode(picture).decode()
+    [image] = train_draft({"messages": MARKED, "images": [address]}).images
+    assert image == ("", picture)
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "kept"),
+    [
+        ("<image><image> Same?", 2, "Same?"),
+        ("<image>\n<image>\nSame?", 2, "Same?"),
+        ("Is <image> left of <image>?", 2, "Is <image> left of <image>?"),
+        ("<image> or <image>?", 2, "<image> or <image>?"),
+        ("What is in <image>?", 1, "What is in <image>?"),
+    ],
+)
+def test_marks_stay_where_images_do_not_all_come_first(text, images, kept):
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+    draft = train_draft({"messages": turns, "images": ["a.png"] * images})
+    assert draft.turns[0].text == kept and len(draft.images) == images
+
+
+def test_marks_stay_in_all_turns_where_a_later_one_shows_an_image():
+    texts = ["<image> What?", "A cat.", "And <image>?", "A dog."]
+    roles = ["user", "assistant"] * 2
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    assert [turn.text for turn in train_draft({"messages": turns, "images": ["a", "b"]}).turns] == texts
+
+
+def test_columns_and_tags_of_a_dataset_info_are_followed():
+    row = {
+        "talk": [{"who": "asker", "says": "<image>What is shown?"}, {"who": "bot", "says": "A bridge."}],
+        "pics": ["1"],
+    }
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "asker", "assistant_tag": "bot"}
+    draft = train_draft(row, Layout("sharegpt", {"messages": "talk", "images": "pics"}, tags))
+    assert draft.turns == (QUESTION, ANSWER) and draft.images == ("1",)
+    row = {"q": "<image>What is shown?", "a": "A bridge.", "pics": ["1"]}
+    draft = train_draft(row, Layout("alpaca", {"prompt": "q", "response": "a", "images": "pics"}))
+    assert draft.turns == (QUESTION, ANSWER) and draft.images == ("1",)
+
+
+def test_several_gold_answers_are_kept():
+    assert test_draft({"question_id": 1, "text": "?", "answer": ["2", "two"]}).answer == ("2", "two")
+
+
+WRONG = {
+    "keys of no shape": ({"foo": 1, "bar": 2}, "unknown shape: keys are ['bar', 'foo']"),
+    "a role that is not known": ({"messages": [{"role": "tool", "content": "x"}]}, "system|user|assistant"),
+    "roles that do not alternate": ({"messages": [MARKED[1], MARKED[0]], "images": ["1"]}, "must alternate"),
+    "a system line in between": (
+        {"messages": [*MARKED, {"role": "system", "content": "x"}, *MARKED], "images": ["1", "1"]},
+        "must alternate",
+    ),
+    "marks without images": ({"messages": MARKED}, "1 <image> marks for 0 images"),
+    "images without marks": (
+        {"messages": [QUESTION, ANSWER] and MARKED, "images": ["1", "2"]},
+        "1 <image> marks for 2",
+    ),
+    "a part of another kind": (
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}, MARKED[1]]},
+        "neither text nor image",
+    ),
+    "a video": ({"messages": MARKED, "images": ["1"], "videos": ["v.mp4"]}, "videos are not supported yet"),
+    "an address on the net": ({"messages": MARKED, "images": ["https://x/1.png"]}, "address on the net"),
+    "broken base64": ({"messages": MARKED, "images": ["data:image/png;base64,@@"]}, "not valid base64"),
+    "history that is no pairs": ({"instruction": "a", "output": "b", "history": ["x"]}, "pairs of question and answer"),
+    "text that is no text": ({"instruction": 3, "output": "b"}, "instruction must be text, got 3"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_understood_is_said(name):
+    row, message = WRONG[name]
+    with pytest.raises(Fault) as caught:
+        train_draft(row)
+    assert message in str(caught.value)
+
+
+def test_a_graded_record_asks_one_question():
+    with pytest.raises(Fault, match="asks one question, this one asks 2"):
+        test_draft({"id": "1", "messages": [*MARKED, {"role": "user", "content": "And?"}, MARKED[1]], "images": ["1"]})
