@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mllm_keeplora import files
 from mllm_keeplora.data import Benchmark, Media
+from mllm_keeplora.eval.published import published_table
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report import UnitFacts, WrongAnswer, inspection_sections, render_html
 from mllm_keeplora.runs import RunDir
@@ -15,7 +16,9 @@ def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
     """Write report.html, one self-contained file."""
     values = {**results.to_dict(), "config": run.config.read_text(encoding="utf-8")}
     sections = inspection_sections(unit_facts(run))
-    files.write_text(run.report, render_html(values, wrong_answers=wrong_answers(run, benchmark), more=sections))
+    wrong = wrong_answers(run, benchmark)
+    page = render_html(values, wrong_answers=wrong, more=sections, published=published_table(results))
+    files.write_text(run.report, page)
 
 
 def unit_facts(run: RunDir) -> list[UnitFacts]:

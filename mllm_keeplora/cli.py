@@ -58,16 +58,26 @@ app.command()(rescore)
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(
+    run: Run,
+    export: Annotated[
+        Path | None, typer.Option(help="also write the tables as CSV, Markdown and LaTeX into this folder")
+    ] = None,
+) -> None:
     """Print a run's table again and rewrite its report.html from what is stored.
 
-    Example: mllm-keeplora report runs/mini_dcl
+    Example: mllm-keeplora report runs/mini_dcl --export tables
     """
+    from mllm_keeplora import files
     from mllm_keeplora.eval.saved import load_run, refresh_results
+    from mllm_keeplora.report import exported, run_tables
 
-    results = refresh_results(load_run(run))
-    _print_results(results.to_dict())
+    results = refresh_results(load_run(run)).to_dict()
+    _print_results(results)
     typer.echo(f"\nreport   {run}/report.html")
+    for name, text in exported(run_tables(results)).items() if export is not None else ():
+        files.write_text(export / name, text)
+        typer.echo(f"table    {export / name}")
 
 
 @app.command()

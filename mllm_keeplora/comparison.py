@@ -12,10 +12,11 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report import (
     Group,
+    as_markdown,
+    exported,
     finals,
     group_runs,
     heat_maps,
-    markdown,
     paired,
     render_comparison,
     save_png,
@@ -92,7 +93,10 @@ def write_comparison(
         tables.append(("Difference to sequential LoRA, seed by seed", differences))
     if tuning is not None:
         tables.append((f"{choice.key} that was tried, Last on the {split_of(tried)} questions", tuning))
-    files.write_text(folder / TABLES, "\n".join(f"{title}\n\n{markdown(table)}" for title, table in tables))
+    files.write_text(folder / TABLES, "\n".join(f"{title}\n\n{as_markdown(table)}" for title, table in tables))
+    for name, text in exported({"Comparison": tables[0][1], "Final scores": tables[1][1]}).items():
+        if not name.endswith(".md"):  # those are in tables.md
+            files.write_text(folder / name, text)
     save_png(heat_maps(groups), folder / MATRICES)
     if any(len(points) > 1 for points in curves.values()):
         save_png(trade_off_figure(curves, chosen), folder / TRADE_OFF)

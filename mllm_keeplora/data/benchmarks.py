@@ -88,6 +88,7 @@ class Benchmark(BaseModel):
     orders: dict[str, list[str]] = Field(default_factory=dict, description="official sequences by name")
     suites: dict[str, Suite] = Field(default_factory=dict)
     anchor_suites: dict[str, Suite] = Field(default_factory=dict, exclude=True)  # all suites, whatever is graded
+    published: list[dict[str, Any]] = Field(default_factory=list, exclude=True, description="rows for the report")
     root: Path = Path()
     split: Literal["test", "validation"] = "test"
 

@@ -1,7 +1,8 @@
 """Renders the results of runs for a terminal, a figure or a page. Reads results dicts; opens no run and no model."""
 
-from mllm_keeplora.report.comparison import finals, heat_maps, markdown, paired, render_comparison, summary
+from mllm_keeplora.report.comparison import finals, heat_maps, paired, render_comparison, summary
 from mllm_keeplora.report.diagnostics import UnitFacts
+from mllm_keeplora.report.export import Table, as_markdown, exported, run_tables
 from mllm_keeplora.report.figures import data_uri, domain_curves_figure, save_png, score_matrix_figure
 from mllm_keeplora.report.groups import Group, group_runs, split_of, trade_off_curves
 from mllm_keeplora.report.html import WrongAnswer, render_html
@@ -11,21 +12,24 @@ from mllm_keeplora.report.trade_off import trade_off_figure
 
 __all__ = [
     "Group",
+    "Table",
     "UnitFacts",
     "WrongAnswer",
+    "as_markdown",
     "compare_table",
     "data_uri",
     "domain_curves_figure",
+    "exported",
     "finals",
     "group_runs",
     "heat_maps",
     "inspection",
     "inspection_sections",
-    "markdown",
     "paired",
     "render_comparison",
     "render_html",
     "results_table",
+    "run_tables",
     "save_png",
     "score_matrix_figure",
     "split_of",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from mllm_keeplora.report.export import Table
 from mllm_keeplora.report.figures import score_matrix_figure
 from mllm_keeplora.report.groups import (
     REFERENCE,
@@ -20,14 +21,13 @@ from mllm_keeplora.report.groups import (
     spread_text,
     trade_off_curves,
 )
-from mllm_keeplora.report.html import document, pair, picture, section
+from mllm_keeplora.report.html import document, html_table, pair, picture, section
 from mllm_keeplora.report.tables import reference_rows
 from mllm_keeplora.report.trade_off import trade_off_figure
 from mllm_keeplora.report.view import METRICS, NOT_MEASURED, Metric, duration_text, score_text
 
 SHOWN = ("last", "average", "transfer", "bwt", "plasticity", "general_retention")
 COLUMNS = tuple(next(metric for metric in METRICS if metric.key == key) for key in SHOWN)
-Table = tuple[list[str], list[list[str]]]
 
 
 def summary(groups: Sequence[Group], settings: Mapping[str, str]) -> Table:
@@ -84,14 +84,6 @@ def paired(groups: Sequence[Group]) -> Table | None:
     return (["", "metric", "by seed", "better"], rows) if rows else None
 
 
-def markdown(table: Table) -> str:
-    """A table as Markdown."""
-    heads, rows = table
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    lines += [f"| {' | '.join(cell.replace('-', '−') if _is_number(cell) else cell for cell in row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
 def heat_maps(groups: Sequence[Group], dark: bool = False) -> bytes:
     """Mean score matrices of all groups that learnt one domain after another, side by side."""
     shown = [group for group in groups if group.strategy != UPPER] or list(groups)
@@ -123,14 +115,14 @@ def render_comparison(
         The text of the page.
     """
     parts = [f"<h1>{escape(title)}</h1>", _measured(groups, notes)]
-    parts.append(section("Comparison", _html_table(summary(groups, settings or {})) + _meanings() + _how_sure(groups)))
+    parts.append(section("Comparison", html_table(summary(groups, settings or {})) + _meanings() + _how_sure(groups)))
     differences = paired(groups)
     if differences is not None:
-        parts.append(section("Difference to sequential LoRA, seed by seed", _html_table(differences)))
+        parts.append(section("Difference to sequential LoRA, seed by seed", html_table(differences)))
     maps = [heat_maps(groups, dark) for dark in (False, True)]
     note = '<p class="note">Framed: the domain just learned. Hatched: not measured.</p>'
     parts.append(section("Mean score matrices", picture("Heat maps of the score matrices", *maps, wide=True) + note))
-    final = section("Final score by domain", _html_table(finals(groups)))
+    final = section("Final score by domain", html_table(finals(groups)))
     curves = trade_off_curves(tried)
     if any(len(points) > 1 for points in curves.values()):
         drawn = [trade_off_figure(curves, chosen, dark) for dark in (False, True)]
@@ -143,7 +135,7 @@ def render_comparison(
         parts.append(final)
     if tuning is not None:
         note = f'<p class="note">Last in percent on the {split_of(tried)} questions, by setting.</p>'
-        parts.append(section("Settings that were tried", _html_table(tuning) + note))
+        parts.append(section("Settings that were tried", html_table(tuning) + note))
     parts.append(_types(groups))
     return document(title, parts)
 
@@ -204,24 +196,8 @@ def _types(groups: Sequence[Group]) -> str:
             ]
             reference = blind.get(domain, {}).get(kind)
             rows.append([f"{domain}: {kind}", score_text(reference), *map(score_text, cells)])
-    table = _html_table((["", "blind", *(group.label for group in with_types)], rows))
+    table = html_table((["", "blind", *(group.label for group in with_types)], rows))
     return f"<details><summary>Final score by question type, means over seeds</summary>{table}</details>"
-
-
-def _html_table(table: Table) -> str:
-    heads, rows = table
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = "".join(
-        f"<tr><th>{escape(row[0])}</th>"
-        + "".join(f"<td>{escape(cell.replace('-', '−') if _is_number(cell) else cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _is_number(cell: str) -> bool:
-    return cell[:1] in "+-" and cell[1:2].isdigit()
 
 
 def _mean_text(group: Group, key: str, signed: bool = False) -> str:

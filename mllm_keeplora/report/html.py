@@ -5,6 +5,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from mllm_keeplora.report.css import CSS
+from mllm_keeplora.report.export import Table, errors_table, grading_table, minus
 from mllm_keeplora.report.figures import data_uri, domain_curves_figure, score_matrix_figure
 from mllm_keeplora.report.view import (
     METRICS,
@@ -37,6 +38,7 @@ def render_html(
     title: str | None = None,
     wrong_answers: Sequence[WrongAnswer | tuple[Any, ...]] = (),
     more: Sequence[str] = (),
+    published: Table | None = None,
 ) -> str:
     """Render the report of one run.
 
@@ -46,6 +48,7 @@ def render_html(
         title: heading of the page; None = the run's name, or its strategy.
         more: further sections, already HTML, after the results.
         wrong_answers: (domain, question, prediction, answer, PNG bytes or None) of samples to show.
+        published: table of what others report on the same benchmark.
 
     Returns:
         The text of the page.
@@ -59,6 +62,8 @@ def render_html(
         pair(section("Scores", _sheet_table(results, sheet)), _curves(results, sheet)),
         pair(_heat_map(results, sheet), _times(results)),
         *more,
+        _mistakes(results),
+        _published(results, published),
         _per_type(results),
         _samples([WrongAnswer(*sample) for sample in wrong_answers]),
         _config(results),
@@ -184,6 +189,29 @@ def _per_type(results: Results) -> str:
     return _details("Final score by question type", table) if rows else ""
 
 
+def _mistakes(results: Results) -> str:
+    """What went wrong in which form, and how each set was asked and graded."""
+    wrong, asked = errors_table(results), grading_table(results)
+    parts = []
+    if wrong[1]:
+        note = (
+            "Answers of the last stage that the scorer did not take in full. Off by one: both numbers whole. Format: "
+            "the answer stands in other words. Truncated: cut at the token limit. Strict: share of answers that are "
+            "the gold one word by word, a second opinion beside the official rule."
+        )
+        parts.append(section("Wrong answers by form", html_table(wrong) + f'<p class="note">{note}</p>'))
+    if asked[1]:
+        parts.append(_details("How each set was asked and graded", html_table(asked)))
+    return "\n".join(parts)
+
+
+def _published(results: Results, table: Table | None) -> str:
+    if table is None:
+        return ""
+    note = "Scores after the last domain, in percent; bases and settings of others may differ from this run's."
+    return section("Beside published results", html_table(table) + f'<p class="note">{note}</p>')
+
+
 def _samples(samples: Sequence[WrongAnswer]) -> str:
     cards = []
     for sample in samples:
@@ -214,6 +242,17 @@ def _environment(results: Results) -> str:
         for key, value in (results.get("environment") or {}).items()
     )
     return _details("Environment", f'<dl class="keys">{items}</dl>') if items else ""
+
+
+def html_table(table: Table) -> str:
+    """A table of heads and rows; the first cell of a row is its name."""
+    heads, rows = table
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    body = "".join(
+        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(minus(cell))}</td>' for cell in row[1:])}</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def pair(*sections: str) -> str:

@@ -1,0 +1,105 @@
+"""Tables as text for other programs: CSV, Markdown, LaTeX. A table is its heads and its rows of cells."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mllm_keeplora.report.view import METRICS, NOT_MEASURED, metric_text, score_sheet, score_text
+
+Table = tuple[list[str], list[list[str]]]
+LATEX_SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+                 "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+                 "±": r"$\pm$", "−": r"$-$", "–": "--"}  # fmt: skip
+
+
+def run_tables(results: Mapping[str, Any]) -> dict[str, Table]:
+    """The tables of one run by title: scores, metrics, forms of error, and how each set was asked and graded."""
+    sheet = score_sheet(results)
+    rows = [*sheet.references, *(row for row in sheet.stages if row.is_measured)]
+    tables = {"Scores": (["", *sheet.columns], [[row.label, *map(score_text, row.scores)] for row in rows])}
+    values = [[metric.label, metric_text(metric, results["metrics"].get(metric.key))] for metric in METRICS]
+    tables["Metrics"] = (["metric", "value"], values)
+    for title, table in (("Wrong answers", errors_table(results)), ("How it was asked", grading_table(results))):
+        if table[1]:
+            tables[title] = table
+    return tables
+
+
+def errors_table(results: Mapping[str, Any]) -> Table:
+    """Per set: how many answers were asked, how many went wrong in which form, and the strict second opinion."""
+    errors, counts = results.get("errors") or {}, results.get("questions") or {}
+    strict = results.get("strict") or {}
+    forms = [form for form in FORMS if any(form in found for found in errors.values())]
+    rows = [
+        [name, str(counts.get(name, NOT_MEASURED)), *(str(found.get(form, 0)) for form in forms),
+         score_text(strict.get(name))]
+        for name, found in errors.items()
+    ]  # fmt: skip
+    return ["", "questions", *(FORMS[form] for form in forms), "strict score"], rows
+
+
+FORMS = {"wrong": "wrong", "off_by_one": "off by one", "format": "format", "truncated": "truncated", "blank": "blank"}
+
+
+def grading_table(results: Mapping[str, Any]) -> Table:
+    """Per set: scorer, what is appended to the question, how pictures are put, answer length, batch and precision."""
+    grading = results.get("grading") or {}
+    heads = ["", "scorer", "appended to the question", "pictures", "new tokens", "batch", "precision"]
+    rows = []
+    for name, told in grading.items():
+        suffix = told.get("prompt_suffix") or ""
+        if isinstance(suffix, Mapping):
+            suffix = "; ".join(f"gold {golds}:{text}" for golds, text in suffix.items())
+        cells = [told.get(key) for key in ("image_mode", "max_new_tokens", "batch_size", "dtype")]
+        texts = (NOT_MEASURED if cell is None else str(cell) for cell in cells)
+        rows.append([name, told.get("scorer", NOT_MEASURED), suffix.strip() or NOT_MEASURED, *texts])
+    return heads, rows
+
+
+def as_csv(table: Table) -> str:
+    """Comma-separated values; minus signs plain, so that a spreadsheet reads numbers."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([cell.replace("−", "-") for cell in row] for row in [table[0], *table[1]])
+    return text.getvalue()
+
+
+def as_markdown(table: Table) -> str:
+    """A table as Markdown."""
+    heads, rows = table
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    lines += [f"| {' | '.join(minus(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def as_latex(table: Table) -> str:
+    """A `tabular` with rules of the package booktabs: text left, numbers right."""
+    heads, rows = table
+    columns = "l" + "r" * (len(heads) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(heads), r"\midrule"]
+    lines += [_latex_row([minus(cell) for cell in row]) for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
+
+
+def exported(tables: Mapping[str, Table]) -> dict[str, str]:
+    """File name -> content: every table in every format."""
+    return {
+        f"{title.lower().replace(' ', '_')}.{suffix}": write(table)
+        for title, table in tables.items()
+        for suffix, write in FORMATS.items()
+    }
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join("".join(LATEX_SPECIAL.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
+
+
+def minus(cell: str) -> str:
+    """True minus signs in a cell of numbers."""
+    return cell.replace("-", "−") if cell[:1] in "+-" and cell[1:2].isdigit() else cell
