@@ -43,12 +43,15 @@ def check_run(config: RunConfig, look_inside: bool = True) -> Checked:
         UserError: one sentence a fault, all of them in one error.
     """
     faults: list[str] = []
+    uncounted = 0
 
     def collect(work: Callable[[], Any]) -> Any:
+        nonlocal uncounted
         try:
             return work()
         except UserError as error:
-            faults.extend(_sentences(error))
+            faults.extend(error.sentences)
+            uncounted += error.more
             return None
 
     strategy = collect(lambda: build_strategy(config.strategy, origin=f"run {config.name}"))
@@ -79,7 +82,7 @@ def check_run(config: RunConfig, look_inside: bool = True) -> Checked:
     if strategy is not None and strategy.stream == "none":
         faults.append(f"strategy {config.strategy.name} trains nothing")
     if faults:
-        raise several(faults)
+        raise several(faults, more=uncounted)
     return Checked(strategy, benchmark, location, base_fingerprint, counts)
 
 
@@ -133,12 +136,6 @@ def _read_all(benchmark: Benchmark, counts: dict[str, dict[str, int]], collect: 
         counts[name] = {"test": len(test)}
         together.append(test)
     return together
-
-
-def _sentences(error: UserError) -> list[str]:
-    """The single faults of an error made by `several`."""
-    lines = str(error).splitlines()
-    return [line.removeprefix("  - ") for line in lines[1:]] if len(lines) > 1 else lines
 
 
 def _drawing() -> Callable[[int, int], None]:

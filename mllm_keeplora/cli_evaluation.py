@@ -34,7 +34,7 @@ def evaluate(
 
     is_run = (Path(target) / "run.json").is_file()
     if benchmark is None and not is_run:
-        raise UserError(f"{target} is no run directory; to ask a model or an adapter, name a --benchmark")
+        raise UserError(f"{target} is not a run directory; to ask a model or an adapter, name a --benchmark")
     of_others = {"--benchmark": benchmark, "--base": base, "--data-root": data_root, "--output": output}
     of_runs = {"--after": after, "--suite": suite}
     misplaced = [name for name, value in (of_others if is_run else of_runs).items() if value is not None]

@@ -2,7 +2,20 @@
 
 
 class UserError(ValueError):
-    """Something given from outside is wrong; the message names the thing, the value, what is allowed and its origin."""
+    """Something given from outside is wrong; the message names the thing, the value, what is allowed and its origin.
+
+    Attributes:
+        faults: the single sentences, where the error tells of several.
+        more: how many faults there are beyond those.
+    """
+
+    faults: tuple[str, ...] = ()
+    more: int = 0
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """One sentence for each fault that is spelled out."""
+        return self.faults or (str(self),)
 
 
 def several(faults: list[str], shown: int = 20, more: int = 0) -> UserError:
@@ -17,7 +30,9 @@ def several(faults: list[str], shown: int = 20, more: int = 0) -> UserError:
     if total == 1:
         return UserError(faults[0])
     rest = [f"... and {total - shown} more"] if total > shown else []
-    return UserError("\n".join([f"{total} faults:", *(f"  - {fault}" for fault in faults[:shown] + rest)]))
+    error = UserError("\n".join([f"{total} faults:", *(f"  - {fault}" for fault in faults[:shown] + rest)]))
+    error.faults, error.more = tuple(faults), more
+    return error
 
 
 def known(names) -> str:

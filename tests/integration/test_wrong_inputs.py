@@ -99,8 +99,9 @@ RECORDS = {
     "two turns of one role": ("train", _says(1, "from", "human"), ["alternate human, gpt", "['user', 'user']"]),
     "unknown role": ("train", _says(1, "from", "bot"), ["human|gpt", "'bot'"]),
     "empty answer": ("train", _says(1, "value", " "), ["a gpt turn is empty"]),
-    "no conversations": ("train", lambda row: row.pop("conversations"), ["conversations must be a list", "None"]),
+    "no conversations": ("train", lambda row: row.pop("conversations"), ["unknown shape", "keys are"]),
     "no answer": ("test", lambda row: row.pop("answer"), ["answer must be a str", "None"]),
+    "loss switched off": ("train", _says(1, "loss", False), ["no token is trained"]),
     "no question_id": ("test", lambda row: row.pop("question_id"), ["question_id is missing"]),
     "duplicate question_id": ("test", lambda row: row.update(question_id="test1"), ["'test1' occurs twice"]),
 }
@@ -117,8 +118,8 @@ def test_a_wrong_record_is_refused_with_its_place(name, desk, command):
 
 FILES = {
     "empty data": ("[]", ["is empty"]),
-    "no array": ('{"a": 1}', ["must hold one JSON array", "dict"]),
-    "broken JSON": ('[{"id": ', ["is not readable JSON"]),
+    "another shape": ('{"a": 1}', ["record 0", "unknown shape", "keys are ['a']"]),
+    "broken JSON": ('[{"id": ', ["neither one JSON array nor one JSON object a line"]),
     "records that are no objects": ("[1]", ["record 0", "must be a JSON object", "int"]),
 }
 
@@ -129,6 +130,27 @@ def test_a_wrong_data_file_is_refused(name, desk, command):
     (desk.data / "Beta" / "train.json").write_text(text)
     assert_refused(command("run", desk.write()), "Beta/train.json", *parts)
     assert not desk.output.exists()
+
+
+def test_a_record_that_is_longer_than_the_limit_is_refused_with_its_length(desk, command):
+    desk.change("train", lambda row: row["conversations"][0].update(value="<image>\n" + "what colour ? " * 20))
+    said = command("run", desk.write(), "train.max_length=60")
+    assert_refused(said, "Alpha/train.json record 0", "tokens, train.max_length allows 60", "image or answer tokens")
+    assert command("check", desk.write(), "train.max_length=128").code == 0
+
+
+def test_gold_answers_that_the_scorer_cannot_grade_by_are_refused(desk, command):
+    said = command("run", desk.write(), "benchmark.defaults.scorer=coin_grounding")
+    assert_refused(said, "Alpha/test.json record 0", "record 7", "box")
+
+
+def test_many_faults_are_counted_and_twenty_shown(desk, command):
+    path = desk.data / "Alpha" / "train.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([{**row, "image": 3} for row in rows * 3]))
+    said = command("check", desk.write())
+    assert_refused(said, f"{3 * len(rows)} faults", "Alpha/train.json record 19", f"and {3 * len(rows) - 20} more")
+    assert "record 20:" not in said.err
 
 
 def test_a_truncated_image_is_refused_with_the_record_that_names_it(desk, command):
