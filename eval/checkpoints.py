@@ -17,7 +17,7 @@ from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.results import environment
 from mllm_keeplora.eval.rows import evaluate_named, stored_rows
 from mllm_keeplora.models import Base, load_base
-from mllm_keeplora.runs import DomainDir
+from mllm_keeplora.runs import DomainDir, RunDir
 
 ADAPTER = "adapter_config.json"
 
@@ -41,6 +41,11 @@ class Checkpoint:
             if base is not None:
                 raise UserError(f"--base is for adapters; {target} has no {ADAPTER}")
             return cls(str(target))
+        if (folder.parent / "manifest.json").is_file():
+            raise UserError(
+                f"{folder} is one domain's part of a run, without the domains before it; "
+                f"use: mllm-keeplora eval {folder.parent.parent.parent} --after N"
+            )
         own = files.read_json(folder / ADAPTER).get("base_model_name_or_path")
         if not (base or own):
             raise UserError(f"{folder / ADAPTER} names no base model; say which with --base")
@@ -62,6 +67,7 @@ class Checkpoint:
         except (ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"adapter {self.adapter} does not fit {self.base}: {reason}") from None
+        _refuse_unfilled(model, self.adapter, self.base)
         return base, model.eval()
 
 
@@ -92,18 +98,59 @@ def evaluate_checkpoint(
     names = _chosen(loaded, domains)
     folder, scores = DomainDir(output), {}
     base, model = checkpoint.load(config)
-    told: dict[str, Any] = {"base": checkpoint.base, "adapter": str(checkpoint.adapter) if checkpoint.adapter else None}
-    told |= {"fingerprint": base.fingerprint, "benchmark": loaded.name, "environment": environment(), "sets": {}}
-    asked_of = f"{base.fingerprint} {digest(checkpoint.adapter) if checkpoint.adapter else ''}"
-    for name in names:
-        facts = evaluate_named(base, model, loaded, name, config, folder, asked_of=asked_of, keep_journal=True)
-        scores[name] = facts["score"]
-        rows = stored_rows(folder, name) or []
-        told["sets"][name] = {**facts, "strict": strict_percent(rows), "errors": errors_of(rows)}
-    if distributed.is_main():
-        files.write_json(output / "scores.json", told)
-    forget_journals(output / "predictions")
+    adapter_digest = digest(checkpoint.adapter) if checkpoint.adapter else None
+    told: dict[str, Any] = {
+        "base": checkpoint.base,
+        "adapter": str(checkpoint.adapter) if checkpoint.adapter else None,
+        "fingerprint": base.fingerprint,
+        "adapter_digest": adapter_digest,
+        "benchmark": loaded.name,
+        "environment": environment(),
+    }
+    with RunDir(output).locked():
+        told["sets"] = _same_model(output, told)
+        for name in names:
+            asked_of = f"{base.fingerprint} {adapter_digest}"
+            facts = evaluate_named(base, model, loaded, name, config, folder, asked_of=asked_of, keep_journal=True)
+            scores[name] = facts["score"]
+            rows = stored_rows(folder, name) or []
+            told["sets"][name] = {**facts, "strict": strict_percent(rows), "errors": errors_of(rows)}
+        if distributed.is_main():
+            files.write_json(output / "scores.json", told)
+        forget_journals(folder, names)
     return scores
+
+
+def _refuse_unfilled(model: Any, adapter: Path, base: str) -> None:
+    """peft only warns where an adapter's file has other tensors than its branches; an empty branch must not pass."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
+        given = set(stored.keys())
+    wanted = set(get_peft_model_state_dict(model))
+    if given != wanted:
+        odd = sorted(given ^ wanted)[0]
+        raise UserError(
+            f"adapter {adapter} does not fit {base}: {len(given - wanted)} of its {len(given)} tensors have no place "
+            f"there and {len(wanted - given)} places stay empty, e.g. {odd}"
+        )
+
+
+def _same_model(output: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """Scores of other sets that the folder holds already, of the very same model.
+
+    Raises:
+        UserError: they are another model's.
+    """
+    path = output / "scores.json"
+    if not path.is_file():
+        return {}
+    before = files.read_json(path)
+    keys = ("base", "adapter", "fingerprint", "adapter_digest", "benchmark")
+    if any(before.get(key) != told[key] for key in keys):
+        raise UserError(f"{output} holds the answers of another model or benchmark; choose another --output")
+    return before["sets"]
 
 
 def _config(checkpoint: Checkpoint, benchmark: str, output: Path, overrides: Sequence[str]) -> RunConfig:

@@ -12,6 +12,8 @@ from mllm_keeplora import files
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, grade, mistake, score
 
+HOW = ("batch_size", "max_new_tokens", "dtype")  # how answers came about; grading them again does not change it
+
 
 @dataclass(frozen=True)
 class Graded:
@@ -53,30 +55,34 @@ def rows_of(
     return rows
 
 
-def write_graded(predictions: Path, rows: Sequence[Mapping[str, Any]], part: TestSet, graded: Graded) -> None:
-    """Write a predictions file; where the whole set is graded at once, its figures beside it."""
+def write_graded(
+    predictions: Path, rows: Sequence[Mapping[str, Any]], part: TestSet, graded: Graded, how: Mapping[str, Any]
+) -> None:
+    """Write a predictions file and, beside it, the set's figures and how it was asked (batch, answer length, dtype)."""
     files.write_json_lines(predictions, rows)
-    if part.scorer in SET_SCORERS:
-        figures = {"scorer": part.scorer, "percent": graded.percent, "parts": dict(graded.parts)}
-        files.write_json(figures_file(predictions), figures)
+    rules = {"scorer": part.scorer, "prompt_suffix": part.prompt_suffix, "image_mode": part.image_mode}
+    figures = {"percent": graded.percent, "parts": dict(graded.parts), **rules, **how}
+    files.write_json(figures_file(predictions), figures)
 
 
-def stored_figures(predictions: Path, part: TestSet) -> tuple[float | None, dict[str, float]]:
-    """A set's score in percent from its predictions file, and what it is the mean of where the rule has parts.
+def stored_figures(predictions: Path) -> dict[str, Any]:
+    """What `write_graded` left beside a predictions file; empty where nothing is there."""
+    path = figures_file(predictions)
+    return files.read_json(path) if path.is_file() else {}
 
-    None where no answers are stored, or where they are not graded.
-    """
+
+def stored_percent(predictions: Path, part: TestSet) -> float | None:
+    """A set's score in percent from its predictions file; None where there is none, or where it is not graded."""
     if not predictions.is_file():
-        return None, {}
-    if part.scorer in SET_SCORERS and figures_file(predictions).is_file():
-        figures = files.read_json(figures_file(predictions))
-        return figures["percent"], figures["parts"]
+        return None
+    if part.scorer in SET_SCORERS:
+        return stored_figures(predictions).get("percent")
     scores = [row["score"] for row in files.read_json_lines(predictions)]
-    return (None if not scores or None in scores else 100.0 * sum(scores) / len(scores)), {}
+    return None if not scores or None in scores else 100.0 * sum(scores) / len(scores)
 
 
 def figures_file(predictions: Path) -> Path:
-    """Where the figures of a set lie that is graded at once."""
+    """Where a set's figures lie."""
     return predictions.with_name(f"{predictions.stem}.figures.json")
 
 
@@ -120,9 +126,11 @@ def regrade(predictions: Path, part: TestSet, records: Sequence[Record]) -> floa
         ValueError: the stored answers are to other questions.
     """
     rows = files.read_json_lines(predictions)
-    if [row["id"] for row in rows] != [record.id for record in records]:
+    asked = [(record.id, record.question) for record in records]
+    if [(row["id"], row["question"]) for row in rows] != asked:
         raise ValueError(f"{predictions} answers other questions than the set has now")
     graded = grade_set(part, records, [row["prediction"] for row in rows])
     told = rows_of(records, [row["prediction"] for row in rows], graded.scores, [row.get("cut", False) for row in rows])
-    write_graded(predictions, told, part, graded)
+    how = {key: value for key, value in stored_figures(predictions).items() if key in HOW}
+    write_graded(predictions, told, part, graded, how)
     return graded.percent

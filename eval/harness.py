@@ -6,6 +6,7 @@ interrupted evaluation asks nothing twice and ends with the same file: re-batchi
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,19 +16,11 @@ from typing import Any
 
 from mllm_keeplora import distributed, files
 from mllm_keeplora.data import Record, TestSet
-from mllm_keeplora.data.collate import batches
 from mllm_keeplora.data.images import images_of
 from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
 from mllm_keeplora.models import Base
 from mllm_keeplora.progress import progress_bar
-
-
-@dataclass(frozen=True)
-class Question:
-    """One test record with its place in the file."""
-
-    index: int
-    record: Record
+from mllm_keeplora.runs import DomainDir
 
 
 @dataclass(frozen=True)
@@ -69,15 +62,15 @@ def evaluate_set(
     """
     plan = _plan(base, records, batch_size)
     tokens = max_new_tokens or part.max_new_tokens
-    identity = _identity(records, part, batch_size, tokens, asked_of)
+    identity = _identity(base, records, part, batch_size, tokens, asked_of)
     journal = Journal(predictions.with_name(f"{predictions.name}.rank{distributed.rank()}.part"), identity)
     own = range(distributed.rank(), len(plan), distributed.world_size())
     with progress_bar(title, sum(len(plan[number]) for number in own)) as advance:
         for number in own:
             if number not in journal.answers:
-                batch = [question.record for question in plan[number]]
+                batch = [records[index] for index in plan[number]]
                 answers = generate(base, model, batch, [part.suffix_for(record) for record in batch], tokens)
-                journal.add(number, {q.index: answer for q, answer in zip(plan[number], answers, strict=True)})
+                journal.add(number, dict(zip(plan[number], answers, strict=True)))
             advance(len(plan[number]))
     answered = {index: answer for share in distributed.gather(journal.by_index()) for index, answer in share.items()}
     texts = [answered[index].text for index in range(len(records))]
@@ -86,18 +79,22 @@ def evaluate_set(
     if distributed.is_main():
         if graded.percent is None:
             files.write_json_lines(submission_file(predictions), submission_rows(records, texts, part))
-        write_graded(predictions, rows, part, graded)
+        dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+        how = {"batch_size": batch_size, "max_new_tokens": tokens, "dtype": dtype}
+        write_graded(predictions, rows, part, graded, how)
     distributed.barrier()
     if not keep_journal:
         journal.remove()
     return graded.percent
 
 
-def forget_journals(folder: Path) -> None:
-    """Remove the journals of this process: every set that was to be asked is answered and graded."""
+def forget_journals(folder: DomainDir, names: Sequence[str]) -> None:
+    """Remove the journals of sets that are answered and graded, also those of processes that no longer take part."""
     distributed.barrier()
-    for path in folder.glob(f"*.rank{distributed.rank()}.part"):
-        path.unlink()
+    if distributed.is_main():
+        for name in names:
+            for path in folder.predictions(name).parent.glob(f"{glob.escape(name)}.jsonl.rank*.part"):
+                path.unlink()
 
 
 def generate(
@@ -152,19 +149,28 @@ class Journal:
         self.path.unlink()
 
     def _line(self, number: int) -> str:
-        return json.dumps({"batch": number, "answers": self.answers[number]}, ensure_ascii=False)
+        return json.dumps({"batch": number, "answers": self.answers[number]})  # ASCII: a cut line can still be read
 
 
-def _plan(base: Base, records: Sequence[Record], batch_size: int) -> list[list[Question]]:
-    questions = [Question(index, record) for index, record in enumerate(records)]
-    questions.sort(key=lambda question: (base.prompt.length(question.record), question.index))
-    return [list(batch) for batch in batches(questions, batch_size)]
+def _plan(base: Base, records: Sequence[Record], batch_size: int) -> list[list[int]]:
+    """Places of the records in batches of questions of about the same length."""
+    lengths = [base.prompt.length(record) for record in records]
+    order = sorted(range(len(records)), key=lambda index: (lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _identity(records: Sequence[Record], part: TestSet, batch_size: int, max_new_tokens: int, asked_of: str) -> str:
-    asked = hashlib.sha256("\0".join(f"{r.id}\1{r.question}" for r in records).encode()).hexdigest()[:16]
-    how = [part.prompt_suffix, part.image_mode, batch_size, max_new_tokens, distributed.world_size(), asked_of]
-    return json.dumps([asked, *how])
+def _identity(
+    base: Base, records: Sequence[Record], part: TestSet, batch_size: int, max_new_tokens: int, asked_of: str
+) -> str:
+    """What makes answers the same: questions as they are put, pictures, batches, precision, device, and the model."""
+    asked = hashlib.sha256()
+    for record in records:
+        asked.update(f"{record.id}\0{record.turns}\0{part.suffix_for(record)}".encode())
+        for media in record.media:
+            asked.update(f"{media.path}\0{media.pad}".encode() + hashlib.sha1(media.data or b"").digest())
+    parameter = next(base.model.parameters())
+    how = [batch_size, max_new_tokens, str(parameter.dtype), parameter.device.type, distributed.world_size(), asked_of]
+    return json.dumps([asked.hexdigest()[:16], *how])
 
 
 def _to(value: Any, parameter: Any) -> Any:

@@ -15,10 +15,10 @@ from mllm_keeplora import files
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import PATHS, Benchmark
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
-from mllm_keeplora.eval.rows import blind_graded, by_type, sets_after, stored_percent, stored_rows
+from mllm_keeplora.eval.grading import errors_of, stored_figures, stored_percent, strict_percent
+from mllm_keeplora.eval.rows import blind_graded, by_type, sets_after, stored_rows
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
-from mllm_keeplora.runs import BASE_UNIT, RunDir
+from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir
 
 FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "torchvision")
@@ -104,14 +104,14 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
     suites = [each["name"] for each in run.record["suites"]]
     base_folder = run.folder(BASE_UNIT)
     matrix: list[list[float | None]] = [[None] * len(domains) for _ in domains]
-    general = {suite: [stored_percent(base_folder, suite, benchmark)] for suite in suites}
+    general = {suite: [_percent(base_folder, suite, benchmark)] for suite in suites}
     learnt = 0
     for unit in run.units:
         learnt += len(unit.domains)
-        matrix[learnt - 1] = [stored_percent(run.folder(unit), name, benchmark) for name in domains]
+        matrix[learnt - 1] = [_percent(run.folder(unit), name, benchmark) for name in domains]
         for suite in suites:
-            general[suite].append(stored_percent(run.folder(unit), suite, benchmark))
-    zero_shot = [stored_percent(base_folder, name, benchmark) for name in domains]
+            general[suite].append(_percent(run.folder(unit), suite, benchmark))
+    zero_shot = [_percent(base_folder, name, benchmark) for name in domains]
     metrics = dict(ScoreMatrix(matrix, zero_shot=zero_shot).metrics())
     metrics["general_retention"] = general_retention(general[suites[0]]) if suites else None
     record = run.record
@@ -186,15 +186,19 @@ def digest_of_data(parts: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
+def _percent(folder: DomainDir, name: str, benchmark: Benchmark) -> float | None:
+    return stored_percent(folder.predictions(name), benchmark.graded(name))
+
+
 def _grading(benchmark: Benchmark, run: RunDir, name: str) -> dict[str, Any]:
-    """How a set was asked last, and is graded."""
+    """How a set was asked after the last unit that it was asked after, and how it is graded."""
     part = benchmark.graded(name)
     told = {key: getattr(part, key) for key in ("scorer", "prompt_suffix", "image_mode", "max_new_tokens")}
-    entries = [entry for stage, entry in run.record["stages"].items() if stage.endswith(f"/evaluate/{name}")]
-    last = entries[-1] if entries else {}
-    asked = {key: last[key] for key in ("batch_size", "dtype") if key in last}
-    parts = stored_figures(run.folder(run.finished_units[-1]).predictions(name), part)[1] if run.finished_units else {}
-    return {**told, **asked, **({"parts": parts} if parts else {})}
+    for unit in [*reversed(run.finished_units), BASE_UNIT]:
+        figures = stored_figures(run.folder(unit).predictions(name))
+        if figures:
+            return {**told, **{key: value for key, value in figures.items() if key != "percent" and value != {}}}
+    return told
 
 
 def _is_complete(run: RunDir, benchmark: Benchmark, config: RunConfig) -> bool:

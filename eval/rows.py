@@ -9,7 +9,7 @@ from mllm_keeplora import files
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.collate import evenly_spaced
-from mllm_keeplora.eval.grading import grade_set, stored_figures
+from mllm_keeplora.eval.grading import grade_set
 from mllm_keeplora.eval.harness import evaluate_set
 from mllm_keeplora.metrics import UNGRADED, BlindAnswerer
 from mllm_keeplora.models import Base
@@ -58,11 +58,6 @@ def stored_rows(folder: DomainDir, name: str) -> list[dict[str, Any]] | None:
     """Rows of stored predictions; None where none were made."""
     path = folder.predictions(name)
     return files.read_json_lines(path) if path.is_file() else None
-
-
-def stored_percent(folder: DomainDir, name: str, benchmark: Benchmark) -> float | None:
-    """Score in percent of stored predictions; None where none were made, or where they cannot be graded."""
-    return stored_figures(folder.predictions(name), benchmark.graded(name))[0]
 
 
 def blind_graded(benchmark: Benchmark, name: str, config: RunConfig) -> tuple[dict[str, float], float | None]:

@@ -14,11 +14,11 @@ from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
 from mllm_keeplora.errors import UserError, known
-from mllm_keeplora.eval.grading import regrade
+from mllm_keeplora.eval.grading import regrade, stored_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
-from mllm_keeplora.eval.rows import asked_records, evaluate_named, stored_percent
+from mllm_keeplora.eval.rows import asked_records, evaluate_named
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 
@@ -106,7 +106,8 @@ def evaluate(
         run: a run directory, or an opened one.
         after: number of learnt units; None for all, 0 for the base model.
         domains: names of domains or suites of the run; None for all of them.
-        suite: a suite's name, or a JSON file of test records, graded by the `exact` scorer.
+        suite: a suite's name, or a file of test records, which is graded by the `exact` scorer and asked with the
+            run's picture mode and longest answers.
         batch_size: questions per forward; None as in the run.
 
     Returns:
@@ -128,7 +129,7 @@ def evaluate(
             model = saved.restore(after) if model is None else model
             facts = evaluate_named(saved.base, model, benchmark, name, config, saved.folder(after), keep_journal=True)
             scores[name] = facts["score"]
-        forget_journals(saved.folder(after).path / "predictions")
+        forget_journals(saved.folder(after), names)
     return scores
 
 
@@ -147,7 +148,7 @@ def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, fl
         for unit in [BASE_UNIT, *saved.run.finished_units]:
             folder = saved.run.folder(unit)
             for name in [*benchmark.domains, *benchmark.suites]:
-                before = stored_percent(folder, name, benchmark)
+                before = stored_percent(folder.predictions(name), benchmark.graded(name))
                 if not folder.predictions(name).is_file():
                     continue
                 records = asked_records(benchmark, name, saved.config)
@@ -161,13 +162,20 @@ def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, fl
 
 def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | None) -> tuple[Benchmark, list[str]]:
     benchmark = saved.benchmark
-    if suite is not None and Path(suite).suffix == ".json":
+    if suite is not None and Path(suite).suffix in (".json", ".jsonl", ".parquet"):
         name = Path(suite).stem
         if not Path(suite).is_file():
             raise UserError(f"--suite: {suite} does not exist")
+        if domains is not None:
+            raise UserError("--suite FILE asks that file alone; leave out --domains, or name a suite of the run")
         if name in {*benchmark.domains, *benchmark.suites}:
             raise UserError(f"--suite: {suite} would replace the run's own {name!r}; give the file another name")
-        part = TestSet(test=str(Path(suite).resolve()))
+        parts = benchmark.domains.values()
+        part = TestSet(
+            test=str(Path(suite).resolve()),
+            image_mode=next(iter(parts)).image_mode,
+            max_new_tokens=max(part.max_new_tokens for part in parts),
+        )
         return benchmark.model_copy(update={"suites": {name: part}}), [name]
     allowed = [*benchmark.domains, *benchmark.suites]
     chosen = list(domains) if domains is not None else allowed

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.data import Benchmark, Record, load_benchmark
+from mllm_keeplora.data import Benchmark, Record, TestSet, load_benchmark
 from mllm_keeplora.data.images import unreadable_images
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.log import log
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
-from mllm_keeplora.models.base import fingerprint, resolve
+from mllm_keeplora.models.base import fingerprint, prompt_style, resolve
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.record_check import load_prompt, token_faults
 from mllm_keeplora.strategies import Strategy, build_strategy
@@ -32,12 +32,13 @@ class Checked:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def check_run(config: RunConfig, look_inside: bool = True) -> Checked:
+def check_run(config: RunConfig, look_inside: bool = True, seen: Collection[str] = ()) -> Checked:
     """Resolve a run and look for every fault it could fail of later.
 
     Args:
         config: a loaded config.
         look_inside: decode every image and tokenise every training record once, not only read the data files.
+        seen: domains, suites and anchor sets that a started run has looked into already.
 
     Raises:
         UserError: one sentence a fault, all of them in one error.
@@ -69,16 +70,13 @@ def check_run(config: RunConfig, look_inside: bool = True) -> Checked:
     benchmark = collect(lambda: load_benchmark(config, _drawing()))
     counts: dict[str, dict[str, int]] = {}
     if benchmark is not None:
-        parts = _read_all(benchmark, counts, collect)
+        trained, graded = _read_all(benchmark, counts, collect)
         for name in strategy.options.record_sets if strategy is not None else ():
-            parts.append(collect(lambda name=name: benchmark.anchor_records(name)) or [])
+            records = collect(lambda name=name: benchmark.anchor_records(name)) or ()
+            trained[f"anchors of {name}"] = [record.first_exchange() for record in records]
         if look_inside:
-            with progress_bar("check images", sum(map(len, parts))) as advance:
-                faults += unreadable_images(chain.from_iterable(parts), advance)
-        for name in [*benchmark.domains, *benchmark.suites] if look_inside and not faults else ():
-            collect(lambda name=name: faults.extend(_gold_faults(benchmark, name)))
-        if look_inside and location is not None and not faults:
-            collect(lambda: faults.extend(_token_faults(config, benchmark, location)))
+            new = [{name: records for name, records in part.items() if name not in seen} for part in (trained, graded)]
+            _look_inside(config, benchmark, location, *new, faults, collect)
     if strategy is not None and strategy.stream == "none":
         faults.append(f"strategy {config.strategy.name} trains nothing")
     if faults:
@@ -86,12 +84,12 @@ def check_run(config: RunConfig, look_inside: bool = True) -> Checked:
     return Checked(strategy, benchmark, location, base_fingerprint, counts)
 
 
-def _gold_faults(benchmark: Benchmark, name: str) -> list[str]:
+def _gold_faults(part: TestSet, records: Sequence[Record]) -> list[str]:
     """Gold answers that the set's scorer cannot grade by: no option letter, no box, no ten human answers."""
-    part, faults = benchmark.graded(name), []
+    faults: list[str] = []
     if part.scorer in UNGRADED:
-        return []
-    for record in benchmark.test_records(name):
+        return faults
+    for record in records:
         gold = record.answer if isinstance(record.answer, str) else record.answer[0]
         try:
             score(part.scorer, prediction=gold, answer=record.answer, question=record.question)
@@ -102,15 +100,14 @@ def _gold_faults(benchmark: Benchmark, name: str) -> list[str]:
     return faults
 
 
-def _token_faults(config: RunConfig, benchmark: Benchmark, location: str) -> list[str]:
+def _token_faults(config: RunConfig, location: str, trained: dict[str, Sequence[Record]]) -> list[str]:
     """Training records that train nothing or are too long, of every domain, as its own settings have it."""
-    prompt = load_prompt(location)
+    prompt = load_prompt(location, prompt_style(config.base))
     if prompt is None:
         log.info("tokens are not checked: the processor of %s is not on this machine", location)
         return []
     faults: list[str] = []
-    for name in benchmark.domains:
-        records = benchmark.train_records(name)
+    for name, records in trained.items():
         with progress_bar(f"check tokens: {name}", len(records)) as advance:
             faults += token_faults(prompt, records, config.train_of(name).max_length, advance)
     return faults
@@ -121,21 +118,40 @@ def _training_settings(config: RunConfig) -> None:
     from mllm_keeplora.training.fit import training_arguments
 
     for settings in {repr(each): each for each in [config.train, *map(config.train_of, config.per_domain)]}.values():
-        training_arguments(settings, settings.epochs, Path(config.output_dir), 0, None, bf16=False)
+        training_arguments(settings, settings.epochs or 1.0, Path(config.output_dir), 0, None, bf16=False)
 
 
-def _read_all(benchmark: Benchmark, counts: dict[str, dict[str, int]], collect: Callable) -> list[Sequence[Record]]:
-    together: list[Sequence[Record]] = []
+def _read_all(
+    benchmark: Benchmark, counts: dict[str, dict[str, int]], collect: Callable
+) -> tuple[dict[str, Sequence[Record]], dict[str, Sequence[Record]]]:
+    """Records to be trained and to be graded, by domain or suite; what cannot be read is a fault and left out."""
+    trained, graded = {}, {}
     for name in benchmark.domains:
-        train = collect(lambda name=name: benchmark.train_records(name)) or []
-        test = collect(lambda name=name: benchmark.test_records(name)) or []
-        counts[name] = {"train": len(train), "test": len(test)}
-        together += [train, test]
-    for name in benchmark.suites:
-        test = collect(lambda name=name: benchmark.test_records(name)) or []
-        counts[name] = {"test": len(test)}
-        together.append(test)
-    return together
+        trained[name] = collect(lambda name=name: benchmark.train_records(name)) or ()
+        counts[name] = {"train": len(trained[name])}
+    for name in [*benchmark.domains, *benchmark.suites]:
+        graded[name] = collect(lambda name=name: benchmark.test_records(name)) or ()
+        counts.setdefault(name, {})["test"] = len(graded[name])
+    return trained, graded
+
+
+def _look_inside(
+    config: RunConfig,
+    benchmark: Benchmark,
+    location: str | None,
+    trained: dict[str, Sequence[Record]],
+    graded: dict[str, Sequence[Record]],
+    faults: list[str],
+    collect: Callable,
+) -> None:
+    """Decode every image, try every gold answer, tokenise every training record; add the faults."""
+    parts = [*trained.values(), *graded.values()]
+    with progress_bar("check images", sum(map(len, parts))) as advance:
+        faults += unreadable_images(chain.from_iterable(parts), advance)
+    for name, records in graded.items():
+        collect(lambda name=name, records=records: faults.extend(_gold_faults(benchmark.graded(name), records)))
+    if location is not None:
+        collect(lambda: faults.extend(_token_faults(config, location, trained)))
 
 
 def _drawing() -> Callable[[int, int], None]:

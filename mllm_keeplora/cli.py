@@ -192,7 +192,7 @@ def _show_record(config: RunConfig, which: str) -> None:
 
     from mllm_keeplora.data import load_benchmark
     from mllm_keeplora.errors import UserError, known
-    from mllm_keeplora.models.base import resolve
+    from mllm_keeplora.models.base import prompt_style, resolve
     from mllm_keeplora.record_check import as_seen, load_prompt
 
     benchmark = load_benchmark(config)
@@ -203,7 +203,7 @@ def _show_record(config: RunConfig, which: str) -> None:
     records = benchmark.train_records(domain)
     if int(number) >= len(records):
         raise UserError(f"--show {which}: {domain} has {len(records)} training records, numbered from 0")
-    prompt = load_prompt(resolve(config.base))
+    prompt = load_prompt(resolve(config.base), prompt_style(config.base))
     if prompt is None:
         raise UserError(f"--show needs the processor of {config.base.model}, which is not on this machine")
     Console().print(as_seen(prompt, records[int(number)]))

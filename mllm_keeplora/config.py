@@ -62,7 +62,7 @@ class TrainConfig(Section):
 
     lr: float = Field(2e-4, gt=0.0)
     lr_projector: float | None = Field(None, gt=0.0, description="only for adapters.projector=full; null = lr")
-    epochs: float = Field(1.0, gt=0.0)
+    epochs: float | None = Field(None, gt=0.0, description="null = as the benchmark publishes it, else 1")
     batch_size: int = Field(64, ge=1)
     micro_batch_size: int | None = runtime(None, ge=1)
     probe_batch_size: int = runtime(8, ge=1, description="records per forward of gradient and feature passes")

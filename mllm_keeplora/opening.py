@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from mllm_keeplora import distributed, files
 from mllm_keeplora.check import Checked
 from mllm_keeplora.config import RunConfig, flatten, result_defining
-from mllm_keeplora.data import PATHS, Benchmark, Domain, with_published_epochs
+from mllm_keeplora.data import PATHS, Benchmark, Domain, TestSet, with_published_epochs
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.log import log
@@ -147,10 +148,15 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked) -> None:
     _note_runtime_changes(run, config)
 
 
+ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers
+DOMAIN_DEFAULTS = {"train_images": None, "epochs": None}  # of keys that older runs do not record
+
+
 def _part_differences(old: dict[str, Any], new: dict[str, Any], origin: str) -> list[str]:
     """Where a recorded domain or suite differs from the config's; files may move, their content may not change."""
     name = old["name"]
     lines = []
+    old = {**old, "files": {**TestSet(test="").model_dump(), **DOMAIN_DEFAULTS, **old["files"]}}
     for key, prefix in (("files", f"{name}."), ("train", f"{name}.train.")):
         before, after = (flatten(_without_paths(each.get(key, {})), prefix) for each in (old, new))
         lines += differences(before, after, origin)
@@ -232,7 +238,8 @@ def _copy_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> Non
 
     def passed_over(folder: str, entries: list[str]) -> set[str]:
         unfinished = {entry for entry in entries if entry == "checkpoints" or entry.endswith((".part", ".tmp"))}
-        foreign = {entry for entry in entries if entry.endswith(".jsonl") and entry.removesuffix(".jsonl") not in names}
+        told = {entry: ANSWERS.fullmatch(entry) for entry in entries}
+        foreign = {entry for entry, match in told.items() if match and match["name"] not in names}
         return unfinished | foreign
 
     run.refuse_foreign_content()

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def load_prompt(location: str) -> ChatPrompt | None:
+def load_prompt(location: str, style: str) -> ChatPrompt | None:
     """The prompt of a base whose processor is on this machine; None where it would have to be downloaded."""
     from transformers import AutoProcessor
 
     try:
-        return ChatPrompt(AutoProcessor.from_pretrained(location, local_files_only=not Path(location).is_dir()))
+        processor = AutoProcessor.from_pretrained(location, local_files_only=not Path(location).is_dir())
     except (OSError, ValueError) as error:
         if not Path(location).is_dir():
             return None
         raise UserError(f"base {location}: its processor cannot be loaded: {str(error).splitlines()[0]}") from None
+    return ChatPrompt(processor, style)
 
 
 def token_faults(
@@ -45,6 +46,12 @@ def token_faults(
         try:
             if prompt.trained_tokens(record) == 0:
                 yield f"{record.origin}: no token of its answers carries loss; does the chat template fit the base?"
+            elif not prompt.ends_answers(record):
+                yield (
+                    f"{record.origin}: the base's chat template puts no end mark after an answer, so that nothing "
+                    "would teach it to stop; choose another base.prompt"
+                )
+                return  # the same for every record
             elif max_length is not None:
                 length = prompt.total_tokens(record, [image_size(media) for media in record.media])
                 if length > max_length:
@@ -53,7 +60,8 @@ def token_faults(
                         "image or answer tokens, so raise the limit or leave the record out"
                     )
         except UserError as error:
-            yield str(error)
+            if record.origin in str(error):  # a picture that cannot be read is told already
+                yield str(error)
         advance(1)
 
 

@@ -156,8 +156,9 @@ class RunDir:
 
     def refuse_foreign_content(self) -> None:
         """A new run's folder must be absent or empty, but for what a run killed at its very start left."""
-        ours = {".lock", "log.txt", "domains", "prepare", "run.json.tmp"}
-        if self.path.exists() and any(entry.name not in ours for entry in self.path.iterdir()):
+        ours = {".lock", "log.txt", "domains", "prepare"}
+        entries = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
+        if any(name not in ours and not (name.startswith("run.json.") and name.endswith(".tmp")) for name in entries):
             raise UserError(f"output folder {self.path} is not empty and holds no run; choose another `output`")
 
     def create(self, record: dict[str, Any]) -> None:

@@ -46,13 +46,22 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
     _limit_threads(config)
     deepspeed_file(config.deepspeed)  # refused here if it is not installed: the process group needs it
     with distributed.process_group(deepspeed=config.deepspeed is not None):
-        started = RunDir(config.output_dir).exists()
-        checked = distributed.main_first(lambda: check_run(config, look_inside=distributed.is_main() and not started))
+        seen = _looked_into(RunDir(config.output_dir))
+        checked = distributed.main_first(lambda: check_run(config, look_inside=distributed.is_main(), seen=seen))
         with RunDir(config.output_dir).locked():
             parent = Path(from_run) if from_run is not None else None
             run = distributed.main_first(lambda: open_run(config, checked, parent, after))
             start_logging(run.log)
             return _run_stages(with_published_epochs(config, checked.benchmark), run, checked)
+
+
+def _looked_into(run: RunDir) -> set[str]:
+    """Domains, suites and anchors of a run that was started before: its check looked into them then."""
+    if not run.exists():
+        return set()
+    record = run.load().record
+    anchors = (f"anchors of {name}" for name in record["config"].get("strategy.anchors") or ())
+    return {*(each["name"] for each in [*record["domains"], *record["suites"]]), *anchors}
 
 
 def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:

@@ -6,6 +6,7 @@ Nothing here knows one benchmark from another; `generator` names a drawer of dat
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,9 @@ from mllm_keeplora.errors import UserError, known, several
 from mllm_keeplora.metrics import SCORERS, UNGRADED
 
 DATA_ROOT = "MLLM_KEEPLORA_DATA"
+SHIPPED = "mini_dcl"  # one whose folder is that of all shipped ones
 OTHERS = "*"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
 PATHS = (
     "train",
     "validation",
@@ -176,6 +179,15 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
         faults += [
             f"eval.split is validation, but domain {name} names no validation file ({origin})" for name in without
         ]
+    if config.eval.split == "validation":
+        apart = [name for name in wanted if name in benchmark.domains and benchmark.domains[name].references]
+        faults += [
+            f"eval.split is validation, but domain {name} keeps its gold answers for the test set" for name in apart
+        ]
+    odd = [name for name in [*benchmark.domains, *benchmark.suites] if not NAME.fullmatch(name)]
+    faults += [
+        f"{name!r} cannot name a domain or suite: letters, digits, dots, - and _ only ({origin})" for name in odd
+    ]
     if not wanted:
         faults.append(f"domains is empty; {benchmark.name} has {known(benchmark.domains)}")
     if faults:
@@ -189,19 +201,23 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
         benchmark.root = _generate(benchmark.generator, origin, progress)
     elif config.data_root or os.environ.get(DATA_ROOT):
         benchmark.root = Path(config.data_root or os.environ[DATA_ROOT])
+    elif benchmark.root == find_config("benchmarks", SHIPPED).parent:
+        first = next(iter(benchmark.domains.values()))
+        raise UserError(
+            f"benchmark {benchmark.name} needs its data: data_root, or {DATA_ROOT}, must be the folder of {first.train}"
+        )
     return benchmark
 
 
 def with_published_epochs(config: RunConfig, benchmark: Benchmark) -> RunConfig:
-    """The config with a benchmark's epochs by domain, where neither `train` nor `per_domain` says how many."""
-    if "epochs" in config.train.model_fields_set:
-        return config
+    """The config with epochs for every domain: its own, else the run's, else as published, else one."""
     own = dict(config.per_domain)
     for name, domain in benchmark.domains.items():
         settings = own.get(name, DomainOverride())
-        if domain.epochs is not None and "epochs" not in settings.train:
+        if config.train.epochs is None and domain.epochs is not None and settings.train.get("epochs") is None:
             own[name] = DomainOverride(train={**settings.train, "epochs": domain.epochs})
-    return config.model_copy(update={"per_domain": own})
+    train = config.train.model_copy(update={"epochs": config.train.epochs or 1.0})
+    return config.model_copy(update={"train": train, "per_domain": own})
 
 
 def _wanted(config: RunConfig, benchmark: Benchmark, faults: list[str], origin: str) -> list[str]:
@@ -230,8 +246,28 @@ def _definition(config: RunConfig) -> tuple[Benchmark, str]:
         given = {
             name: {k: v for k, v in entry.items() if k != "name"} for name, entry in zip(names, given, strict=True)
         }
+    if "from" in given:
+        return _varied(given, f"benchmark of run {config.name}")
     values = given if "domains" in given else {"domains": given}
     return _parse(values, f"benchmark of run {config.name}", Path())
+
+
+def _varied(given: dict[str, Any], origin: str) -> tuple[Benchmark, str]:
+    """A benchmark by name with other defaults or other settings of single domains: `{from: ucit, defaults: {...}}`."""
+    changed = {key: value for key, value in given.items() if key != "from"}
+    if not set(changed) <= {"defaults", "domains"}:
+        raise UserError(
+            f"benchmark: beside `from` only defaults and domains may stand, got {sorted(changed)} ({origin})"
+        )
+    path = find_config("benchmarks", given["from"])
+    values = read_yaml(path)
+    defaults = changed.get("defaults") or {}
+    for name, own in (changed.get("domains") or {}).items():
+        if name not in values["domains"]:
+            raise UserError(f"benchmark.domains.{name}: {given['from']} has {known(values['domains'])} ({origin})")
+        values["domains"][name] = {**values["domains"][name], **own}
+    values["defaults"] = {**(values.get("defaults") or {}), **defaults}
+    return _parse(values, f"{origin}, from {given['from']}", path.parent)
 
 
 def _parse(values: dict[str, Any], origin: str, root: Path) -> tuple[Benchmark, str]:

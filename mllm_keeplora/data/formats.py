@@ -19,7 +19,7 @@ SHAPES = (
     "`conversations` (LLaVA, sharegpt)", "`messages` (ms-swift, Hugging Face)", "`instruction` + `output` (alpaca)",
     "`query` + `response` (ms-swift)", "`prompt` + `completion`", "`text` + `answer` (test record)",
 )  # fmt: skip
-OTHER_MEDIA = ("video", "videos", "audio", "audios")
+OTHER_MEDIA = ("video", "videos", "audio", "audios", "objects")
 
 
 class Fault(ValueError):
@@ -54,7 +54,7 @@ def train_draft(row: Any, layout: Layout = Layout()) -> Draft:
     """
     row = _canonical(_object(row), layout)
     turns, inside = _conversation(row)
-    images = (*inside, *_images(row))
+    images = _in_order(inside, _images(row))
     _refuse_other_media(row)
     talk = [turn for turn in turns if turn.role != "system"]
     roles = [turn.role for turn in talk]
@@ -140,7 +140,10 @@ def _retagged(turn: Any, tags: Mapping[str, str]) -> Any:
         return turn
     role = turn.get(tags.get("role_tag", "from"))
     names = {tags.get(f"{part}_tag", name): name for part, name in DEFAULT_TAGS.items()}
-    return {"from": names.get(role, role), "value": turn.get(tags.get("content_tag", "value"))}
+    return {
+        "from": names.get(role, role) if isinstance(role, str) else role,
+        "value": turn.get(tags.get("content_tag", "value")),
+    }
 
 
 DEFAULT_TAGS = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -199,19 +202,28 @@ def _turn(turn: Any, role_key: str, text_key: str, number: int, inside: list) ->
     if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
         allowed = "system|human|gpt" if role_key == "from" else "system|user|assistant"
         raise Fault(f"turn {number} must be {{{role_key}: {allowed}, {text_key}: text}}, got {turn!r}")
-    weights = (turn.get("loss"), turn.get("loss_scale"))
-    trained = not any(weight is not None and not weight for weight in weights)
+    weights = [weight for weight in (turn.get("loss"), turn.get("loss_scale")) if weight is not None]
+    if any(weight not in (0, 1) for weight in weights):
+        raise Fault(f"turn {number}: loss and loss_scale may be 0 or 1, got {weights[-1]!r}")
+    trained = all(weights)
     return Turn(ROLES[role], content, trained)
 
 
+def _in_order(inside: list, beside: list) -> tuple:
+    """Images in the order of their marks: those that stand in parts at their place, the others from the row's list."""
+    rest = iter(beside)
+    placed = [next(rest, None) if image is None else image for image in inside]
+    return (*(image for image in placed if image is not None), *rest)
+
+
 def _part(part: Any, number: int, inside: list) -> str:
-    """Text of one part of a turn; an image part is a mark, and its image goes to `inside` where it carries one."""
+    """Text of one part of a turn; an image part is a mark, and `inside` gets its image or None."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
     if kind == "image":
         own = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
-        inside += [] if own is None else [_image(own)]
+        inside.append(None if own is None else _image(own))
         return IMAGE_MARK
     if kind == "image_url":
         address = part.get("image_url")
@@ -230,15 +242,23 @@ def _images(row: dict) -> list:
 def _image(value: Any) -> str | tuple[str, bytes]:
     """A path, or an encoded picture with the name it has in its file."""
     if isinstance(value, dict) and value.get("bytes") is not None:
+        if not isinstance(value["bytes"], bytes | bytearray):
+            raise Fault(f"bytes of an image must be bytes, got {type(value['bytes']).__name__}")
         return value.get("path") or "", bytes(value["bytes"])
     if isinstance(value, dict):
         value = value.get("path") or value.get("url")
-    if not isinstance(value, str) or not value:
-        raise Fault(f"image must be a path or a list of paths, got {value!r}")
+    if (
+        not isinstance(value, str)
+        or not value
+        or "\0" in value
+        or (len(value) > 4096 and not value.startswith("data:"))
+    ):
+        told = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
+        raise Fault(f"image must be a path or a list of paths, got {told}")
     if value.startswith("data:"):
         try:
             return "", base64.b64decode(value.partition(",")[2], validate=True)
-        except binascii.Error:
+        except (binascii.Error, ValueError):
             raise Fault("an image is a data address that is not valid base64") from None
     if "://" in value and not value.startswith("file://"):
         raise Fault(f"image {value!r} is an address on the net; download it and name the file")
@@ -248,7 +268,7 @@ def _image(value: Any) -> str | tuple[str, bytes]:
 def _refuse_other_media(row: dict) -> None:
     for key in OTHER_MEDIA:
         if row.get(key):
-            raise Fault(f"{key} are not supported yet; allowed: images")
+            raise Fault(f"{key} is not supported yet; allowed: images")
 
 
 def _with_images_first(turns: list[Turn], moved: bool) -> tuple[Turn, ...]:
@@ -271,4 +291,5 @@ def _text(row: dict, key: str) -> str:
 
 
 def _identifier(row: dict) -> str:
-    return str(row.get("question_id", row.get("id", "")))
+    given = next((row[key] for key in ("question_id", "id") if row.get(key) is not None), "")
+    return str(given)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 
 from mllm_keeplora.data.schema import Media, Record
 from mllm_keeplora.errors import UserError
@@ -21,11 +23,13 @@ def read_image(media: Media):
     """
     from PIL import Image, UnidentifiedImageError
 
-    source = io.BytesIO(media.data) if media.data is not None else _checked_path(media)
     try:
+        source = io.BytesIO(media.data) if media.data is not None else _checked_path(media)
         with Image.open(source) as picture:
             return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {media.path} cannot be read: {error}") from None
 
 
@@ -56,11 +60,13 @@ def image_size(media: Media) -> tuple[int, int]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    source = io.BytesIO(media.data) if media.data is not None else _checked_path(media)
     try:
+        source = io.BytesIO(media.data) if media.data is not None else _checked_path(media)
         with Image.open(source) as picture:
             width, height = picture.size
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {media.path} cannot be read: {error}") from None
     return (max(width, height),) * 2 if media.pad else (width, height)
 
@@ -114,14 +120,13 @@ def _first_uses(
 
 
 def _checked_path(media: Media):
-    """The image's own path, which may not leave the data folder."""
-    path = media.path.resolve()
+    """The image's path, whose name may not lead out of the data folder; links inside it are followed."""
     name = media.path
     if media.folder is not None:
-        folder = media.folder.resolve()
         name = media.path.relative_to(media.folder) if media.path.is_relative_to(media.folder) else media.path
-        if not path.is_relative_to(folder):
+        inside = os.path.normpath(media.path)
+        if not Path(inside).is_relative_to(os.path.normpath(media.folder)):
             raise UserError(f"image {str(name)!r} leaves the data folder {media.folder}")
-    if not path.is_file():
-        raise UserError(f"image {str(name)!r} does not exist in {media.folder or path.parent}")
-    return path
+    if not media.path.is_file():
+        raise UserError(f"image {str(name)!r} does not exist in {media.folder or media.path.parent}")
+    return media.path

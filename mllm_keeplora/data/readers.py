@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -96,6 +97,7 @@ def _drafts(path: Path, layout: Layout, parse: Callable[[Any, Layout], Draft]) -
         count += 1
         try:
             draft = parse(row, layout)
+            draft = draft if draft.id else replace(draft, id=str(index))
             if parse is not train_draft and draft.id in seen:
                 raise Fault(f"question_id {draft.id!r} occurs twice")
             seen |= set() if parse is train_draft else {draft.id}
@@ -151,7 +153,7 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
 
 def _json_rows(path: Path) -> Iterator[Any]:
     try:
-        with open(path, encoding="utf-8") as handle:
+        with open(path, encoding="utf-8-sig") as handle:
             start = handle.read(1)
             while start.isspace():
                 start = handle.read(1)
@@ -159,9 +161,18 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 yield from _array_rows(handle)
             elif start:
                 handle.seek(0)
-                yield from (json.loads(line) for line in handle if line.strip())
+                for number, line in enumerate(handle, start=1):
+                    if line.strip():
+                        yield _line(line, number)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"data file {path} is neither one JSON array nor one JSON object a line: {error}") from None
+
+
+def _line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise json.JSONDecodeError(f"line {number}: {error.msg}", line, error.pos) from None
 
 
 def _array_rows(handle: TextIO) -> Iterator[Any]:
@@ -174,6 +185,9 @@ def _array_rows(handle: TextIO) -> Iterator[Any]:
     while True:
         text = text.lstrip()
         if text.startswith("]"):
+            rest = text[1:] + handle.read()
+            if rest.strip():
+                raise json.JSONDecodeError("something stands behind the end of the array", rest[:40], 0)
             return
         if text and not is_first and not text.startswith(","):
             raise json.JSONDecodeError("expected a comma between records", text[:40], 0)
@@ -195,17 +209,21 @@ def _array_rows(handle: TextIO) -> Iterator[Any]:
 
 def _layout(path: Path) -> Layout:
     """What a LLaMA-Factory `dataset_info.json` beside the file says about it."""
-    info = path.parent / INFO
-    if not info.is_file() or path.is_dir():
+    info = next((folder / INFO for folder in (path.parent, path.parent.parent) if (folder / INFO).is_file()), None)
+    if info is None or path.is_dir():
         return Layout()
     try:
         entries = json.loads(info.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{info} is not readable JSON: {error}") from None
     entries = entries.values() if isinstance(entries, dict) else []
-    entry = next((e for e in entries if isinstance(e, dict) and e.get("file_name") == path.name), None)
-    if entry is None:
+    named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
+    found = [entry for entry in named if (info.parent / entry["file_name"]).resolve() == path.resolve()]
+    if not found:
         return Layout()
+    entry = found[0]
+    if any(other != entry for other in found):
+        raise UserError(f"{info}: {len(found)} entries of different content name {path.name}; leave one")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt"):
         raise UserError(f"{info}: formatting of {path.name} must be alpaca or sharegpt, got {formatting!r}")

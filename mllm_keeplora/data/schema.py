@@ -66,7 +66,7 @@ class Record:
         stop = next(position for position, turn in enumerate(self.turns) if turn.role == "assistant") + 1
         marks = [sum(turn.text.count(IMAGE_MARK) for turn in turns) for turns in (self.turns[:stop], self.turns)]
         media = self.media[: marks[0]] if marks[1] else self.media
-        return replace(self, turns=self.turns[:stop], media=media)
+        return replace(self, turns=(*self.turns[: stop - 1], replace(self.turns[stop - 1], trained=True)), media=media)
 
 
 def without_marks(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.models.parts import Parts, name_parts
-from mllm_keeplora.models.prompt import ChatPrompt
+from mllm_keeplora.models.prompt import STYLES, ChatPrompt
 
 PACKAGE = "package:"
 EDGE = 1 << 20  # bytes read from either end of a weight file for the fingerprint
@@ -37,10 +37,9 @@ def resolve(config: BaseConfig) -> str:
         UserError: the name is neither shipped, a folder, nor of the form owner/name; a prompt style or a quantisation
             that this version does not know.
     """
-    location, prompt = config.model, "chat_template"
+    location = config.model
     if config.model in shipped("models"):
-        settings = read_yaml(find_config("models", config.model))
-        location, prompt = settings["path"], settings.get("prompt", prompt)
+        location = read_yaml(find_config("models", config.model))["path"]
     if location.startswith(PACKAGE):
         location = str(resources.files("mllm_keeplora") / location.removeprefix(PACKAGE))
     if not Path(location).is_dir() and (location.count("/") != 1 or location.startswith((".", "/"))):
@@ -48,9 +47,10 @@ def resolve(config: BaseConfig) -> str:
             f"base.model {config.model!r} is neither a shipped base ({known(shipped('models'))}), nor a folder, "
             "nor a hub id of the form owner/name"
         )
-    style = config.prompt if config.prompt != "auto" else prompt
-    if style != "chat_template":
-        raise UserError(f"base.prompt {style!r} is not known; allowed: auto, chat_template")
+    if prompt_style(config) not in {"chat_template", *STYLES}:
+        raise UserError(
+            f"base.prompt {prompt_style(config)!r} is not known; allowed: auto, chat_template, {known(STYLES)}"
+        )
     if config.quantization == "int8":
         raise UserError("base.quantization 'int8' is not supported yet; allowed: null, nf4")
     if config.quantization is not None and find_spec("bitsandbytes") is None:
@@ -58,6 +58,14 @@ def resolve(config: BaseConfig) -> str:
             f"base.quantization {config.quantization!r} needs bitsandbytes: pip install 'mllm-keeplora[quant]'"
         )
     return location
+
+
+def prompt_style(config: BaseConfig) -> str:
+    """How the base is prompted: as asked for, else as its YAML says, else by its own chat template."""
+    if config.prompt != "auto":
+        return config.prompt
+    settings = read_yaml(find_config("models", config.model)) if config.model in shipped("models") else {}
+    return settings.get("prompt", "chat_template")
 
 
 def load_base(config: BaseConfig, projector: str) -> Base:
@@ -96,7 +104,7 @@ def load_base(config: BaseConfig, projector: str) -> Base:
         name=config.model,
         model=model,
         processor=processor,
-        prompt=ChatPrompt(processor),
+        prompt=ChatPrompt(processor, prompt_style(config)),
         parts=name_parts(model, projector),
         fingerprint=fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(model, location),
     )

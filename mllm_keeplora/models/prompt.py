@@ -16,11 +16,34 @@ IGNORED = -100
 REMEMBERED = 1 << 15  # renderings; conversations of a domain share their first turns, and passes share conversations
 
 
-class ChatPrompt:
-    """Encodes records with a processor's own chat template."""
+# The published prompt of LLaVA-1.5 (conversation `vicuna_v1` of its code); its checkpoints' own template has no system
+# line and no end mark after an answer.
+VICUNA_V1 = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'][0]['text'] }}{% else %}"
+    "{{ 'A chat between a curious user and an artificial intelligence assistant. ' }}"
+    "{{ 'The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}{% endif %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ (' ' if loop.first else '') + ('USER: ' if message['role'] == 'user' else 'ASSISTANT: ') }}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ ' ' if message['role'] == 'user' else eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+STYLES = {"vicuna_v1": VICUNA_V1}
 
-    def __init__(self, processor: Any):
+
+class ChatPrompt:
+    """Encodes records with a processor's own chat template, or in a published style.
+
+    Args:
+        processor: of the base; its template is replaced where a style is named.
+        style: `chat_template`, or a key of `STYLES`.
+    """
+
+    def __init__(self, processor: Any, style: str = "chat_template"):
         self.processor = processor
+        if style in STYLES:
+            processor.chat_template = STYLES[style]
         self.tokenizer = processor.tokenizer
         self._widenings: dict[tuple[int, int], int] = {}
         if not getattr(processor, "chat_template", None):
@@ -48,7 +71,8 @@ class ChatPrompt:
         for row, (record, length) in enumerate(zip(records, lengths, strict=True)):
             if max_length is not None and length > max_length:
                 raise UserError(f"{record.origin}: {length} tokens, train.max_length allows {max_length}")
-            for start, stop in self._answer_spans(record, texts[row], length):
+            widened = self._widened(record, [picture.size for picture in images[row]], texts[row], length)
+            for start, stop in self._answer_spans(record, texts[row], widened):
                 labels[row, start:stop] = batch["input_ids"][row, start:stop]
         if bool((labels != IGNORED).any(dim=1).logical_not().any()):
             silent = [r.origin for r, row in zip(records, labels, strict=True) if bool((row == IGNORED).all())]
@@ -78,7 +102,13 @@ class ChatPrompt:
     def trained_tokens(self, record: Record) -> int:
         """How many tokens of a conversation carry loss."""
         text = self._render(record, len(record.turns))
-        return sum(stop - start for start, stop in self._answer_spans(record, text, len(self._ids(text))))
+        return sum(stop - start for start, stop in self._answer_spans(record, text, [0] * len(record.turns)))
+
+    def ends_answers(self, record: Record) -> bool:
+        """Whether an end mark is among the trained tokens of every answer; without one nothing teaches when to stop."""
+        text = self._render(record, len(record.turns))
+        ids, spans = self._ids(text), self._answer_spans(record, text, [0] * len(record.turns))
+        return all(self.tokenizer.eos_token_id in ids[start:stop] for start, stop in spans)
 
     def total_tokens(self, record: Record, sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens of a whole conversation with its images, of which only the sizes (width, height) are needed."""
@@ -95,10 +125,26 @@ class ChatPrompt:
             self._widenings[size] = batch["input_ids"].shape[1] - len(self._ids(text))
         return self._widenings[size]
 
-    def _answer_spans(self, record: Record, text: str, length: int) -> list[tuple[int, int]]:
-        """Token ranges of the assistant turns within the processed ids, where images take more tokens than in text."""
+    def _widened(self, record: Record, sizes: Sequence[tuple[int, int]], text: str, length: int) -> list[int]:
+        """Per turn: how many more tokens the images up to its end take in the processed ids than in the text.
+
+        Raises:
+            UserError: images stand in later turns, and what they take together is not what each takes alone.
+        """
+        total = length - len(self._ids(text))
+        if not any(IMAGE_MARK in turn.text for turn in record.turns):
+            return [total] * len(record.turns)  # all images come before the first question
+        each, widened, shown = [self._widening(size) for size in sizes], [], 0
+        for turn in record.turns:
+            shown += turn.text.count(IMAGE_MARK)
+            widened.append(sum(each[:shown]))
+        if widened[-1] != total:
+            raise UserError(f"{record.origin}: {len(each)} images take {total} tokens together, {widened[-1]} alone")
+        return widened
+
+    def _answer_spans(self, record: Record, text: str, widened: Sequence[int]) -> list[tuple[int, int]]:
+        """Token ranges of the trained answers; `widened[t]` tokens of images come before the end of turn t."""
         whole = self._ids(text)
-        widened = length - len(whole)
         spans = []
         for turn, each in enumerate(record.turns):
             if each.role != "assistant" or not each.trained:
@@ -107,7 +153,7 @@ class ChatPrompt:
             after = self._ids(self._render(record, turn + 1, generation=False))
             if whole[: len(before)] != before or whole[: len(after)] != after:
                 raise UserError(f"{record.origin}: the chat template is not the same for a prefix of the conversation")
-            spans.append((len(before) + widened, len(after) + widened))
+            spans.append((len(before) + widened[turn], len(after) + widened[turn]))
         return spans
 
     def _render(self, record: Record, turns: int, suffix: str = "", generation: bool | None = None) -> str:

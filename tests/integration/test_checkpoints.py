@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from mllm_keeplora import files, load_run
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval import harness
 from mllm_keeplora.eval.checkpoints import Checkpoint, evaluate_checkpoint
 
@@ -31,7 +33,8 @@ def test_a_base_a_merged_model_and_an_adapter_answer_as_the_run_did(two, world, 
     model, processor = run.load(after=1)
     model.save_pretrained(tmp_path / "merged")
     processor.save_pretrained(tmp_path / "merged")
-    adapter = two / "domains" / "01_Alpha" / "adapter"
+    adapter = tmp_path / "apart"
+    shutil.copytree(two / "domains" / "01_Alpha" / "adapter", adapter)
     for name, words, unit in (
         ("base", [world / "base"], "00_base"),
         ("merged", [tmp_path / "merged"], "01_Alpha"),
@@ -45,6 +48,27 @@ def test_a_base_a_merged_model_and_an_adapter_answer_as_the_run_did(two, world, 
             assert answers(out, domain) == [row["prediction"] for row in files.read_json_lines(stored)], (name, domain)
         told = json.loads((out / "scores.json").read_text("utf-8"))
         assert told["sets"]["Alpha"]["batch_size"] == 4 and not list(out.rglob("*.part"))
+
+
+def test_an_adapter_whose_tensors_have_other_names_is_refused(two, world, benchmark, tmp_path, command):
+    from safetensors.torch import load_file, save_file
+
+    adapter = tmp_path / "renamed"
+    shutil.copytree(two / "domains" / "01_Alpha" / "adapter", adapter)
+    path = adapter / "adapter_model.safetensors"
+    save_file({f"other.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    said = command("eval", adapter, "--base", world / "base", "--benchmark", benchmark, "--output", tmp_path / "out")
+    assert said.code == 2 and "places stay empty" in said.err
+
+
+def test_a_folder_keeps_the_sets_of_one_model_and_refuses_another(world, benchmark, tmp_path):
+    first, other = Checkpoint.named(world / "base"), Checkpoint.named(world / "other_base")
+    for domain in ("Alpha", "Beta"):
+        evaluate_checkpoint(first, str(benchmark), tmp_path / "out", [domain], ["eval.batch_size=8"])
+    told = json.loads((tmp_path / "out" / "scores.json").read_text("utf-8"))
+    assert set(told["sets"]) == {"Alpha", "Beta"}
+    with pytest.raises(UserError, match="answers of another model"):
+        evaluate_checkpoint(other, str(benchmark), tmp_path / "out", ["Alpha"], ["eval.batch_size=8"])
 
 
 def test_an_interrupted_evaluation_of_a_checkpoint_asks_nothing_twice(world, benchmark, tmp_path, monkeypatch):
@@ -80,6 +104,7 @@ def test_an_interrupted_evaluation_of_a_checkpoint_asks_nothing_twice(world, ben
         (["{base}", "--benchmark", "{benchmark}", "--base", "x"], "--base is for adapters"),
         (["{adapter}", "--benchmark", "{benchmark}"], "names no base model; say which with --base"),
         (["{adapter}", "--benchmark", "{benchmark}", "--base", "{other}"], "does not fit"),
+        (["{part}", "--benchmark", "{benchmark}", "--base", "{base}"], "one domain's part of a run"),
         (["{base}", "--benchmark", "{benchmark}", "--domains", "Delta"], "no domain or suite 'Delta'"),
         (["{base}", "--benchmark", "nowhere"], "nowhere"),
     ],
@@ -87,11 +112,12 @@ def test_an_interrupted_evaluation_of_a_checkpoint_asks_nothing_twice(world, ben
 def test_what_cannot_be_asked_is_refused(words, message, two, world, benchmark, tmp_path, command):
     from tests.support.tiny import write_tiny_llava
 
-    other = tmp_path / "wider"
+    other, adapter = tmp_path / "wider", tmp_path / "apart"
+    shutil.copytree(two / "domains" / "01_Alpha" / "adapter", adapter)
     if "{other}" in words:
         write_tiny_llava(other, hidden=64)
     places = {"base": world / "base", "two": two, "benchmark": benchmark, "other": other,
-              "adapter": two / "domains" / "01_Alpha" / "adapter"}  # fmt: skip
+              "adapter": adapter, "part": two / "domains" / "01_Alpha" / "adapter"}  # fmt: skip
     said = command("eval", *(word.format(**places) for word in words), "--output", tmp_path / "out")
     if "{two}" in words:
         said = command("eval", *(word.format(**places) for word in words))
@@ -99,8 +125,6 @@ def test_what_cannot_be_asked_is_refused(words, message, two, world, benchmark, 
 
 
 def test_stored_answers_are_graded_again_without_a_model(two, tmp_path, command, monkeypatch):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(two, run)
     path = run / "domains" / "02_Beta" / "predictions" / "Alpha.jsonl"

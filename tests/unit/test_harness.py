@@ -13,6 +13,7 @@ from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.readers import read_test
 from mllm_keeplora.eval import harness
 from mllm_keeplora.eval.harness import Answer, Journal, evaluate_set, forget_journals, generate
+from mllm_keeplora.runs import DomainDir
 
 QUESTIONS = ["where ?", "what colour is the square where it is ?", "is it red ?", "what is the colour of the square ?"]
 
@@ -77,7 +78,7 @@ def test_predictions_are_in_the_order_of_the_file_with_scores(base, records, tmp
     assert [list(row)[:5] for row in rows] == [["id", "question", "answer", "prediction", "score"]] * len(rows)
     assert {key for row in rows for key in list(row)[5:]} <= {"cut"}
     assert percent == pytest.approx(100 * sum(row["score"] for row in rows) / len(rows))
-    assert [each.name for each in tmp_path.iterdir()] == ["p.jsonl"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["p.figures.json", "p.jsonl"]
 
 
 def test_a_prompt_suffix_and_a_token_limit_reach_the_model(base, records, tmp_path):
@@ -162,7 +163,7 @@ def test_a_journal_keeps_whole_lines_and_drops_a_half_one(tmp_path):
     journal = Journal(tmp_path / "a.part", "[1]")
     journal.add(0, {0: Answer("one", False), 3: Answer("two\nlines", True)})
     journal.add(1, {1: Answer("é", False)})
-    text = (tmp_path / "a.part").read_text(encoding="utf-8")
+    text = (tmp_path / "a.part").read_bytes().decode("ascii")  # so that a line that is cut anywhere can be read
     for cut in range(0, len(text) + 1, 3):
         (tmp_path / "b.part").write_text(text[:cut], encoding="utf-8")
         again = Journal(tmp_path / "b.part", "[1]")
@@ -175,7 +176,8 @@ def test_a_journal_keeps_whole_lines_and_drops_a_half_one(tmp_path):
 
 
 def test_a_kept_journal_answers_a_second_time_and_another_model_is_asked_anew(base, records, tmp_path, monkeypatch):
-    path, asked = tmp_path / "p.jsonl", []
+    path, asked = tmp_path / "predictions" / "p.jsonl", []
+    path.parent.mkdir()
     keep = {"batch_size": 5, "keep_journal": True}
     evaluate_set(base, base.model, records, PART, path, "test", asked_of="one", **keep)
     first = path.read_bytes()
@@ -185,8 +187,10 @@ def test_a_kept_journal_answers_a_second_time_and_another_model_is_asked_anew(ba
     assert path.read_bytes() == first and not asked
     evaluate_set(base, base.model, records, PART, path, "test", asked_of="two", **keep)
     assert len(asked) == 3
-    forget_journals(tmp_path)
-    assert [each.name for each in tmp_path.iterdir()] == ["p.jsonl"]
+    (path.parent / "p.jsonl.rank7.part").write_text("of a process that no longer takes part")
+    (path.parent / "q.jsonl.rank0.part").write_text("of a set that is not done")
+    forget_journals(DomainDir(tmp_path), ["p"])
+    assert sorted(each.name for each in path.parent.iterdir()) == ["p.figures.json", "p.jsonl", "q.jsonl.rank0.part"]
 
 
 def test_a_journal_of_another_question_set_is_not_used(tmp_path):
@@ -195,13 +199,13 @@ def test_a_journal_of_another_question_set_is_not_used(tmp_path):
 
 
 def test_another_batch_size_starts_the_plan_afresh(base, records, tmp_path):
-    identities = {harness._identity(records, PART, size, 4, "") for size in (1, 2, 3)}
+    identities = {harness._identity(base, records, PART, size, 4, "") for size in (1, 2, 3)}
     assert len(identities) == 3
-    assert harness._identity(records[:-1], PART, 3, 4, "") not in identities
+    assert harness._identity(base, records[:-1], PART, 3, 4, "") not in identities
     plan = harness._plan(base, records, 5)
     assert [len(batch) for batch in plan] == [5, 5, 2]
-    assert sorted(question.index for batch in plan for question in batch) == list(range(12))
-    lengths = [base.prompt.length(question.record) for batch in plan for question in batch]
+    assert sorted(index for batch in plan for index in batch) == list(range(12))
+    lengths = [base.prompt.length(records[index]) for batch in plan for index in batch]
     assert lengths == sorted(lengths)
 
 

@@ -99,6 +99,13 @@ def test_images_inside_a_record_keep_their_bytes():
     assert image == ("", picture)
 
 
+def test_images_follow_the_order_of_their_marks_wherever_they_are_named():
+    parts = [{"type": "image"}, {"type": "text", "text": " and "}, {"type": "image", "image": "second.png"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}]
+    draft = train_draft({"messages": turns, "images": ["first.png"]})
+    assert draft.images == ("first.png", "second.png") and draft.turns[0].text == "<image> and <image>"
+
+
 @pytest.mark.parametrize(
     ("text", "images", "kept"),
     [
@@ -156,8 +163,19 @@ WRONG = {
         {"messages": [{"role": "user", "content": [{"type": "video"}]}, MARKED[1]]},
         "neither text nor image",
     ),
-    "a video": ({"messages": MARKED, "images": ["1"], "videos": ["v.mp4"]}, "videos are not supported yet"),
+    "a video": ({"messages": MARKED, "images": ["1"], "videos": ["v.mp4"]}, "videos is not supported yet"),
     "an address on the net": ({"messages": MARKED, "images": ["https://x/1.png"]}, "address on the net"),
+    "boxes of a grounding record": (
+        {"messages": MARKED, "images": ["1"], "objects": {"bbox": [[1, 2, 3, 4]]}},
+        "objects is",
+    ),
+    "a loss between 0 and 1": (
+        {"messages": [MARKED[0], {**MARKED[1], "loss_scale": 0.3}], "images": ["1"]},
+        "loss and loss_scale may be 0 or 1, got 0.3",
+    ),
+    "raw base64": ({"messages": MARKED, "images": ["iVBOR" * 2000]}, "image must be a path"),
+    "a null in a path": ({"messages": MARKED, "images": ["a\0.png"]}, "image must be a path"),
+    "bytes that are text": ({"messages": MARKED, "images": [{"bytes": "iVBOR"}]}, "must be bytes, got str"),
     "broken base64": ({"messages": MARKED, "images": ["data:image/png;base64,@@"]}, "not valid base64"),
     "history that is no pairs": ({"instruction": "a", "output": "b", "history": ["x"]}, "pairs of question and answer"),
     "text that is no text": ({"instruction": 3, "output": "b"}, "instruction must be text, got 3"),

@@ -134,6 +134,32 @@ def test_a_dataset_info_beside_the_file_names_its_columns(folder):
         read_train(folder / "d.json", folder)
 
 
+def test_a_dataset_info_one_folder_up_names_files_below_it_and_may_not_contradict_itself(folder):
+    entry = {"file_name": "sub/d.json", "columns": {"prompt": "q", "response": "a"}}
+    write(folder / "dataset_info.json", json.dumps({"mine": entry}))
+    (folder / "sub").mkdir()
+    path = write(folder / "sub" / "d.json", json.dumps([{"q": "What?", "a": "A cat."}]))
+    assert read_train(path, folder)[0].question_answers() == [("What?", "A cat.")]
+    other = {**entry, "columns": {"prompt": "a", "response": "q"}}
+    write(folder / "dataset_info.json", json.dumps({"mine": entry, "theirs": other}))
+    with pytest.raises(UserError, match="2 entries of different content name"):
+        read_train(path, folder)
+
+
+def test_a_file_in_ones_own_format_can_be_graded_by_its_record_numbers(folder):
+    rows = [{key: value for key, value in row.items() if key != "id"} for row in ROWS]
+    records = read_test(write(folder / "t.json", json.dumps(rows)), folder)
+    assert [record.id for record in records] == [str(number) for number in range(12)]
+
+
+def test_a_byte_order_mark_and_a_wrong_line_are_no_riddles(folder):
+    (folder / "d.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
+    assert len(read_train(folder / "d.json", folder)) == 12
+    lines = "\n".join([*map(json.dumps, ROWS[:3]), '{"id": ', *map(json.dumps, ROWS[3:])])
+    with pytest.raises(UserError, match="line 4:"):
+        read_train(write(folder / "d.jsonl", lines), folder)
+
+
 def test_twenty_faults_are_shown_and_the_rest_counted(folder, large):
     path = write(folder / "d.json", json.dumps([{**ROWS[0], "images": []}] * 31 + ROWS))
     with pytest.raises(UserError) as caught:
@@ -144,7 +170,8 @@ def test_twenty_faults_are_shown_and_the_rest_counted(folder, large):
 
 
 @pytest.mark.parametrize(
-    "text", ["[", "[1", '[{"id": 1}', '[{"id": 1} {"id": 2}]', '{"id": 1\n}', "[1,", "nonsense", "[{]"]
+    "text",
+    ["[", "[1", '[{"id": 1}', '[{"id": 1} {"id": 2}]', '{"id": 1\n}', "[1,", "nonsense", "[{]", "[{}] [{}]", "[{}] x"],
 )
 def test_a_broken_file_is_named(text, folder):
     with pytest.raises(UserError, match=r"d\.json"):

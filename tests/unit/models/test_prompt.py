@@ -185,3 +185,63 @@ def test_a_processor_without_a_template_is_refused(prompt):
     processor.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         ChatPrompt(processor)
+
+
+# -- images in later turns, turns without loss, the published prompt ---------------------------------------------
+
+
+def talk(*turns, images):
+    return Record("r", (object(),) * images, turns, origin="file.json record 7")
+
+
+def test_an_image_in_a_later_turn_moves_only_what_follows_it(prompt):
+    later = talk(
+        Turn("user", "what colour is the square ?"), Turn("assistant", "red"),
+        Turn("user", "<image>where is the square ?"), Turn("assistant", "left"), images=1,
+    )  # fmt: skip
+    batch = prompt.training_batch([later], [[picture()]], None)
+    first = [BOS, *USER, *COLOUR, *ASSISTANT]
+    ids = [*first, RED, EOS, *USER, *IMAGES, *WHERE, *ASSISTANT, LEFT, EOS]
+    assert batch["input_ids"].tolist() == [ids]
+    assert batch["labels"].tolist() == [labelled(ids, len(first), len(first) + 1, len(ids) - 2, len(ids) - 1)]
+
+
+def test_images_in_both_turns_leave_exactly_the_answers_trained(prompt):
+    both = talk(
+        Turn("user", "<image>what colour is the square ?"), Turn("assistant", "red"),
+        Turn("user", "<image>where is the square ?"), Turn("assistant", "left"), images=2,
+    )  # fmt: skip
+    batch = prompt.training_batch([both], [[picture(), picture()]], None)
+    trained = batch["input_ids"][batch["labels"] != IGNORED].tolist()
+    assert trained == [RED, EOS, LEFT, EOS] and prompt.trained_tokens(both) == 4
+    assert prompt.total_tokens(both, [(SIDE, SIDE)] * 2) == batch["input_ids"].shape[1]
+
+
+def test_an_answer_whose_loss_is_off_is_not_trained(prompt):
+    quiet = talk(
+        Turn("user", "what colour is the square ?"), Turn("assistant", "red", trained=False),
+        Turn("user", "where is the square ?"), Turn("assistant", "left"), images=1,
+    )  # fmt: skip
+    batch = prompt.training_batch([quiet], [[picture()]], None)
+    assert batch["input_ids"][batch["labels"] != IGNORED].tolist() == [LEFT, EOS]
+
+
+def test_vicuna_v1_is_the_published_prompt_letter_by_letter(prompt):
+    vicuna = ChatPrompt(copy.deepcopy(prompt.processor), "vicuna_v1")
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    assert vicuna._render(TWO, 4) == (
+        f"{system} USER: <image>\nwhat colour is the square ? ASSISTANT: red</s>"
+        "USER: where is the square ? ASSISTANT: left</s>"
+    )
+    assert vicuna._render(ONE, 1) == f"{system} USER: <image>\nwhat colour is the square ? ASSISTANT:"
+    own = talk(Turn("system", "Be brief."), Turn("user", "where ?"), Turn("assistant", "left"), images=0)
+    assert vicuna._render(own, 3) == "Be brief. USER: where ? ASSISTANT: left</s>"
+    assert vicuna.ends_answers(TWO)
+
+
+def test_a_template_without_end_mark_is_noticed(prompt):
+    endless = with_template(prompt, "{{ ' ' + eos_token }}", "")
+    assert prompt.ends_answers(TWO) and not endless.ends_answers(TWO)
