@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mllm_keeplora import distributed
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, TestSet, load_benchmark
 from mllm_keeplora.data.images import unreadable_images
@@ -32,13 +33,38 @@ class Checked:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def check_run(config: RunConfig, look_inside: bool = True, seen: Collection[str] = ()) -> Checked:
+def check_everywhere(config: RunConfig, seen: Collection[str] = ()) -> Checked:
+    """`check_run` by all processes of a run: the main one reads the data first, then each looks into its share.
+
+    Raises:
+        UserError: on every process, with the faults that all of them found.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    if world == 1:
+        return check_run(config, seen=seen)
+    checked = distributed.main_first(lambda: check_run(config, look_inside=False))
+    own: tuple[list[str], int] = [], 0
+    try:
+        check_run(config, seen=seen, share=(rank, world))
+    except UserError as error:
+        own = list(error.sentences), error.more
+    found = distributed.gather(own)
+    faults = [fault for share, _ in found for fault in share]
+    if faults:
+        raise several(faults, more=sum(more for _, more in found))
+    return checked
+
+
+def check_run(
+    config: RunConfig, look_inside: bool = True, seen: Collection[str] = (), share: tuple[int, int] = (0, 1)
+) -> Checked:
     """Resolve a run and look for every fault it could fail of later.
 
     Args:
         config: a loaded config.
         look_inside: decode every image and tokenise every training record once, not only read the data files.
         seen: domains, suites and anchor sets that a started run has looked into already.
+        share: (rank, number of processes): look into this process's share of the records only.
 
     Raises:
         UserError: one sentence a fault, all of them in one error.
@@ -75,7 +101,8 @@ def check_run(config: RunConfig, look_inside: bool = True, seen: Collection[str]
             records = collect(lambda name=name: benchmark.anchor_records(name)) or ()
             trained[f"anchors of {name}"] = [record.first_exchange() for record in records]
         if look_inside:
-            new = [{name: records for name, records in part.items() if name not in seen} for part in (trained, graded)]
+            rank, world = share
+            new = [{n: records[rank::world] for n, records in p.items() if n not in seen} for p in (trained, graded)]
             _look_inside(config, benchmark, location, *new, faults, collect)
     if strategy is not None and strategy.stream == "none":
         faults.append(f"strategy {config.strategy.name} trains nothing")

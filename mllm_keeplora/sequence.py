@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import distributed
-from mllm_keeplora.check import Checked, check_run
+from mllm_keeplora.check import Checked, check_everywhere
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import with_published_epochs
 from mllm_keeplora.eval.page import write_report
@@ -46,8 +46,7 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
     _limit_threads(config)
     deepspeed_file(config.deepspeed)  # refused here if it is not installed: the process group needs it
     with distributed.process_group(deepspeed=config.deepspeed is not None):
-        seen = _looked_into(RunDir(config.output_dir))
-        checked = distributed.main_first(lambda: check_run(config, look_inside=distributed.is_main(), seen=seen))
+        checked = check_everywhere(config, seen=_looked_into(RunDir(config.output_dir)))
         with RunDir(config.output_dir).locked():
             parent = Path(from_run) if from_run is not None else None
             run = distributed.main_first(lambda: open_run(config, checked, parent, after))
