@@ -19,4 +19,13 @@ echo "installing into $venv (a few minutes the first time) ..." >&2
 [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
 "$venv/bin/python" -m pip install --quiet -e ".${extras:+[$extras]}"
+if [[ "$extras" == *dev* ]] && ! command -v chromium chromium-browser google-chrome > /dev/null; then
+    # the tests look at the report in a browser; without one they leave that out
+    if [[ "$(id -u)" == 0 ]] && command -v apt-get > /dev/null; then
+        (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) > /dev/null 2>&1 ||
+            echo "Chromium could not be installed; the report is not looked at in a browser" >&2
+    else
+        echo "no Chromium here; install it to have the tests look at the report in a browser" >&2
+    fi
+fi
 printf '%s' "$wanted" > "$stamp"

@@ -12,7 +12,7 @@ from pathlib import Path
 from mllm_keeplora.data.schema import Media, Record
 from mllm_keeplora.errors import UserError
 
-WINDOW = 1024  # pictures that are looked at together
+WINDOW = 64  # pictures that are looked at together
 
 
 def read_image(media: Media):

@@ -18,6 +18,7 @@ from mllm_keeplora.data.schema import Media, Record, Turn
 
 VERSION = 1  # of the stored form; another one is made anew
 BATCH = 1000  # rows written at once
+WAITING = 1 << 26  # bytes of pictures that wait to be written, at most
 
 
 class Records(Sequence[Record]):
@@ -121,8 +122,14 @@ def write_rows(path: Path, drafts: Iterable[Draft]) -> None:
 
     def write(temporary: Path) -> None:
         with ArrowWriter(features=features, path=str(temporary), writer_batch_size=BATCH) as writer:
+            waiting = 0
             for draft in drafts:
-                writer.write(_row(draft))
+                row = _row(draft)
+                writer.write(row)
+                waiting += sum(map(len, row["pictures"]))
+                if waiting > WAITING:
+                    writer.write_examples_on_file()
+                    waiting = 0
             writer.finalize()
 
     files.write_atomically(path, write)
