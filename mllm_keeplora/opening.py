@@ -13,7 +13,7 @@ import yaml
 from mllm_keeplora import distributed, files
 from mllm_keeplora.check import Checked
 from mllm_keeplora.config import RunConfig, flatten, result_defining
-from mllm_keeplora.data import PATHS, Benchmark, Domain, TestSet, with_published_epochs
+from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.log import log
@@ -149,14 +149,15 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked) -> None:
 
 
 ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers
-DOMAIN_DEFAULTS = {"train_images": None, "epochs": None}  # of keys that older runs do not record
 
 
 def _part_differences(old: dict[str, Any], new: dict[str, Any], origin: str) -> list[str]:
     """Where a recorded domain or suite differs from the config's; files may move, their content may not change."""
     name = old["name"]
     lines = []
-    old = {**old, "files": {**TestSet(test="").model_dump(), **DOMAIN_DEFAULTS, **old["files"]}}
+    kind = Domain if "train" in new["files"] else Suite  # an older run may not have recorded what had its default
+    defaults = {key: each.default for key, each in kind.model_fields.items() if not each.is_required()}
+    old = {**old, "files": {**defaults, **old["files"]}}
     for key, prefix in (("files", f"{name}."), ("train", f"{name}.train.")):
         before, after = (flatten(_without_paths(each.get(key, {})), prefix) for each in (old, new))
         lines += differences(before, after, origin)

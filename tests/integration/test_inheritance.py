@@ -11,6 +11,7 @@ from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.sequence import run_sequence
 from tests.integration.processes import differing, results, run_in_child
+from tests.support.tiny import tiny_benchmark
 
 
 def test_a_run_killed_between_the_files_of_its_first_gradient_ends_as_if_uninterrupted(settings, two, tmp_path):
@@ -49,3 +50,26 @@ def test_nothing_of_the_parents_later_domains_is_inherited(settings, three, two,
     run_sequence(parse_config(settings(tmp_path / "next"), "test"), from_run=three, after=1)
     assert differing(tmp_path / "next", two) == []
     assert results(tmp_path / "next")["questions"].keys() == {"Alpha", "Beta", "general"}
+
+
+def test_a_domain_that_is_appended_to_a_finished_run_is_looked_into_before_it_is_learnt(settings, two, world, tmp_path):
+    run = shutil.copytree(two, tmp_path / "run")
+    data = shutil.copytree(world / "data", tmp_path / "data")
+    (data / "Gamma" / "images" / "train_5.png").unlink()
+    values = settings(run, ("Alpha", "Beta", "Gamma"), benchmark=tiny_benchmark(data))
+    before = (run / "run.json").read_bytes()
+    with pytest.raises(UserError, match=r"train_5\.png' does not exist"):
+        run_sequence(parse_config(values, "test"))
+    assert (run / "run.json").read_bytes() == before
+    shutil.copy(world / "data" / "Gamma" / "images" / "train_5.png", data / "Gamma" / "images" / "train_5.png")
+    assert run_in_child(values) == 0
+
+
+def test_a_run_of_an_older_version_that_recorded_less_of_its_domains_can_be_continued(settings, two, tmp_path):
+    run = shutil.copytree(two, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    for part in [*record["domains"], *record["suites"]]:
+        for key in ("image_mode", "references", "train_images", "epochs"):
+            part["files"].pop(key, None)
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert run_in_child(settings(run, ("Alpha", "Beta", "Gamma"))) == 0
