@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mllm_keeplora.config import load_config, read_yaml, shipped
-from mllm_keeplora.data.benchmarks import GENERATORS, _definition
+from mllm_keeplora.data.loading import GENERATORS, _definition
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SCORERS, UNGRADED
 from mllm_keeplora.strategies import build_strategy
