@@ -62,6 +62,8 @@ class GradientPlan:
 class FeaturePlan:
     """Features: `exact` second moments (d_in, d_in), `sketch` of `size` rows (Frequent Directions), or `auto`.
 
+    Exact moments are summed in float64 on a CPU, where it costs little: a few huge activations hold most of the energy,
+    and the directions that a threshold decides about are small beside them. On a GPU they are summed in float32.
     `tokens` limits how many tokens of each kind a sample contributes, evenly spaced; None counts every token.
     `normalise` divides each token by its length, so that a few huge activations do not decide alone.
     """
@@ -82,19 +84,25 @@ class FeaturePlan:
 
     def exact(self, widths: list[int], device: torch.device) -> bool:
         """Whether features of these widths (one for each distinct input) get exact moments."""
-        needed = FLOAT32 * sum(d_in * d_in for d_in in widths)
+        needed = _moments_dtype(device).itemsize * sum(d_in * d_in for d_in in widths)
         return _is_exact("features", self.statistic, needed, self.memory_gb, device)
 
     def accumulator(self, d_in: int, exact: bool, device: torch.device) -> MomentAccumulator | FrequentDirections:
         from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
 
         if exact or 2 * self.size >= d_in:
-            return MomentAccumulator(d_in, device=device)
+            return MomentAccumulator(d_in, _moments_dtype(device), device)
         return FrequentDirections(d_in, self.size, device=device)
 
 
 EXACT_GRADIENTS = GradientPlan()
 EXACT_FEATURES = FeaturePlan()
+
+
+def _moments_dtype(device: torch.device) -> torch.dtype:
+    import torch
+
+    return torch.float64 if torch.device(device).type == "cpu" else torch.float32
 
 
 def _is_exact(what: str, statistic: Statistic, needed: int, memory_gb: float | None, device: torch.device) -> bool:
