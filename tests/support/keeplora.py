@@ -90,7 +90,7 @@ def context_of(base, adapters, kept, records, index=0, probe_batch=3):
 
 
 def fit(strategy, context, folder, optimizer="adamw_torch", **settings):
-    values = {"lr": 1e-2, "batch_size": 4, "log_steps": 1, **settings}
+    values = {"lr": 1e-2, "epochs": 1.0, "batch_size": 4, "log_steps": 1, **settings}
     values["args"] = {"save_strategy": "no", "optim": optimizer}
     config = TrainConfig(**values)
     arguments = training_arguments(config, config.epochs, folder / "checkpoints", 0, None, False)

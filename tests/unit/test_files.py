@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mllm_keeplora import files
-from mllm_keeplora.eval.harness import Journal
+from mllm_keeplora.eval.harness import Answer, Journal
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
@@ -15,5 +15,5 @@ def test_json_lines_keep_a_line_separator_inside_a_text(mark, tmp_path):
 
 
 def test_a_journal_keeps_a_line_separator_inside_an_answer(tmp_path):
-    Journal(tmp_path / "a.part", "[1]").add(0, {0: "a\u2028b"})
-    assert Journal(tmp_path / "a.part", "[1]").answers == {0: {"0": "a\u2028b"}}
+    Journal(tmp_path / "a.part", "[1]").add(0, {0: Answer("a\u2028b", False)})
+    assert Journal(tmp_path / "a.part", "[1]").by_index() == {0: Answer("a\u2028b", False)}
