@@ -12,7 +12,7 @@ from mllm_keeplora.config import RunConfig, parse_config
 from mllm_keeplora.data import Benchmark, load_benchmark
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError, known
-from mllm_keeplora.eval.grading import errors_of, strict_percent
+from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.results import environment
 from mllm_keeplora.eval.rows import evaluate_named, stored_rows
@@ -114,7 +114,8 @@ def evaluate_checkpoint(
             facts = evaluate_named(base, model, loaded, name, config, folder, asked_of=asked_of, keep_journal=True)
             scores[name] = facts["score"]
             rows = stored_rows(folder, name) or []
-            told["sets"][name] = {**facts, "strict": strict_percent(rows), "errors": errors_of(rows)}
+            opinions = {"strict": strict_percent(rows), "errors": errors_of(rows, loaded.graded(name))}
+            told["sets"][name] = {**stored_figures(folder.predictions(name)), **facts, **opinions}
         if distributed.is_main():
             files.write_json(output / "scores.json", told)
         forget_journals(folder, names)

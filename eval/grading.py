@@ -86,9 +86,11 @@ def figures_file(predictions: Path) -> Path:
     return predictions.with_name(f"{predictions.stem}.figures.json")
 
 
-def errors_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many answers went wrong in which form; empty for a set that is not graded."""
-    found = Counter()
+def errors_of(rows: Iterable[Mapping[str, Any]], part: TestSet) -> dict[str, int]:
+    """How many answers went wrong in which form; empty for a set that is not graded, or not answer by answer."""
+    found: Counter[str] = Counter()
+    if part.scorer in SET_SCORERS:  # no caption is wholly right
+        return {}
     for row in rows:
         if row["score"] is not None and row["score"] < 1:
             found[mistake(row["prediction"], row["answer"], row.get("cut", False), is_right=False)] += 1

@@ -139,7 +139,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         environment=environment(),
         per_type=_typed(benchmark, scores),
         blind_per_type=_typed(benchmark, {name: each for name, (each, _) in blind.items()}),
-        errors={name: errors_of(rows) for name, rows in last.items()},
+        errors={name: found for name, rows in last.items() if (found := errors_of(rows, benchmark.graded(name)))},
         strict={name: percent for name, rows in last.items() if (percent := strict_percent(rows)) is not None},
         grading={name: _grading(benchmark, run, name) for name in [*domains, *suites]},
         complete=_is_complete(run, benchmark, config),

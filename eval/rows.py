@@ -38,7 +38,6 @@ def evaluate_named(
     """Grade one domain or suite with the model as it is now; facts for the ledger. `journal`: as in `evaluate_set`."""
     records = asked_records(benchmark, name, config)
     part = benchmark.graded(name)
-    batch_size = config.eval.batch_size
     percent = evaluate_set(
         base,
         model,
@@ -46,12 +45,11 @@ def evaluate_named(
         part,
         folder.predictions(name),
         title=f"{folder.path.name}: {name}",
-        batch_size=batch_size,
+        batch_size=config.eval.batch_size,
         max_new_tokens=config.eval.max_new_tokens,
         **journal,
     )
-    dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
-    return {"score": percent, "questions": len(records), "batch_size": batch_size, "dtype": dtype}
+    return {"score": percent, "questions": len(records)}
 
 
 def stored_rows(folder: DomainDir, name: str) -> list[dict[str, Any]] | None:

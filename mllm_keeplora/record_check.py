@@ -80,11 +80,8 @@ def as_seen(prompt: ChatPrompt, record: Record) -> RenderableType:
     facts = [f"{record.origin}, id {record.id or '-'}"]
     facts += [f"picture {media.path.name}: {picture.width} x {picture.height} pixels as the processor gets it"
               for media, picture in zip(record.media, pictures, strict=True)]  # fmt: skip
-    facts += (
-        ["pixel values " + ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items() if value.ndim > 2)]
-        if pictures
-        else []
-    )
+    shapes = [f"{key} {tuple(value.shape)}" for key, value in batch.items() if value.ndim > 2]
+    facts += [f"pixel values {', '.join(shapes)}"] if shapes else []
     facts += [f"{len(tokens)} tokens, {trained} of them trained (green)"]
     return Group(*(Text(fact, style="dim") for fact in facts), text)
 

@@ -113,8 +113,8 @@ class Benchmark(BaseModel):
     def anchor_records(self, name: str) -> Records:
         path = self.anchor_file(name)
         part = self.anchor_suites.get(name)
-        if part is None:
-            return read_train(path, path.parent)
+        if part is None:  # a file of the user's: put as the domains' pictures are
+            return read_train(path, path.parent, next(iter(self.domains.values())).image_mode == "pad")
         return read_train(path, self._images(part, path), part.image_mode == "pad")
 
     def graded_file(self, name: str) -> str:

@@ -126,7 +126,9 @@ def _checked_path(media: Media):
         name = media.path.relative_to(media.folder) if media.path.is_relative_to(media.folder) else media.path
         inside = os.path.normpath(media.path)
         if not Path(inside).is_relative_to(os.path.normpath(media.folder)):
-            raise UserError(f"image {str(name)!r} leaves the data folder {media.folder}")
+            raise UserError(
+                f"image {str(name)!r} leaves the data folder {media.folder}; `images` may name one above it"
+            )
     if not media.path.is_file():
         raise UserError(f"image {str(name)!r} does not exist in {media.folder or media.path.parent}")
     return media.path

@@ -21,10 +21,10 @@ from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.log import log
 
 INFO = "dataset_info.json"
-CHUNK = 1 << 20  # characters or bytes read at once
+CHUNK = 1 << 16  # characters of a JSON array read at once
+PART = 1 << 20  # bytes digested at once
 PARQUET = ".parquet"
 SMALL = 1 << 24  # bytes; smaller JSON files are read into memory as they are
-EDGE = 1 << 20  # bytes of either end of a file in a dataset folder that its digest covers
 SHOWN = 20
 
 
@@ -52,20 +52,18 @@ def digest(path: Path) -> str:
     if path.is_dir():
         total = hashlib.sha256()
         for each in sorted(each for each in path.rglob("*") if each.is_file()):
-            size = each.stat().st_size
-            total.update(f"{each.relative_to(path)}:{size}".encode())
-            with open(each, "rb") as handle:
-                total.update(handle.read(EDGE))
-                handle.seek(max(0, size - EDGE))
-                total.update(handle.read(EDGE))
+            files.digest_ends(total, each, str(each.relative_to(path)))
         return total.hexdigest()
     stat = path.stat()
     return (_digest if stat.st_size < SMALL else _kept_digest)(path, stat.st_mtime_ns, stat.st_size)
 
 
 def _digest(path: Path, *_: int) -> str:
+    total = hashlib.sha256()
     with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        while part := handle.read(PART):
+            total.update(part)
+    return total.hexdigest()
 
 
 _kept_digest = lru_cache(1024)(_digest)  # of large files, as long as neither time nor size changes

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,7 +23,25 @@ BATCH = 1000  # rows written at once
 WAITING = 1 << 26  # bytes of pictures that wait to be written, at most
 
 
-class Records(Sequence[Record]):
+class LazyRecords(Sequence[Record]):
+    """Records that are made when asked for; a slice is made no sooner."""
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return Selection([self], range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self._at(index % len(self))
+
+    def _at(self, index: int) -> Record:
+        raise NotImplementedError
+
+
+class Records(LazyRecords):
     """Records by index, in the order of their file.
 
     Args:
@@ -38,20 +58,12 @@ class Records(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        if isinstance(index, slice):
-            return Selection([self], range(*index.indices(len(self))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} in {self.path}")
-        return self._record(index % len(self), self._rows[index])
-
     def __iter__(self) -> Iterator[Record]:
         for index, row in enumerate(self._rows):
             yield self._record(index, row)
+
+    def _at(self, index: int) -> Record:
+        return self._record(index, self._rows[index])
 
     def _record(self, index: int, row: dict[str, Any]) -> Record:
         draft = json.loads(row["draft"])
@@ -73,7 +85,7 @@ class Records(Sequence[Record]):
         )
 
 
-class Selection(Sequence[Record]):
+class Selection(LazyRecords):
     """Some records of several sequences, in a given order and as often as they are named.
 
     Args:
@@ -83,21 +95,15 @@ class Selection(Sequence[Record]):
 
     def __init__(self, sources: Sequence[Sequence[Record]], places: Iterable[int]):
         self._sources = sources
-        self._starts = [sum(map(len, sources[:number])) for number in range(len(sources))]
+        self._starts = [0, *accumulate(map(len, sources))]
         self._places = places if isinstance(places, range) else array("q", places)
 
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        if isinstance(index, slice):
-            return Selection(self._sources, self._places[index])
+    def _at(self, index: int) -> Record:
         place = self._places[index]
-        number = max(number for number, start in enumerate(self._starts) if start <= place)
+        number = bisect_right(self._starts, place) - 1
         return self._sources[number][place - self._starts[number]]
 
 

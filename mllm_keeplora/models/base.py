@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mllm_keeplora import files
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.models.parts import Parts, name_parts
 from mllm_keeplora.models.prompt import STYLES, ChatPrompt
 
 PACKAGE = "package:"
-EDGE = 1 << 20  # bytes read from either end of a weight file for the fingerprint
 
 
 @dataclass
@@ -159,12 +159,7 @@ def fingerprint(folder: Path) -> str:
     for path in [folder / "config.json", *weights]:
         if not path.is_file():
             raise UserError(f"base folder {folder} has no {path.name}")
-        size = path.stat().st_size
-        total.update(f"{path.name}:{size}".encode())
-        with open(path, "rb") as handle:
-            total.update(handle.read(EDGE))
-            handle.seek(max(0, size - EDGE))
-            total.update(handle.read(EDGE))
+        files.digest_ends(total, path, path.name)
     return total.hexdigest()[:16]
 
 

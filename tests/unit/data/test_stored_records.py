@@ -189,7 +189,7 @@ def test_a_folder_that_is_no_data_set_or_has_splits_is_refused(folder):
 
 
 def test_reading_holds_neither_the_file_nor_its_records(folder, large, monkeypatch):
-    """Peak memory of Python objects does not grow with the number of records."""
+    """Python objects grow by no more than a few tens of bytes a record, of which one alone takes more than 1,000."""
     from datasets import Dataset  # noqa: F401  (its import is not what is measured)
 
     logging.getLogger("mllm_keeplora").setLevel(logging.ERROR)
@@ -205,7 +205,7 @@ def test_reading_holds_neither_the_file_nor_its_records(folder, large, monkeypat
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert total > 10 * count
-    assert peaks[1] < 1.5 * peaks[0], peaks
+    assert peaks[1] - peaks[0] < 64 * 18_000, peaks
 
 
 def test_a_selection_names_records_of_several_files(folder):
