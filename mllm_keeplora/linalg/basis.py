@@ -15,6 +15,7 @@ from .accumulators import MomentAccumulator
 from .checks import as_choice, as_count, as_matrix, as_share, full_precision
 from .decompose import (
     NOISE_RATIO,
+    Complement,
     fix_signs,
     largest_singular_value,
     leading_eigenvectors,
@@ -44,9 +45,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class _Leftover:
-    """Features without their part inside a basis, float64: rows (n, d_in), or moments (d_in, d_in)."""
+    """Features without their part inside a basis, float64: rows (n, free), or moments (free, free) of them."""
 
     matrix: Tensor
+    complement: Complement  # that the rows are coordinates in
     is_moments: bool
     energy: float
     covered: float  # share of total_energy
@@ -170,9 +172,8 @@ class Basis:
 
         with full_precision(leftover.matrix.device):
             leading = leading_eigenvectors if leftover.is_moments else leading_right_vectors
-            candidates = leading(leftover.matrix, count)
-            kept = self._columns.to(candidates)
-            added = fix_signs(orthonormal_complement(candidates, kept)).to(self._columns)
+            added = leftover.complement.lift(leading(leftover.matrix, count))
+            added = fix_signs(added).to(self._columns)
         self._columns = torch.cat([self._columns, added], dim=1)
         return added.shape[1]
 
@@ -237,14 +238,15 @@ class Basis:
             held = _energy(matrix, is_moments)
             # Of moments the singular values are squares already.
             largest = largest_singular_value(matrix) ** (1 if is_moments else 2)
-            left = matrix - (matrix @ columns) @ columns.mT
+            complement = Complement(columns)
+            left = complement.coordinates(matrix)
             if is_moments:
-                left = left - columns @ (columns.mT @ left)
+                left = complement.coordinates(left.mT)
             energy = max(_energy(left, is_moments), 0.0)
         total = held if total is None else total
         covered = 1.0 if total <= 0.0 else min(max((held - energy) / total, 0.0), 1.0)
         lost = total - held if total - held > SKETCH_ROUNDING * total else 0.0
-        return _Leftover(left, is_moments, energy, covered, max(total, 0.0), lost, noise_ratio * largest)
+        return _Leftover(left, complement, is_moments, energy, covered, max(total, 0.0), lost, noise_ratio * largest)
 
 
 def leak(delta_weight: Tensor, basis: Basis) -> float:

@@ -133,6 +133,31 @@ def orthonormal_complement(candidates: Tensor, columns: Tensor) -> Tensor:
     return candidates[:, inside <= LEAK_TOLERANCE]
 
 
+class Complement:
+    """Coordinates of the space orthogonal to given columns, by Householder reflections that are never multiplied out.
+
+    A decomposition in them is smaller than one in the whole space, and its vectors are orthogonal to the columns.
+
+    Args:
+        columns: (d, k) float64, k <= d, independent.
+    """
+
+    def __init__(self, columns: Tensor) -> None:
+        self._rank = columns.shape[1]
+        self._reflections = torch.geqrf(columns)
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Parts of rows (n, d) outside the columns: (n, d - k), of the same lengths and angles."""
+        return (torch.ormqr(*self._reflections, rows, left=False) if self._rank else rows)[:, self._rank :]
+
+    def lift(self, vectors: Tensor) -> Tensor:
+        """Vectors (d, m) of given coordinates (d - k, m)."""
+        if not self._rank:
+            return vectors
+        padded = torch.cat([vectors.new_zeros(self._rank, vectors.shape[1]), vectors])
+        return torch.ormqr(*self._reflections, padded)
+
+
 def fix_signs(columns: Tensor) -> Tensor:
     """Flip each column so that its entry of largest magnitude is positive; (d, m) in and out."""
     if columns.numel() == 0:

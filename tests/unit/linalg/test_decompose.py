@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mllm_keeplora.linalg.decompose import (
+    Complement,
     fix_signs,
     largest_singular_value,
     leading_eigenvectors,
@@ -79,3 +80,15 @@ def test_spectral_norm_is_close_enough_for_a_noise_floor():
         assert 0.9 * exact <= largest_singular_value(matrix) <= exact * (1 + 1e-9)
     assert largest_singular_value(torch.zeros(3, 4)) == largest_singular_value(torch.zeros(0, 4)) == 0.0
     assert largest_singular_value(1e-30 * EYE) == pytest.approx(1e-30)
+
+
+@pytest.mark.parametrize("rank", [0, 3, 8])
+def test_coordinates_outside_columns_keep_lengths_and_lift_to_vectors_orthogonal_to_them(rank):
+    columns = torch.linalg.qr(torch.randn(8, rank, dtype=torch.float64))[0] if rank else EYE[:, :0]
+    rows = torch.randn(5, 8, dtype=torch.float64)
+    complement = Complement(columns)
+    found = complement.coordinates(rows)
+    assert found.shape == (5, 8 - rank)
+    lifted = complement.lift(found.mT)
+    assert torch.allclose(lifted.mT, rows - rows @ columns @ columns.mT)
+    assert torch.allclose(lifted.norm(dim=0), found.norm(dim=1))
