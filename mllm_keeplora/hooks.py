@@ -1,10 +1,12 @@
-"""A model's state for the time of a data pass: its mode, where its graph starts, hooks that leave nothing behind."""
+"""A model's state for the time of a pass: mode, start of its graph, which logits it computes; all undone afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora.tokens import supervised_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +40,26 @@ def _vision_outputs(model: Any) -> list[Any]:
     from mllm_keeplora.models.parts import PROJECTORS
 
     return [m for name, m in model.named_modules() if any(name == p or name.endswith(f".{p}") for p in PROJECTORS)]
+
+
+@contextmanager
+def supervised_logits(model: Any, labels: Tensor) -> Iterator[None]:
+    """Let a model compute the logits of supervised positions only: (1, n, vocabulary), in the order of the labels.
+
+    The product with the vocabulary is a fifth of a small model's time, and answers are a few of many tokens.
+
+    Args:
+        model: transformers model; what it gives is not shifted.
+        labels: (b, t) token ids, -100 where there is no loss; position i is predicted at i - 1.
+    """
+    rows, positions = supervised_positions(labels)
+
+    def select(module: Any, args: tuple) -> tuple:
+        assert args[0].shape[:2] == labels.shape, f"logits of {tuple(args[0].shape[:2])}, labels {tuple(labels.shape)}"
+        return (args[0][rows, positions].unsqueeze(0), *args[1:])
+
+    with removed_afterwards([model.get_output_embeddings().register_forward_pre_hook(select)]):
+        yield
 
 
 @contextmanager

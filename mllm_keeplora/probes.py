@@ -13,9 +13,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed
-from mllm_keeplora.hooks import evaluating, graph_from_inputs, removed_afterwards
+from mllm_keeplora.hooks import evaluating, graph_from_inputs, removed_afterwards, supervised_logits
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
-from mllm_keeplora.tokens import IGNORED, ChosenRows, as_rows
+from mllm_keeplora.tokens import IGNORED, ChosenRows, as_rows, supervised_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,23 +167,28 @@ def measure_inputs(
     return sums
 
 
-def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean next-token cross entropy over each sample's supervised tokens.
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Next-token cross entropy of every supervised token.
 
     Args:
-        logits: (b, t, vocabulary).
+        logits: (b, t, vocabulary), or (1, n, vocabulary) at the supervised positions alone (`supervised_logits`).
         labels: (b, t) token ids, -100 where there is no loss.
 
     Returns:
-        (b,) float32.
+        (n,) float32, row by row.
     """
     import torch.nn.functional as F
 
-    shifted = labels[:, 1:]
-    rows, positions = (shifted != IGNORED).nonzero(as_tuple=True)
-    token_loss = F.cross_entropy(logits[rows, positions].float(), shifted[rows, positions], reduction="none")
-    counts = (shifted != IGNORED).sum(dim=1)
-    return token_loss.new_zeros(labels.shape[0]).index_add(0, rows, token_loss) / counts
+    rows, positions = supervised_positions(labels)
+    chosen = logits[rows, positions] if logits.shape[:2] == labels.shape else logits[0]
+    return F.cross_entropy(chosen.float(), labels[rows, positions + 1], reduction="none")
+
+
+def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of `token_losses` over each sample's supervised tokens: (b,) float32."""
+    losses, rows = token_losses(logits, labels), supervised_positions(labels)[0]
+    counts = (labels[:, 1:] != IGNORED).sum(dim=1)
+    return losses.new_zeros(labels.shape[0]).index_add(0, rows, losses) / counts
 
 
 @contextmanager
@@ -222,7 +227,9 @@ def _backward(model: Any, layers: dict[str, Any], batch: dict, add: Callable[[st
     handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with removed_afterwards(handles), graph_from_inputs(model), evaluating(model):
-        per_sample_loss(model(**inputs).logits, batch["labels"]).sum().backward()
+        with supervised_logits(model, batch["labels"]):
+            logits = model(**inputs).logits
+        per_sample_loss(logits, batch["labels"]).sum().backward()
 
 
 def _same_directions(

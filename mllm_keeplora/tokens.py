@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
+def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and positions (n,), (n,) whose logits predict a label of (b, t): the place before each supervised token."""
+    rows, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return rows, positions
+
+
 class ChosenRows:
     """Which rows of a feature tensor count: no padding, and of each kind of token no more than the plan allows.
 

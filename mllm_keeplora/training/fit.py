@@ -18,6 +18,8 @@ from mllm_keeplora import distributed, files
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.hooks import supervised_logits
+from mllm_keeplora.probes import token_losses
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.training.context import RunContext
@@ -57,6 +59,7 @@ def fit_domain(
         args=arguments,
         train_dataset=Records(context.records),
         data_collator=context.collator,
+        compute_loss_func=answer_loss,
     )
     trainer.lr_full = settings.lr_projector
     trainer.remove_callback(PrinterCallback)
@@ -148,6 +151,12 @@ class Records(torch.utils.data.Dataset):
         return self.records[index]
 
 
+def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Cross entropy of the answers' tokens: their mean over all that one optimizer step sees."""
+    losses = token_losses(outputs.logits, labels)
+    return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+
+
 class DomainTrainer(Trainer):
     """The Trainer with a strategy's hooks, and checkpoints that hold the trained parameters only."""
 
@@ -160,7 +169,8 @@ class DomainTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self.strategy.batch(self.context, inputs)
-        loss, outputs = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        with supervised_logits(self.context.branches.base, batch["labels"]):
+            loss, outputs = super().compute_loss(model, {**batch}, True, num_items_in_batch)
         extra = self.strategy.extra_loss(self.context, batch, outputs)
         loss = loss + extra / self.current_gradient_accumulation_steps
         if not torch.isfinite(loss):

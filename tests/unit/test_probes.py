@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Adapters, Branch
+from mllm_keeplora.hooks import supervised_logits
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments, per_sample_loss
+from mllm_keeplora.training.fit import answer_loss
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode
 
 TOLERANCE = 1e-5  # of the largest entry
@@ -159,6 +161,23 @@ def test_loss_of_a_sample_is_the_mean_over_its_answer_tokens(base, tiny_records)
         alone = [base.model(**each).loss for each in one_by_one(base, records)]
     assert together.dtype == torch.float32
     assert torch.allclose(together, torch.stack(alone), rtol=1e-5)
+
+
+def test_logits_of_supervised_positions_alone_give_the_models_own_loss_and_gradients(base, tiny_records):
+    batch = encode(base, tiny_records["Alpha"][:4])
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    weight = base.model.get_submodule(base.parts.target_layers[0]).weight.requires_grad_(True)
+    whole = base.model(**batch)
+    [expected] = torch.autograd.grad(whole.loss, [weight])
+    with supervised_logits(base.model, batch["labels"]):
+        outputs = base.model(**inputs)
+    tokens = int((batch["labels"] != -100).sum())
+    assert outputs.logits.shape[:2] == (1, tokens) and whole.logits.shape[:2] == batch["labels"].shape
+    loss = answer_loss(outputs, batch["labels"], num_items_in_batch=2 * tokens)
+    [found] = torch.autograd.grad(loss, [weight])
+    assert torch.allclose(2 * loss, whole.loss) and torch.allclose(answer_loss(outputs, batch["labels"]), whole.loss)
+    assert_close(2 * found, expected)
+    assert base.model(**inputs).logits.shape[:2] == batch["labels"].shape  # nothing is left behind
 
 
 def test_no_base_parameter_ever_requires_or_receives_a_gradient(base, tiny_records):
