@@ -57,7 +57,7 @@ class SavedRun:
         """
         base = self._load_base(quantised=False)  # a fresh one: what was handed out before stays as it is
         adapters = adapters_for(base, self.config.adapters.projector, "merged")
-        adapters.restore(*past_of(self.run, self._first(after)))
+        adapters.restore(*past_of(self.run, self.first(after)))
         return adapters.base, base.processor
 
     def folder(self, after: int) -> DomainDir:
@@ -65,7 +65,7 @@ class SavedRun:
 
     def restore(self, after: int) -> Any:
         """The model as the run itself would ask it after so many units."""
-        self.adapters.restore(*past_of(self.run, self._first(after)))
+        self.adapters.restore(*past_of(self.run, self.first(after)))
         return self.adapters.model
 
     def _load_base(self, quantised: bool = True) -> Base:
@@ -76,7 +76,8 @@ class SavedRun:
             raise UserError(f"{self.run.path} was made with other weights of {self.config.base.model}")
         return base
 
-    def _first(self, after: int | None) -> list[Unit]:
+    def first(self, after: int | None) -> list[Unit]:
+        """The first `after` units, None for all that are finished; UserError if so many are not."""
         finished = self.run.finished_units
         if after is not None and not 0 <= after <= len(finished):
             raise UserError(f"--after must be between 0 and {len(finished)} for {self.run.path}, got {after}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mllm_keeplora.cli_evaluation import evaluate, rescore
+from mllm_keeplora.cli_evaluation import ask, evaluate, rescore
 
 if TYPE_CHECKING:
     from mllm_keeplora.config import RunConfig
@@ -55,6 +55,7 @@ def run(
 
 app.command(name="eval")(evaluate)
 app.command()(rescore)
+app.command()(ask)
 
 
 @app.command()
@@ -78,6 +79,23 @@ def report(
     for name, text in exported(run_tables(results)).items() if export is not None else ():
         files.write_text(export / name, text)
         typer.echo(f"table    {export / name}")
+
+
+@app.command()
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that does not exist yet")],
+    to: Annotated[str, typer.Option(help="merged: a whole model for transformers; adapter: one for peft")] = "merged",
+    after: Annotated[int | None, typer.Option(help="after so many domains; default: all that are learnt")] = None,
+) -> None:
+    """Write what a run has learnt as a checkpoint that plain transformers or peft loads.
+
+    Example: mllm-keeplora export runs/mini_dcl --after 3 --to merged checkpoints/after_3
+    """
+    from mllm_keeplora.eval.exporting import export as export_run
+
+    export_run(run, to, folder, after)
+    typer.echo(f"written  {folder}")
 
 
 @app.command()

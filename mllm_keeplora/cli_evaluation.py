@@ -85,6 +85,25 @@ def _evaluate_checkpoint(
     return scores
 
 
+def ask(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="a run directory, a model, or a peft adapter's folder")
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="<image> marks a picture's place in the text")],
+    image: Annotated[list[Path] | None, typer.Option(help="a picture; may be given several times")] = None,
+    after: Annotated[int | None, typer.Option(help="of a run: after so many domains; 0 is the base model")] = None,
+    base: Annotated[str | None, typer.Option(help="of an adapter: its base, where it names none")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
+) -> None:
+    """Ask a saved run, a model or an adapter one question.
+
+    Example: mllm-keeplora ask runs/mini_dcl --image photo.png "what do you see ?"
+    """
+    from mllm_keeplora.eval.asking import ask as ask_one
+
+    typer.echo(ask_one(target, question, image or (), after, base, max_new_tokens))
+
+
 def rescore(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
     """Grade a run's stored answers again by the scorers as they are now; no model is loaded.
 

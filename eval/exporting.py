@@ -1,0 +1,137 @@
+"""Checkpoints of a run that need none of this code: a merged model for transformers, its whole past as one for peft."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora import files
+from mllm_keeplora.adapters import Factors, adapters_for, concatenate
+from mllm_keeplora.adapters.stored import past_of
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval.card import model_card
+from mllm_keeplora.eval.saved import SavedRun, load_run
+from mllm_keeplora.models import Base, load_base
+from mllm_keeplora.models.base import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMS = ("merged", "adapter")
+PREFIX = "base_model.model."
+
+
+def export(run: str | Path | SavedRun, form: str, folder: Path, after: int | None = None) -> None:
+    """Write what a run has learnt as a checkpoint that plain transformers or peft loads.
+
+    `merged` holds all weights in the dtype that the base is stored in, summed in float32 before the one cast, with
+    processor, generation config and a model card. `adapter` holds the branches of all units as one, scales folded into
+    B and ranks filled up with zeros to one size, beside the projector where it was trained itself.
+
+    Args:
+        run: a run directory, or an opened one.
+        form: `merged` or `adapter`.
+        folder: written whole or not at all; must not exist yet.
+        after: number of learnt units; None for all that are finished.
+
+    Raises:
+        UserError: unknown form, a folder that exists, an unfinished unit.
+    """
+    saved = run if isinstance(run, SavedRun) else load_run(run)
+    if form not in FORMS:
+        raise UserError(f"--to must be {' or '.join(FORMS)}, got {form!r}")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; export writes a new folder")
+    after = len(saved.run.finished_units) if after is None else after
+    _whole_folder(folder, lambda part: (_merged if form == "merged" else _adapter)(saved, after, part))
+
+
+def _merged(saved: SavedRun, after: int, folder: Path) -> None:
+    base = _stored_base(saved)
+    adapters = adapters_for(base, saved.config.adapters.projector, "merged")
+    adapters.restore(*past_of(saved.run, saved.first(after)))
+    adapters.base.save_pretrained(folder)
+    base.processor.save_pretrained(folder)
+    dtype = str(next(adapters.base.parameters()).dtype).removeprefix("torch.")
+    files.write_text(folder / "README.md", model_card(saved, after, f"all weights, in {dtype}", "transformers"))
+    _refuse_broken(folder, adapters.base.state_dict())
+
+
+def _adapter(saved: SavedRun, after: int, folder: Path) -> None:
+    past, full = past_of(saved.run, saved.first(after))
+    if not past:
+        raise UserError(
+            f"{saved.run.path}: after 0 domains there is nothing to put into an adapter; use the base itself"
+        )
+    whole = _one_rank(concatenate(past))
+    tensors = {f"{PREFIX}{layer}.lora_A.weight": A for layer, A in whole.A.items()}
+    tensors |= {f"{PREFIX}{layer}.lora_B.weight": B for layer, B in whole.B.items()}
+    rank = max(whole.ranks.values())
+    settings = {
+        "peft_type": "LORA", "base_model_name_or_path": resolve(saved.config.base), "r": rank, "lora_alpha": rank,
+        "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(whole.A), "inference_mode": True,
+    }  # fmt: skip
+    if full:
+        base = _stored_base(saved)
+        adapters = adapters_for(base, "full", "factors")
+        adapters.restore([], full)
+        settings["modules_to_save"] = [base.parts.mm_projector]
+        tensors |= {f"{PREFIX}{name}": base.model.get_parameter(name).detach() for name in adapters.full}
+    files.write_json(folder / "adapter_config.json", settings)
+    files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    files.write_text(folder / "README.md", model_card(saved, after, f"an adapter of rank {rank}", "peft"))
+    _refuse_broken(folder, tensors)
+
+
+def _one_rank(factors: Factors) -> Factors:
+    """All layers filled up with zeros to one rank, which every loader of adapters understands; scaling stays 1."""
+    from torch.nn.functional import pad
+
+    rank = max(factors.ranks.values())
+    A = {layer: pad(each, (0, 0, 0, rank - each.shape[0])) for layer, each in factors.A.items()}
+    B = {layer: pad(each, (0, rank - each.shape[1])) for layer, each in factors.B.items()}
+    return Factors(A, B, dict.fromkeys(A, float(rank)))
+
+
+def _stored_base(saved: SavedRun) -> Base:
+    """The run's base, not quantised, in the dtype that its checkpoint is stored in."""
+    from transformers import AutoConfig
+
+    dtype = getattr(AutoConfig.from_pretrained(resolve(saved.config.base)), "dtype", None) or "float32"
+    changes = {"quantization": None, "dtype": str(dtype).removeprefix("torch.")}
+    return load_base(saved.config.base.model_copy(update=changes), saved.config.adapters.projector)
+
+
+def _whole_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder beside `folder`, and rename it when all is there."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write(part)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _refuse_broken(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read back what was written: an empty or cut checkpoint must never pass for a whole one.
+
+    Raises:
+        RuntimeError: not as many numbers are there as should be (tied weights are stored once), or one is not finite.
+    """
+    from safetensors import safe_open
+
+    expected = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}.values())
+    found = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                tensor = stored.get_tensor(name)
+                found += tensor.numel()
+                if not tensor.isfinite().all():
+                    raise RuntimeError(f"{path}: tensor {name} is not finite")
+    if found != expected:
+        raise RuntimeError(f"{folder}: {found} numbers were written, {expected} should have been")

@@ -1,0 +1,160 @@
+"""Exported checkpoints are loaded by transformers and peft alone and give the run's own logits; `ask` answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mllm_keeplora.data.images import images_of
+from mllm_keeplora.eval.exporting import export
+from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.files import read_tensors
+from tests.integration.processes import run_in_child
+
+
+@pytest.fixture(scope="module")
+def full_projector(settings, tmp_path_factory):
+    """A run that trains the projector itself and remembers factors."""
+    output = tmp_path_factory.mktemp("exports") / "full"
+    assert run_in_child(settings(output, adapters={"projector": "full", "history": "factors"})) == 0
+    return output
+
+
+def questions(saved):
+    records = saved.benchmark.test_records("Beta")[:4]
+    return saved.base.prompt.question_batch(records, [images_of(record) for record in records])
+
+
+def own_logits(saved, after):
+    model = saved.restore(after)
+    with torch.no_grad():
+        return model(**questions(saved)).logits
+
+
+def by_transformers(folder, batch):
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def by_peft(saved, folder, batch):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    base = AutoModelForImageTextToText.from_pretrained(saved.config.base.model)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base, str(folder)).eval()(**batch).logits
+
+
+@pytest.mark.parametrize("kind", ["two", "full_projector"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_both_forms_give_the_logits_of_the_run(kind, after, request, tmp_path):
+    saved = load_run(request.getfixturevalue(kind))
+    export(saved, "merged", tmp_path / "merged", after)
+    export(saved, "adapter", tmp_path / "adapter", after)
+    own, base, batch = own_logits(saved, after), own_logits(saved, 0), questions(saved)
+    assert (own - base).abs().max() > 1e-2
+    assert torch.allclose(by_transformers(tmp_path / "merged", batch), own, atol=1e-4)
+    assert torch.allclose(by_peft(saved, tmp_path / "adapter", batch), own, atol=1e-4)
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert settings["r"] == settings["lora_alpha"] and not settings.get("rank_pattern")
+    assert ("modules_to_save" in settings) == (kind == "full_projector")
+
+
+def test_a_merged_folder_has_a_processor_that_prompts_alike_and_a_card_with_scores(two, tmp_path):
+    from transformers import AutoProcessor
+
+    saved = load_run(two)
+    export(saved, "merged", tmp_path / "merged")
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    assert processor.chat_template == saved.base.processor.chat_template
+    card = (tmp_path / "merged/README.md").read_text()
+    results = json.loads((two / "results.json").read_text())
+    assert f"| Alpha | {results['score_matrix'][1][0]:.1f} |" in card and "after Alpha, Beta" in card
+    assert f"| general | {results['general']['general'][2]:.1f} |" in card
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_weights_are_stored_in_the_dtype_of_the_base(two, world, tmp_path, monkeypatch):
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained
+
+    def in_half(*args, **options):
+        config = read(*args, **options)
+        if not isinstance(config, tuple):  # as export asks; transformers itself gets it with what is left over
+            config.dtype = torch.bfloat16
+        return config
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", in_half)
+    export(load_run(two), "merged", tmp_path / "half")
+    stored = read_tensors(tmp_path / "half/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_an_exported_checkpoint_is_evaluated_like_the_run(two, world, tmp_path, command, settings):
+    import yaml
+
+    export(load_run(two), "merged", tmp_path / "merged")
+    benchmark = tmp_path / "tiny.yaml"
+    benchmark.write_text(yaml.safe_dump(settings(tmp_path / "unused")["benchmark"]))
+    said = command(
+        "eval", tmp_path / "merged", "--benchmark", benchmark, "--domains", "Beta", "--output", tmp_path / "e"
+    )
+    expected = json.loads((two / "results.json").read_text())["score_matrix"][1][1]
+    assert said.code == 0 and said.out.split() == ["Beta", f"{expected:.2f}"]
+
+
+def test_what_cannot_be_exported_is_told_and_leaves_nothing(two, tmp_path, command):
+    said = command("export", two, tmp_path / "x", "--to", "onnx")
+    assert said.code == 2 and "--to must be merged or adapter, got 'onnx'" in said.err
+    said = command("export", two, tmp_path / "x", "--after", 3)
+    assert said.code == 2 and "--after must be between 0 and 2" in said.err
+    said = command("export", two, tmp_path / "x", "--after", 0, "--to", "adapter")
+    assert said.code == 2 and "nothing to put into an adapter" in said.err
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "x").mkdir()
+    said = command("export", two, tmp_path / "x")
+    assert said.code == 2 and "exists already" in said.err
+
+
+def test_a_cut_checkpoint_is_refused(two, tmp_path, monkeypatch):
+    from mllm_keeplora import files
+
+    write = files.write_tensors
+    monkeypatch.setattr(
+        files, "write_tensors", lambda path, tensors, *more: write(path, dict(list(tensors.items())[:3]))
+    )
+    with pytest.raises(RuntimeError, match="numbers were written"):
+        export(load_run(two), "adapter", tmp_path / "cut")
+    assert not list(tmp_path.iterdir())
+
+
+# -- ask -------------------------------------------------------------------------------------------------------------
+
+
+def test_ask_answers_as_the_run_does(two, command):
+    saved = load_run(two)
+    record = saved.benchmark.test_records("Beta")[0]
+    stored = json.loads((two / "domains/02_Beta/predictions/Beta.jsonl").read_text().splitlines()[0])
+    said = command("ask", two, "--image", record.media[0].path, record.question, "--max-new-tokens", 3)
+    assert (said.code, said.out.strip()) == (0, stored["prediction"])
+
+
+def test_ask_takes_an_exported_adapter_and_tells_what_is_wrong(two, tmp_path, command):
+    saved = load_run(two)
+    record = saved.benchmark.test_records("Beta")[0]
+    picture, question = record.media[0].path, record.question
+    export(saved, "adapter", tmp_path / "adapter")
+    own = command("ask", two, "--image", picture, question)
+    assert command("ask", tmp_path / "adapter", "--image", picture, question).out == own.out
+    said = command("ask", two, "--image", tmp_path / "none.png", question)
+    assert said.code == 2 and "none.png" in said.err
+    said = command("ask", two, "--image", picture, "<image> or <image> ?")
+    assert said.code == 2 and "2 image marks, but 1 pictures" in said.err
+    said = command("ask", tmp_path / "adapter", "--after", 1, question)
+    assert said.code == 2 and "no --after" in said.err
