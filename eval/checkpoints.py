@@ -57,7 +57,7 @@ class Checkpoint:
         Raises:
             UserError: the adapter cannot be put on this base.
         """
-        base = load_base(config.base, "frozen")
+        base = load_base(config.base, "frozen", ())
         if self.adapter is None:
             return base, base.model
         from peft import PeftModel

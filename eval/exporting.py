@@ -100,8 +100,9 @@ def _stored_base(saved: SavedRun) -> Base:
     from transformers import AutoConfig
 
     dtype = getattr(AutoConfig.from_pretrained(resolve(saved.config.base)), "dtype", None) or "float32"
+    settings = saved.config.adapters
     changes = {"quantization": None, "dtype": str(dtype).removeprefix("torch.")}
-    return load_base(saved.config.base.model_copy(update=changes), saved.config.adapters.projector)
+    return load_base(saved.config.base.model_copy(update=changes), settings.projector, settings.target)
 
 
 def _whole_folder(folder: Path, write: Callable[[Path], Any]) -> None:

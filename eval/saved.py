@@ -70,7 +70,7 @@ class SavedRun:
 
     def _load_base(self, quantised: bool = True) -> Base:
         config = self.config.base if quantised else self.config.base.model_copy(update={"quantization": None})
-        base = load_base(config, self.config.adapters.projector)
+        base = load_base(config, self.config.adapters.projector, self.config.adapters.target)
         recorded = self.run.record["base"]["fingerprint"]
         if recorded not in (None, base.fingerprint):
             raise UserError(f"{self.run.path} was made with other weights of {self.config.base.model}")

@@ -51,7 +51,7 @@ class StrategyConfig(BaseModel):
 
 
 class AdaptersConfig(Section):
-    target: Literal["language_linears"] = "language_linears"
+    target: Literal["language_linears"] | list[str] = Field("language_linears", min_length=1)
     projector: Literal["keeplora", "full", "frozen"] = "keeplora"
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     history: Literal["auto", "merged", "factors"] = "auto"

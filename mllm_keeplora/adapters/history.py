@@ -28,7 +28,13 @@ def weight_of(module: Any) -> Tensor:
     """Weight (d_out, d_in) of a linear layer, wrapped by peft or not; of a quantised one what it stands for."""
     from peft.utils.integrations import dequantize_module_weight
 
-    return dequantize_module_weight(getattr(module, "base_layer", module))
+    plain = getattr(module, "base_layer", module)
+    if type(plain.weight).__name__ == "Int8Params":  # peft's way moves the weight and so loses its scales on a CPU
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scales = plain.weight.SCB if plain.weight.SCB is not None else plain.state.SCB
+        return int8_vectorwise_dequant(plain.weight.data, scales)
+    return dequantize_module_weight(plain)
 
 
 class PristineWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
@@ -12,10 +13,10 @@ from typing import Any
 from mllm_keeplora import files
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
 from mllm_keeplora.errors import UserError, known
-from mllm_keeplora.models.parts import Parts, name_parts
+from mllm_keeplora.models.parts import ALL_LINEARS, Parts, name_parts
 from mllm_keeplora.models.prompt import STYLES, ChatPrompt
 
-PACKAGE = "package:"
+PACKAGE, CACHE = "package:", "cache:"  # what a shipped base's path is relative to
 
 
 @dataclass
@@ -34,28 +35,43 @@ def resolve(config: BaseConfig) -> str:
     """Where the weights are: a folder or a hub id.
 
     Raises:
-        UserError: the name is neither shipped, a folder, nor of the form owner/name; a prompt style or a quantisation
-            that this version does not know.
+        UserError: the name is neither shipped, a folder, nor of the form owner/name; a prompt style that this version
+            does not know; a library that is not installed.
     """
-    location = config.model
-    if config.model in shipped("models"):
-        location = read_yaml(find_config("models", config.model))["path"]
-    if location.startswith(PACKAGE):
-        location = str(resources.files("mllm_keeplora") / location.removeprefix(PACKAGE))
-    if not Path(location).is_dir() and (location.count("/") != 1 or location.startswith((".", "/"))):
-        raise UserError(
-            f"base.model {config.model!r} is neither a shipped base ({known(shipped('models'))}), nor a folder, "
-            "nor a hub id of the form owner/name"
-        )
+    location = resolve_path(config.model)
     if prompt_style(config) not in {"chat_template", *STYLES}:
         raise UserError(
             f"base.prompt {prompt_style(config)!r} is not known; allowed: auto, chat_template, {known(STYLES)}"
         )
-    if config.quantization == "int8":
-        raise UserError("base.quantization 'int8' is not supported yet; allowed: null, nf4")
     if config.quantization is not None and find_spec("bitsandbytes") is None:
         raise UserError(
             f"base.quantization {config.quantization!r} needs bitsandbytes: pip install 'mllm-keeplora[quant]'"
+        )
+    if config.attn == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UserError(
+            "base.attn 'flash_attention_2' needs the package flash-attn, which is not installed; sdpa is the default"
+        )
+    return location
+
+
+def resolve_path(model: str) -> str:
+    """Folder or hub id of a base by shipped name, folder or hub id.
+
+    Raises:
+        UserError: it is none of these, or a shipped one that has yet to be made.
+    """
+    settings = read_yaml(find_config("models", model)) if model in shipped("models") else {"path": model}
+    location = settings["path"]
+    if location.startswith(PACKAGE):
+        location = str(resources.files("mllm_keeplora") / location.removeprefix(PACKAGE))
+    if location.startswith(CACHE):
+        location = str(files.cache_folder() / location.removeprefix(CACHE))
+        if not Path(location).is_dir():
+            raise UserError(f"base.model {model!r} has yet to be made: {settings['made_by']}")
+    if not Path(location).is_dir() and (location.count("/") != 1 or location.startswith((".", "/"))):
+        raise UserError(
+            f"base.model {model!r} is neither a shipped base ({known(shipped('models'))}), nor a folder, "
+            "nor a hub id of the form owner/name"
         )
     return location
 
@@ -68,12 +84,13 @@ def prompt_style(config: BaseConfig) -> str:
     return settings.get("prompt", "chat_template")
 
 
-def load_base(config: BaseConfig, projector: str) -> Base:
+def load_base(config: BaseConfig, projector: str, target: str | Sequence[str] = ALL_LINEARS) -> Base:
     """Load model and processor; every parameter is frozen and the model is in evaluation mode.
 
     Args:
         config: the `base` section of a run.
         projector: `adapters.projector`; with `keeplora` the projector's linear layers are target layers too.
+        target: `adapters.target`; empty where nothing is to be adapted.
 
     Raises:
         UserError: the checkpoint cannot be loaded, or has no part that must be named.
@@ -90,12 +107,16 @@ def load_base(config: BaseConfig, projector: str) -> Base:
             location,
             dtype=compute_dtype(config.dtype),
             attn_implementation=config.attn,
-            **_quantisation(config, location, projector),
+            **_quantisation(config, location),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.model {config.model!r} cannot be loaded: {_first_line(error)}") from error
+    if config.quantization is not None:
+        from peft import prepare_model_for_kbit_training
+
+        _keep_packing(model)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # norms and heads to float32
     model.requires_grad_(False).eval()
-    _keep_packing(model)
     if torch.cuda.is_available() and config.quantization is None:
         from mllm_keeplora import distributed
 
@@ -105,7 +126,7 @@ def load_base(config: BaseConfig, projector: str) -> Base:
         model=model,
         processor=processor,
         prompt=ChatPrompt(processor, prompt_style(config)),
-        parts=name_parts(model, projector),
+        parts=name_parts(model, projector, target),
         fingerprint=fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(model, location),
     )
 
@@ -121,25 +142,38 @@ def _keep_packing(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantisation(config: BaseConfig, location: str, projector: str) -> dict[str, Any]:
+def skeleton(location: str) -> Any:
+    """The model without its weights: every module in place, on the meta device. Needs the config alone.
+
+    Raises:
+        OSError: the config is not on this machine.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    settings = AutoConfig.from_pretrained(location, local_files_only=not Path(location).is_dir())
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(settings)
+
+
+def _quantisation(config: BaseConfig, location: str) -> dict[str, Any]:
     """Arguments that make `from_pretrained` quantise the language model; tower, projector and head stay as they are."""
     if config.quantization is None:
         return {}
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     from mllm_keeplora import distributed
 
-    with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(location))
-    parts = name_parts(empty, projector)
+    empty = skeleton(location)
+    parts = name_parts(empty, "frozen", ())
     heads = [name for name, module in empty.named_modules() if module is empty.get_output_embeddings()]
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute_dtype(config.dtype),
-        llm_int8_skip_modules=[parts.vision_tower, parts.mm_projector, *heads],
-    )
+    kinds: dict[str, dict[str, Any]] = {
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_compute_dtype": compute_dtype(config.dtype)},
+        "int8": {"load_in_8bit": True},
+    }  # fmt: skip
+    skipped = [parts.vision_tower, parts.mm_projector, *heads]
+    settings = BitsAndBytesConfig(llm_int8_skip_modules=skipped, **kinds[config.quantization])
     return {"quantization_config": settings, "device_map": {"": distributed.device()}}
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mllm_keeplora.errors import UserError
 
+ALL_LINEARS = "language_linears"
 PROJECTORS = ("multi_modal_projector", "connector", "visual.merger", "vision_projection", "mm_projector")
 
 
@@ -29,22 +34,22 @@ class Parts:
         """Index of the transformer layer that a target layer belongs to; None for the projector's."""
         if layer not in self.language_layers:
             return None
-        numbers = [part for part in layer.removeprefix(self.language_model).split(".") if part.isdigit()]
-        return int(numbers[0]) if numbers else None
+        return _block(layer, self.language_model)
 
 
-def name_parts(model: Any, projector: str) -> Parts:
-    """Resolve the parts once, from the loaded model.
+def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LINEARS) -> Parts:
+    """Resolve the parts once, from the loaded model (or from its skeleton without weights).
 
     Args:
         model: a transformers image-text-to-text model.
         projector: `keeplora` adapts the projector's linear layers, `full` and `frozen` do not.
+        target: `language_linears`, or names of the language model's layers: the end of a dotted name (`q_proj`,
+            `self_attn.q_proj`, found in every block or not at all) or a pattern over whole names (`*.layers.1?.*`).
 
     Raises:
-        UserError: a part is missing.
+        UserError: a part is missing; a name or pattern finds no linear layer, or a plain name finds one in some blocks
+            only; the language model has expert weights that are no linear layers and `target` leaves them in.
     """
-    import torch
-
     names = {id(module): name for name, module in model.named_modules()}
     language = names.get(id(model.get_decoder()), "")
     tower = names.get(id(model.get_encoder("image")), "")
@@ -52,16 +57,79 @@ def name_parts(model: Any, projector: str) -> Parts:
     for part, name in (("language model", language), ("vision tower", tower), ("projector", mm_projector)):
         if not name:
             raise UserError(f"{type(model).__name__} has no {part} that can be named; it is not a LLaVA-style MLLM")
-
-    def linears(parent: str) -> tuple[str, ...]:
-        return tuple(
-            name
-            for name, module in model.named_modules()
-            if name.startswith(f"{parent}.") and isinstance(module, torch.nn.Linear)
-        )
-
     head = names.get(id(model.get_output_embeddings()))
-    layers = tuple(name for name in linears(language) if name != head)
+    layers = tuple(name for name in _linears(model, language) if name != head)
     if not layers:
         raise UserError(f"the language model {language} of {type(model).__name__} has no linear layer to adapt")
-    return Parts(language, tower, mm_projector, layers, linears(mm_projector) if projector == "keeplora" else ())
+    if target != ALL_LINEARS:
+        layers = _chosen(layers, language, target)
+    else:
+        _refuse_experts(model, language)
+    return Parts(
+        language, tower, mm_projector, layers, _linears(model, mm_projector) if projector == "keeplora" else ()
+    )
+
+
+def summary_of(model: Any, parts: Parts) -> list[str]:
+    """One line for each part, with the kinds of target layers, their number and shapes (d_out, d_in)."""
+
+    def kinds(layers: Sequence[str]) -> str:
+        counts = Counter((layer.rsplit(".", 1)[-1], *_shape(model.get_submodule(layer))) for layer in layers)
+        return ", ".join(f"{count} {kind} {d_out} x {d_in}" for (kind, d_out, d_in), count in counts.items())
+
+    return [
+        f"language model  {parts.language_model}: {kinds(parts.language_layers)}",
+        f"projector       {parts.mm_projector}: {kinds(parts.projector_layers) or 'no adapters'}",
+        f"vision tower    {parts.vision_tower}: frozen",
+    ]
+
+
+def _linears(model: Any, parent: str) -> tuple[str, ...]:
+    import torch
+
+    return tuple(
+        f"{parent}.{name}" if name else parent
+        for name, module in model.get_submodule(parent).named_modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    return module.out_features, module.in_features
+
+
+def _chosen(layers: tuple[str, ...], language: str, target: Sequence[str]) -> tuple[str, ...]:
+    """Layers that any of the names or patterns finds, in the model's order."""
+    found: set[str] = set()
+    for wanted in target:
+        is_pattern = any(mark in wanted for mark in "*?[")
+        own = [n for n in layers if (fnmatchcase(n, wanted) if is_pattern else n == wanted or n.endswith(f".{wanted}"))]
+        if not own:
+            ends = {part for name in layers for part in (name, name.rsplit(".", 1)[-1], ".".join(name.split(".")[-2:]))}
+            near = get_close_matches(wanted, sorted(ends), 3, 0.4) or sorted(n for n in ends if "." not in n)
+            raise UserError(f"adapters.target {wanted!r} is no linear layer of {language}; near: {', '.join(near)}")
+        blocks, holding = ({_block(name, language) for name in each} for each in (layers, own))
+        if not is_pattern and wanted not in layers and holding != blocks:
+            missing = sorted(blocks - holding, key=str)
+            raise UserError(
+                f"adapters.target {wanted!r} is in {len(holding)} of {len(blocks)} blocks of {language} (not in "
+                f"{', '.join(map(str, missing[:5]))}); say so by a pattern, e.g. '*.{wanted}'"
+            )
+        found.update(own)
+    return tuple(name for name in layers if name in found)
+
+
+def _block(layer: str, language: str) -> int | None:
+    numbers = [part for part in layer.removeprefix(language).split(".") if part.isdigit()]
+    return int(numbers[0]) if numbers else None
+
+
+def _refuse_experts(model: Any, language: str) -> None:
+    experts = [
+        f"{language}.{name}" for name, weight in model.get_submodule(language).named_parameters() if weight.ndim == 3
+    ]
+    if experts:
+        raise UserError(
+            f"{experts[0]} and {len(experts) - 1} more hold a mixture's experts in one tensor, which gets no adapters; "
+            "name the layers to adapt, e.g. adapters.target=[q_proj, k_proj, v_proj, o_proj]"
+        )

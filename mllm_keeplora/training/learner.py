@@ -18,6 +18,7 @@ from mllm_keeplora.data import Benchmark
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.log import log
 from mllm_keeplora.models import Base, cache_tower, load_base
+from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.strategies import DomainInfo, Strategy
 from mllm_keeplora.training.context import RunContext
@@ -49,7 +50,7 @@ class Learner:
     @cached_property
     def base(self) -> Base:
         log.info("loading base %s", self.config.base.model)
-        base = load_base(self.config.base, self.config.adapters.projector)
+        base = load_base(self.config.base, self.config.adapters.projector, self.config.adapters.target)
         expected = self.run.record["base"]["fingerprint"]
         if expected is None:
             self.run.record["base"]["fingerprint"] = base.fingerprint
@@ -102,7 +103,7 @@ class Learner:
         seed = stage_seed(self.config.seed, unit.key, "train")
         settings = self.config.train_of(unit.domains[0]) if len(unit.domains) == 1 else self.config.train
         records, epochs = training_records(unit, self.benchmark, self.config)
-        bf16 = next(self.base.model.parameters()).dtype.itemsize == 2
+        bf16 = compute_dtype(self.config.base.dtype).itemsize == 2
         arguments = training_arguments(settings, epochs, folder.checkpoints, seed, self._deepspeed(), bf16)
         seed_everything(seed)
         context = self._context(unit, "train", records)

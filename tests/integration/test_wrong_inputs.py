@@ -272,7 +272,8 @@ LATE = {
     ),
     "unknown Trainer argument": (["train.args={warp_drive: 9}"], ["warp_drive"]),
     "unknown schedule": (["train.schedule=zigzag"], ["zigzag"]),
-    "quantization": (["base.quantization=int8"], ["base.quantization 'int8'", "nf4"]),
+    "quantization": (["base.quantization=fp3"], ["base.quantization", "fp3", "nf4"]),
+    "attention": (["base.attn=flash_attention_2"], ["flash-attn", "sdpa"]),
     "prompt": (["base.prompt=vicuna"], ["base.prompt 'vicuna'"]),
 }
 

@@ -6,75 +6,33 @@ Weights are random, widths are tens, pictures become few tokens. Nothing is read
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.support.family_templates import TEMPLATES
+from tests.support.family_templates import TEMPLATES, TOKENIZERS, VISION_MARKS, tokenizer_of
 
-WIDTH, SIDE, PATCH, RANGE = 32, 32, 8, 0.1
+WIDTH, TOWER, SIDE, PATCH, RANGE = 64, 32, 32, 8, 0.1  # widths of text and tower; pictures; spread of weights
 SQUARE = {"height": SIDE, "width": SIDE}
 GRIDS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-WORDS = "what colour is the square? it is red green blue white on the left or right. yes no a man in the picture " * 3
-LLAMA = {"marks": "<unk> <s> </s> <pad> <image>", "bos": "<s>", "eos": "</s>", "pad": "<pad>", "add_bos": True}
-CHATML = "<|endoftext|> <|im_start|> <|im_end|> "
-QWEN = {"bos": None, "eos": "<|im_end|>", "pad": "<|endoftext|>", "ends": ("<|endoftext|>",)}
-VISION_MARKS = "<|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
-GRID_MARKS = "<fake_token_around_image> <global-img> <end_of_utterance> <image> " + " ".join(
-    f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)
-)
-GEMMA = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>"}
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 
 
-@cache
-def _byte_pairs() -> str:
-    """A byte-level tokenizer without special tokens, as JSON."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([WORDS], trainer)
-    return tokenizer.to_str()
+def build_family(name: str, folder: Path, seed: int = 0) -> Path:
+    """Write a family's checkpoint as its hub folder looks; the same seed gives the same weights.
 
-
-def _tokenizer(
-    marks: str,
-    bos: str | None,
-    eos: str,
-    pad: str,
-    add_bos: bool = False,
-    ends: tuple[str, ...] = (),
-    names: dict[str, str] | None = None,
-    rstrip: tuple[str, ...] = (),
-) -> hf.PreTrainedTokenizerFast:
-    """The shared tokenizer with a family's special tokens.
-
-    Args:
-        marks: special tokens in the order of their ids, after all others.
-        add_bos: the tokenizer itself puts `bos` before a text.
-        ends: tokens that end an answer besides `eos`; kept for the generation config.
-        names: attributes of the tokenizer that give special tokens.
-        rstrip: special tokens that swallow white space behind them.
+    Raises:
+        KeyError: the family is not known or cannot be built.
     """
-    tokenizer = Tokenizer.from_str(_byte_pairs())
-    tokenizer.add_special_tokens([AddedToken(m, normalized=False, rstrip=m in rstrip) for m in marks.split()])
-    wrapped = hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=pad,
-        add_bos_token=add_bos,
-        extra_special_tokens=names or {},
-    )
-    wrapped.ends = [eos, *ends]
-    return wrapped
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        FAMILIES[name](folder)
+    return folder
 
 
 def _text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
@@ -82,10 +40,10 @@ def _text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
-        "intermediate_size": 48,
+        "intermediate_size": 96,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "max_position_embeddings": 1024,
         "initializer_range": RANGE,
         "bos_token_id": tokenizer.bos_token_id,
@@ -97,7 +55,7 @@ def _text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
 
 def _tower(**changes: Any) -> dict[str, Any]:
     """Settings that vision towers have in common."""
-    settings = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {"hidden_size": TOWER, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return {**settings, "image_size": SIDE, "patch_size": PATCH, **changes}
 
 
@@ -105,136 +63,182 @@ def _siglip(**changes: Any) -> hf.SiglipVisionConfig:
     return hf.SiglipVisionConfig(**_tower(vision_use_head=False, **changes))
 
 
-def _write(folder: Path, kind: type, config: Any, processor: Any) -> None:
+def _write(
+    folder: Path, family: str, name: str, processor: Any, vision: Any, text: Any, ends: str = "", **config: Any
+) -> None:
+    """Random weights and all files.
+
+    Args:
+        family: key of the chat template.
+        name: what the family's classes are called, without `ForConditionalGeneration`.
+        vision, text: configs of the parts.
+        ends: tokens that end an answer besides the tokenizer's own.
+        config: settings of the whole.
+    """
     tokenizer = processor.tokenizer
-    ends = tokenizer.__dict__.pop("ends")
-    model = kind(config)
+    config = {"image_token_id": processor.image_token_id, **config}
+    whole = getattr(hf, f"{name}Config")(vision_config=vision, text_config=text, **config)
+    model = getattr(hf, f"{name}ForConditionalGeneration")(whole)
     with torch.no_grad():
-        for name, weight in model.named_parameters():  # gates and projections that start at zero hide the picture
-            if name.endswith(("gate", "mm_input_projection_weight", "image_newline")):
-                weight.normal_(0.5 if name.endswith("gate") else 0.0, RANGE)
+        for parameter, weight in model.named_parameters():  # what starts at zero would hide the picture
+            if parameter.endswith("gate"):
+                weight.fill_(0.5)
+            elif parameter.endswith("mm_input_projection_weight"):
+                weight.normal_(0.0, RANGE)
     model.generation_config = hf.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.convert_tokens_to_ids(ends),
+        eos_token_id=sorted({tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(ends.split())}),
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
+    processor.chat_template = TEMPLATES[family]
     processor.save_pretrained(folder)
 
 
-def _llava(folder: Path, family: str, kind: type, config: type, text: type, marks: dict, **changes: Any) -> None:
-    """LLaVA and its like: a CLIP tower without its class token."""
-    tokenizer = _tokenizer(**marks)
-    processor = hf.LlavaProcessor(
-        hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE),
+def _llava(folder: Path, family: str, name: str, text: type, ends: str = "", **config: Any) -> None:
+    """LLaVA and its like: a CLIP tower without its class token; LLaVA-NeXT cuts pictures into tiles."""
+    tokenizer, grids = tokenizer_of(**TOKENIZERS[family]), name == "LlavaNext"
+    settings = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
+    if grids:
+        config["image_grid_pinpoints"] = settings["image_grid_pinpoints"] = GRIDS[1:]
+    processor = (hf.LlavaNextProcessor if grids else hf.LlavaProcessor)(
+        (hf.LlavaNextImageProcessor if grids else hf.CLIPImageProcessor)(**settings),
         tokenizer,
         patch_size=2 * PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TEMPLATES[family],
     )
-    settings = config(
-        vision_config=hf.CLIPVisionConfig(**_tower(patch_size=2 * PATCH)),
-        text_config=text(**_text(tokenizer)),
-        image_token_id=processor.image_token_id,
-        image_seq_length=4,
-        **changes,
-    )
-    _write(folder, kind, settings, processor)
-
-
-def _llava_next(folder: Path) -> None:
-    tokenizer = _tokenizer(**LLAMA)
-    processor = hf.LlavaNextProcessor(
-        hf.LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=GRIDS[1:]),
-        tokenizer,
-        patch_size=2 * PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATES["llava-next"],
-    )
-    config = hf.LlavaNextConfig(
-        vision_config=hf.CLIPVisionConfig(**_tower(patch_size=2 * PATCH)),
-        text_config=hf.MistralConfig(**_text(tokenizer)),
-        image_token_id=processor.image_token_id,
-        image_grid_pinpoints=GRIDS[1:],
-        image_seq_length=4,
-    )
-    _write(folder, hf.LlavaNextForConditionalGeneration, config, processor)
+    tower = hf.CLIPVisionConfig(**_tower(patch_size=2 * PATCH))
+    _write(folder, family, name, processor, tower, text(**_text(tokenizer)), ends, image_seq_length=4, **config)
 
 
 def _llava_onevision(folder: Path) -> None:
-    tokenizer = _tokenizer(CHATML + "<image> <video>", **QWEN)
+    tokenizer = tokenizer_of(**TOKENIZERS["llava-onevision"])
     processor = hf.LlavaOnevisionProcessor(
         hf.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=GRIDS),
         tokenizer,
         hf.LlavaOnevisionVideoProcessor(size=SQUARE),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
-        chat_template=TEMPLATES["llava-onevision"],
     )
-    config = hf.LlavaOnevisionConfig(
-        vision_config=_siglip(patch_size=2 * PATCH),
-        text_config=hf.Qwen2Config(**_text(tokenizer)),
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-        image_grid_pinpoints=GRIDS,
-    )
-    _write(folder, hf.LlavaOnevisionForConditionalGeneration, config, processor)
+    tower, text = _siglip(patch_size=2 * PATCH), hf.Qwen2Config(**_text(tokenizer))
+    ids = {"video_token_id": processor.video_token_id, "image_grid_pinpoints": GRIDS}
+    _write(folder, "llava-onevision", "LlavaOnevision", processor, tower, text, "<|endoftext|>", **ids)
 
 
-def _qwen(folder: Path, family: str, name: str, processor: type, tower: dict, text: dict) -> None:
+def _qwen(folder: Path, name: str, family: str, tower: dict, **text: Any) -> None:
     """The Qwen-VL models: pictures keep their shape, positions have three axes."""
-    tokenizer = _tokenizer(CHATML + VISION_MARKS, **QWEN)
+    tokenizer, base = tokenizer_of(**TOKENIZERS[family]), name.removesuffix("Moe")
     sizes = {"patch_size": PATCH, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 2304}}
-    videos = hf.Qwen3VLVideoProcessor if name.startswith("Qwen3") else hf.Qwen2VLVideoProcessor
-    whole = processor(
-        hf.Qwen2VLImageProcessor(**sizes), tokenizer, videos(**sizes), chat_template=TEMPLATES[family.split("-moe")[0]]
-    )
-    ids = tokenizer.convert_tokens_to_ids(VISION_MARKS.split())
+    videos = hf.Qwen3VLVideoProcessor if base == "Qwen3VL" else hf.Qwen2VLVideoProcessor
+    processor = getattr(hf, f"{base}Processor")(hf.Qwen2VLImageProcessor(**sizes), tokenizer, videos(**sizes))
     keys = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
-    config = getattr(hf, f"{name}Config")(
-        vision_config={"depth": 2, "num_heads": 2, "patch_size": PATCH, "initializer_range": RANGE, **tower},
-        text_config=_text(tokenizer, rope_parameters=ROPE, **text),
-        **dict(zip(keys, ids, strict=True)),
-    )
-    _write(folder, getattr(hf, f"{name}ForConditionalGeneration"), config, whole)
+    ids = dict(zip(keys, tokenizer.convert_tokens_to_ids(VISION_MARKS.split()), strict=True))
+    tower = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "initializer_range": RANGE, **tower}
+    text = _text(tokenizer, rope_parameters=dict(ROPE), **text)
+    _write(folder, family, name, processor, tower, text, "<|endoftext|>", **ids)
 
 
 def _internvl(folder: Path) -> None:
-    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    tokenizer = _tokenizer(
-        CHATML + "<img> </img> <IMG_CONTEXT> <video>", **QWEN, names={**names, "video_token": "<video>"}
-    )
-    processor = hf.InternVLProcessor(
-        hf.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, max_patches=2),
-        tokenizer,
-        hf.InternVLVideoProcessor(size=SQUARE),
-        image_seq_length=4,
-        chat_template=TEMPLATES["internvl"],
-    )
-    config = hf.InternVLConfig(
-        vision_config=hf.InternVLVisionConfig(**_tower()),
-        text_config=hf.Qwen2Config(**_text(tokenizer, tie_word_embeddings=True)),
-        image_token_id=processor.image_token_id,
-        image_seq_length=4,
-    )
-    _write(folder, hf.InternVLForConditionalGeneration, config, processor)
+    tokenizer = tokenizer_of(**TOKENIZERS["internvl"])
+    images = hf.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, max_patches=2)
+    processor = hf.InternVLProcessor(images, tokenizer, hf.InternVLVideoProcessor(size=SQUARE), image_seq_length=4)
+    tower, text = hf.InternVLVisionConfig(**_tower()), hf.Qwen2Config(**_text(tokenizer, tie_word_embeddings=True))
+    _write(folder, "internvl", "InternVL", processor, tower, text, "<|endoftext|>", image_seq_length=4)
 
 
-def _idefics(folder: Path, family: str, name: str, marks: dict, **more: Any) -> None:
-    tokenizer = _tokenizer(**marks)
-    images = getattr(hf, f"{name}ImageProcessor")(
-        size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
-    )
-    processor = getattr(hf, f"{name}Processor")(
-        images, tokenizer, image_seq_len=4, chat_template=TEMPLATES[family], **more
-    )
-    config = getattr(hf, f"{name}Config")(
-        vision_config=_tower(initializer_range=RANGE),
-        text_config=hf.LlamaConfig(**_text(tokenizer)),
-        image_token_id=processor.image_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        scale_factor=2,
-    )
-    _write(folder, getattr(hf, f"{name}ForConditionalGeneration"), config, processor)
+def _idefics(folder: Path, family: str, name: str) -> None:
+    """Idefics3 and SmolVLM: a picture becomes its tiles and itself made small."""
+    tokenizer = tokenizer_of(**TOKENIZERS[family])
+    sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+    more = {"video_processor": hf.SmolVLMVideoProcessor(**sizes)} if name == "SmolVLM" else {}
+    images = getattr(hf, f"{name}ImageProcessor")(**sizes)
+    processor = getattr(hf, f"{name}Processor")(images, tokenizer, image_seq_len=4, **more)
+    tower, text = _tower(initializer_range=RANGE), hf.LlamaConfig(**_text(tokenizer))
+    pad = tokenizer.pad_token_id
+    _write(folder, family, name, processor, tower, text, "<end_of_utterance>", pad_token_id=pad, scale_factor=2)
+
+
+def _paligemma(folder: Path, text: type, **changes: Any) -> None:
+    """Every record needs a picture; the processor gives labels of its own, and token types that are all 0."""
+    tokenizer = tokenizer_of(**TOKENIZERS["paligemma"])
+    processor = hf.PaliGemmaProcessor(hf.SiglipImageProcessor(size=SQUARE, image_seq_length=4), tokenizer)
+    sizes = {"vocab_size": len(tokenizer), "projection_dim": WIDTH, "hidden_size": WIDTH}
+    tower, text = _siglip(patch_size=2 * PATCH), text(**_text(tokenizer, head_dim=16, **changes))
+    _write(folder, "paligemma", "PaliGemma", processor, tower, text, **sizes)
+
+
+def _gemma3(folder: Path) -> None:
+    """The projector is a parameter, not a linear layer."""
+    tokenizer = tokenizer_of(**TOKENIZERS["gemma3"])
+    processor = hf.Gemma3Processor(hf.Gemma3ImageProcessor(size=SQUARE), tokenizer, image_seq_length=4)
+    text = hf.Gemma3TextConfig(**_text(tokenizer, head_dim=16, query_pre_attn_scalar=16, **SLIDING))
+    ids = {key: getattr(tokenizer, key) for key in ("boi_token_id", "eoi_token_id", "image_token_id")}
+    _write(folder, "gemma3", "Gemma3", processor, _siglip(), text, "<end_of_turn>", mm_tokens_per_image=4, **ids)
+
+
+def _mllama(folder: Path) -> None:
+    """Pictures reach the text by cross-attention; the image token is the first id that the head does not know.
+
+    Either every record of a batch has a picture or none has.
+    """
+    tokenizer = tokenizer_of(**TOKENIZERS["mllama"])
+    processor = hf.MllamaProcessor(hf.MllamaImageProcessor(size=SQUARE, max_image_tiles=4), tokenizer)
+    tower = {"num_global_layers": 1, "intermediate_layers_indices": [0, 1], "vision_output_dim": 3 * TOWER}
+    text = _text(tokenizer, vocab_size=len(tokenizer) - 1, cross_attention_layers=[1])
+    parts = hf.MllamaVisionConfig(**_tower(**tower, initializer_range=RANGE)), hf.MllamaTextConfig(**text)
+    _write(folder, "mllama", "Mllama", processor, *parts, "<|end_of_text|> <|eom_id|>")
+
+
+def _mistral3(folder: Path) -> None:
+    tokenizer = tokenizer_of(**TOKENIZERS["mistral3"])
+    images = hf.PixtralImageProcessor(size={"longest_edge": 48}, patch_size=PATCH)
+    processor = hf.PixtralProcessor(images, tokenizer, patch_size=PATCH, spatial_merge_size=2)
+    tower = hf.PixtralVisionConfig(**_tower(image_size=48, initializer_range=RANGE))
+    text, more = hf.MistralConfig(**_text(tokenizer, head_dim=16)), {"tie_word_embeddings": False}
+    _write(folder, "mistral3", "Mistral3", processor, tower, text, spatial_merge_size=2, **more)
+
+
+def _aya_vision(folder: Path) -> None:
+    tokenizer = tokenizer_of(**TOKENIZERS["aya-vision"])
+    images = hf.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, max_patches=2)
+    sizes = {"patch_size": PATCH, "img_size": SIDE, "downsample_factor": 2}
+    processor = hf.AyaVisionProcessor(images, tokenizer, **sizes)
+    text = hf.Cohere2Config(**_text(tokenizer, logit_scale=1.0, **SLIDING))
+    _write(folder, "aya-vision", "AyaVision", processor, _siglip(), text, downsample_factor=2)
+
+
+VISUAL = {"hidden_size": TOWER, "intermediate_size": 48, "out_hidden_size": WIDTH}
+DEEP = {**VISUAL, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+UNBUILDABLE: dict[str, str] = {}
+if find_spec("num2words") is None:
+    UNBUILDABLE["smolvlm"] = "SmolVLMProcessor raises ImportError when it is made without the package num2words."
+FAMILIES: dict[str, Callable[[Path], None]] = {
+    "llava": partial(_llava, family="llava", name="Llava", text=hf.LlamaConfig),
+    "llava-phi3": partial(_llava, family="llava-phi3", name="Llava", text=hf.Phi3Config, ends="<|end|>"),
+    "llava-next": partial(_llava, family="llava-next", name="LlavaNext", text=hf.MistralConfig),
+    "vipllava": partial(
+        _llava, family="vipllava", name="VipLlava", text=hf.LlamaConfig, vision_feature_layer=[-2, -3, 2]
+    ),
+    "llava-onevision": _llava_onevision,
+    "qwen2-vl": partial(
+        _qwen, family="qwen2-vl", name="Qwen2VL", tower={"embed_dim": TOWER, "hidden_size": WIDTH, "mlp_ratio": 2}
+    ),
+    "qwen2.5-vl": partial(
+        _qwen, family="qwen2.5-vl", name="Qwen2_5_VL", tower={**VISUAL, "window_size": 32, "fullatt_block_indexes": [1]}
+    ),
+    "qwen3-vl": partial(_qwen, family="qwen3-vl", name="Qwen3VL", tower=DEEP, head_dim=16),
+    "qwen3-vl-moe": partial(_qwen, family="qwen3-vl", name="Qwen3VLMoe", tower=DEEP, head_dim=16, **EXPERTS),
+    "internvl": _internvl,
+    "idefics3": partial(_idefics, family="idefics3", name="Idefics3"),
+    "smolvlm": partial(_idefics, family="smolvlm", name="SmolVLM"),
+    # With narrow weights it repeats its last token.
+    "paligemma": partial(_paligemma, text=hf.GemmaConfig, initializer_range=3 * RANGE),
+    "paligemma2": partial(_paligemma, text=hf.Gemma2Config, query_pre_attn_scalar=16, **SLIDING),
+    "gemma3": _gemma3,
+    "mllama": _mllama,
+    "mistral3": _mistral3,
+    "aya-vision": _aya_vision,
+}
+FAMILIES = {name: build for name, build in FAMILIES.items() if name not in UNBUILDABLE}

@@ -1,5 +1,7 @@
 """The parts of a model by exact name, and what loading promises."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from mllm_keeplora.config import BaseConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models import load_base
 from mllm_keeplora.models.base import fingerprint
-from mllm_keeplora.models.parts import name_parts
+from mllm_keeplora.models.parts import name_parts, summary_of
 
 KINDS = (
     "self_attn.q_proj",
@@ -55,6 +57,45 @@ def test_a_model_without_a_projector_is_refused_by_a_sentence(new_base):
     del model.model.multi_modal_projector
     with pytest.raises(UserError, match="LlavaForConditionalGeneration has no projector"):
         name_parts(model, "keeplora")
+
+
+def names_of(base, target):
+    return {
+        name.removeprefix("model.language_model.layers.")
+        for name in name_parts(base.model, "frozen", target).target_layers
+    }
+
+
+def test_layers_may_be_chosen_by_name_or_pattern(base):
+    assert names_of(base, ["q_proj", "mlp.up_proj"]) == {f"{n}.{kind}" for n in (0, 1) for kind in (KINDS[0], KINDS[5])}
+    assert names_of(base, ["*.layers.1.self_attn.*"]) == {f"1.{kind}" for kind in KINDS[:4]}
+    assert names_of(base, ["model.language_model.layers.0.mlp.down_proj"]) == {"0.mlp.down_proj"}
+
+
+def test_a_name_that_finds_nothing_or_only_a_part_is_refused_with_what_is_near(base):
+    with pytest.raises(UserError, match=r"'q_prj' is no linear layer of model.language_model; near: .*q_proj"):
+        names_of(base, ["v_proj", "q_prj"])
+    with pytest.raises(UserError, match="no linear layer of"):
+        names_of(base, ["*.layers.7.*"])
+    holed = copy.deepcopy(base.model)
+    holed.model.language_model.layers[1].mlp.up_proj = torch.nn.Identity()
+    with pytest.raises(UserError, match=r"'up_proj' is in 1 of 2 blocks of model.language_model \(not in 1\)"):
+        name_parts(holed, "frozen", ["up_proj"])
+    assert len(name_parts(holed, "frozen", ["*.up_proj"]).target_layers) == 1
+
+
+def test_experts_in_one_tensor_are_refused_unless_other_layers_are_named(base):
+    model = copy.deepcopy(base.model)
+    model.model.language_model.layers[0].mlp.experts = torch.nn.ParameterList([torch.zeros(4, 8, 8)])
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.experts\.0 .* name the layers to adapt"):
+        name_parts(model, "frozen")
+    assert len(name_parts(model, "frozen", ["q_proj"]).target_layers) == 2
+
+
+def test_the_summary_tells_kinds_counts_and_shapes(base):
+    language, projector, tower = summary_of(base.model, base.parts)
+    assert "2 q_proj 32 x 32" in language and "2 down_proj 32 x 48" in language
+    assert "1 linear_1 32 x 32" in projector and "frozen" in tower
 
 
 def test_a_loaded_base_is_frozen_and_in_evaluation_mode(tiny_folder):
