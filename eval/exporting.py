@@ -77,7 +77,7 @@ def _adapter(saved: SavedRun, after: int, folder: Path) -> None:
         base = _stored_base(saved)
         adapters = adapters_for(base, "full", "factors")
         adapters.restore([], full)
-        settings["modules_to_save"] = [base.parts.mm_projector]
+        settings["modules_to_save"] = list(base.parts.projectors)
         tensors |= {f"{PREFIX}{name}": base.model.get_parameter(name).detach() for name in adapters.full}
     files.write_json(folder / "adapter_config.json", settings)
     files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @contextmanager
 def graph_from_inputs(model: Any) -> Iterator[None]:
     """Make the graph start at the embeddings and at the images, since no parameter requires a gradient."""
+    from mllm_keeplora.models.parts import projectors_of
+
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -23,23 +25,17 @@ def graph_from_inputs(model: Any) -> Iterator[None]:
         return output.detach().requires_grad_(True)
 
     def start_at_input(module: Any, args: tuple) -> tuple:
+        # what a projector receives from the frozen tower must start a graph for its own weights' gradients
         return (args[0].detach().requires_grad_(True), *args[1:])
 
     handles = [model.get_input_embeddings().register_forward_hook(start_graph)]
-    handles += [module.register_forward_pre_hook(start_at_input) for module in _vision_outputs(model)]
+    handles += [module.register_forward_pre_hook(start_at_input) for module in projectors_of(model)]
     try:
         with removed_afterwards(handles):
             yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def _vision_outputs(model: Any) -> list[Any]:
-    """The projector: what it receives from the frozen tower must start a graph for its own weights' gradients."""
-    from mllm_keeplora.models.parts import PROJECTORS
-
-    return [m for name, m in model.named_modules() if any(name == p or name.endswith(f".{p}") for p in PROJECTORS)]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from mllm_keeplora.data import Record
 from mllm_keeplora.data.images import image_size, images_of
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models import IGNORED, ChatPrompt
+from mllm_keeplora.models.base import prompt_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -17,15 +19,19 @@ if TYPE_CHECKING:
 
 def load_prompt(location: str, style: str) -> ChatPrompt | None:
     """The prompt of a base whose processor is on this machine; None where it would have to be downloaded."""
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, GenerationConfig
 
+    from_hub = not Path(location).is_dir()
     try:
-        processor = AutoProcessor.from_pretrained(location, local_files_only=not Path(location).is_dir())
+        processor = AutoProcessor.from_pretrained(location, local_files_only=from_hub)
     except (OSError, ValueError) as error:
         if not Path(location).is_dir():
             return None
         raise UserError(f"base {location}: its processor cannot be loaded: {str(error).splitlines()[0]}") from None
-    return ChatPrompt(processor, style)
+    generation = None
+    with contextlib.suppress(OSError):  # a folder may have none
+        generation = GenerationConfig.from_pretrained(location, local_files_only=from_hub)
+    return prompt_of(processor, style, generation)
 
 
 def token_faults(

@@ -225,6 +225,6 @@ def adapters_for(base: Base, projector: str, history: str, dropout: float = 0.0)
     """Adapters of a loaded base as a run's `adapters` section asks for them; `full` trains the projector itself."""
     full: tuple[str, ...] = ()
     if projector == "full":
-        prefix = f"{base.parts.mm_projector}."
-        full = tuple(name for name, _ in base.model.named_parameters() if name.startswith(prefix))
+        starts = tuple(f"{projector}." for projector in base.parts.projectors)
+        full = tuple(name for name, _ in base.model.named_parameters() if name.startswith(starts))
     return Adapters(base.model, base.parts.target_layers, history, dropout, full)

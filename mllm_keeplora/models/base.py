@@ -13,8 +13,11 @@ from typing import Any
 from mllm_keeplora import files
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
 from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.log import log
 from mllm_keeplora.models.parts import ALL_LINEARS, Parts, name_parts
-from mllm_keeplora.models.prompt import STYLES, ChatPrompt
+from mllm_keeplora.models.prefix_prompt import PrefixPrompt
+from mllm_keeplora.models.prompt import ChatPrompt
+from mllm_keeplora.models.templates import STYLES
 
 PACKAGE, CACHE = "package:", "cache:"  # what a shipped base's path is relative to
 
@@ -84,6 +87,19 @@ def prompt_style(config: BaseConfig) -> str:
     return settings.get("prompt", "chat_template")
 
 
+def prompt_of(processor: Any, style: str, generation: Any = None) -> ChatPrompt:
+    """The prompt of a base.
+
+    Args:
+        processor: of the base.
+        style: from `prompt_style`.
+        generation: its generation config, which names the tokens that end an answer; None if it has none.
+    """
+    ends = getattr(generation, "eos_token_id", None)
+    kind = PrefixPrompt if style == "paligemma" else ChatPrompt
+    return kind(processor, style, ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
 def load_base(config: BaseConfig, projector: str, target: str | Sequence[str] = ALL_LINEARS) -> Base:
     """Load model and processor; every parameter is frozen and the model is in evaluation mode.
 
@@ -101,14 +117,24 @@ def load_base(config: BaseConfig, projector: str, target: str | Sequence[str] = 
 
     transformers_logging.disable_progress_bar()
     location = resolve(config)
-    try:
-        processor = AutoProcessor.from_pretrained(location)
-        model = AutoModelForImageTextToText.from_pretrained(
+
+    def load(attention: str) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(
             location,
             dtype=compute_dtype(config.dtype),
-            attn_implementation=config.attn,
+            attn_implementation=attention,
             **_quantisation(config, location),
         )
+
+    try:
+        processor = AutoProcessor.from_pretrained(location)
+        try:
+            model = load(config.attn)
+        except ValueError as error:
+            if config.attn != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                raise
+            log.info("%s has no sdpa attention: taking eager", config.model)
+            model = load("eager")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base.model {config.model!r} cannot be loaded: {_first_line(error)}") from error
     if config.quantization is not None:
@@ -125,7 +151,7 @@ def load_base(config: BaseConfig, projector: str, target: str | Sequence[str] = 
         name=config.model,
         model=model,
         processor=processor,
-        prompt=ChatPrompt(processor, prompt_style(config)),
+        prompt=prompt_of(processor, prompt_style(config), model.generation_config),
         parts=name_parts(model, projector, target),
         fingerprint=fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(model, location),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,6 +13,7 @@ from mllm_keeplora.errors import UserError
 
 ALL_LINEARS = "language_linears"
 PROJECTORS = ("multi_modal_projector", "connector", "visual.merger", "vision_projection", "mm_projector")
+MORE_PROJECTORS = ("visual.deepstack_merger_list",)  # of features from inside the tower, beside the projector
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class Parts:
     mm_projector: str
     language_layers: tuple[str, ...]
     projector_layers: tuple[str, ...]
+    more_projectors: tuple[str, ...] = ()
+
+    @property
+    def projectors(self) -> tuple[str, ...]:
+        """Every module between vision tower and language model."""
+        return (self.mm_projector, *self.more_projectors)
 
     @property
     def target_layers(self) -> tuple[str, ...]:
@@ -53,7 +60,7 @@ def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LIN
     names = {id(module): name for name, module in model.named_modules()}
     language = names.get(id(model.get_decoder()), "")
     tower = names.get(id(model.get_encoder("image")), "")
-    mm_projector = next((n for n in names.values() for p in PROJECTORS if n == p or n.endswith(f".{p}")), "")
+    mm_projector = next(iter(_named(names.values(), PROJECTORS)), "")
     for part, name in (("language model", language), ("vision tower", tower), ("projector", mm_projector)):
         if not name:
             raise UserError(f"{type(model).__name__} has no {part} that can be named; it is not a LLaVA-style MLLM")
@@ -65,9 +72,19 @@ def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LIN
         layers = _chosen(layers, language, target)
     else:
         _refuse_experts(model, language)
-    return Parts(
-        language, tower, mm_projector, layers, _linears(model, mm_projector) if projector == "keeplora" else ()
-    )
+    more = _named(names.values(), MORE_PROJECTORS)
+    adapted = (mm_projector, *more) if projector == "keeplora" else ()
+    projector_layers = tuple(layer for each in adapted for layer in _linears(model, each))
+    return Parts(language, tower, mm_projector, layers, projector_layers, more)
+
+
+def projectors_of(model: Any) -> list[Any]:
+    """The modules that take in what the vision tower gives; of a list of modules each for itself."""
+    import torch
+
+    modules = dict(model.named_modules())
+    found = [modules[name] for name in _named(modules, PROJECTORS + MORE_PROJECTORS)]
+    return [m for each in found for m in (each if isinstance(each, torch.nn.ModuleList) else [each])]
 
 
 def summary_of(model: Any, parts: Parts) -> list[str]:
@@ -79,9 +96,13 @@ def summary_of(model: Any, parts: Parts) -> list[str]:
 
     return [
         f"language model  {parts.language_model}: {kinds(parts.language_layers)}",
-        f"projector       {parts.mm_projector}: {kinds(parts.projector_layers) or 'no adapters'}",
+        f"projector       {', '.join(parts.projectors)}: {kinds(parts.projector_layers) or 'no adapters'}",
         f"vision tower    {parts.vision_tower}: frozen",
     ]
+
+
+def _named(names: Iterable[str], ends: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if any(name == end or name.endswith(f".{end}") for end in ends))
 
 
 def _linears(model: Any, parent: str) -> tuple[str, ...]:

@@ -1,35 +1,20 @@
 """Turns to token ids: the processor's chat template, and the mask that lets only answers carry loss.
 
-The mask comes from the token ids of rendered prefixes, never from a search for strings.
+The mask comes from where rendered prefixes end in the tokens' bounds, never from a search for strings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 from mllm_keeplora.data.schema import IMAGE_MARK, Record, Turn
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.models.templates import STYLES
 
 IGNORED = -100
 REMEMBERED = 1 << 15  # renderings; conversations of a domain share their first turns, and passes share conversations
-
-
-# The published prompt of LLaVA-1.5 (conversation `vicuna_v1` of its code); its checkpoints' own template has no system
-# line and no end mark after an answer.
-VICUNA_V1 = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'][0]['text'] }}{% else %}"
-    "{{ 'A chat between a curious user and an artificial intelligence assistant. ' }}"
-    "{{ 'The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}{% endif %}"
-    "{% for message in messages if message['role'] != 'system' %}"
-    "{{ (' ' if loop.first else '') + ('USER: ' if message['role'] == 'user' else 'ASSISTANT: ') }}"
-    "{% for part in message['content'] %}"
-    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
-    "{{ ' ' if message['role'] == 'user' else eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-STYLES = {"vicuna_v1": VICUNA_V1}
 
 
 class ChatPrompt:
@@ -38,14 +23,16 @@ class ChatPrompt:
     Args:
         processor: of the base; its template is replaced where a style is named.
         style: `chat_template`, or a key of `STYLES`.
+        ends: ids of the tokens at which generation stops, beside the tokenizer's own end mark.
     """
 
-    def __init__(self, processor: Any, style: str = "chat_template"):
+    def __init__(self, processor: Any, style: str = "chat_template", ends: Iterable[int] = ()):
         self.processor = processor
         if style in STYLES:
             processor.chat_template = STYLES[style]
         self.tokenizer = processor.tokenizer
-        self._widenings: dict[tuple[int, int], int] = {}
+        self.ends = {self.tokenizer.eos_token_id, *ends}
+        self._widenings: dict[tuple[tuple[int, int], ...], int] = {}
         if not getattr(processor, "chat_template", None):
             raise UserError("the base's processor has no chat template, so its prompt is not known")
         if self.tokenizer.pad_token_id is None:
@@ -108,22 +95,24 @@ class ChatPrompt:
         """Whether an end mark is among the trained tokens of every answer; without one nothing teaches when to stop."""
         text = self._render(record, len(record.turns))
         ids, spans = self._ids(text), self._answer_spans(record, text, [0] * len(record.turns))
-        return all(self.tokenizer.eos_token_id in ids[start:stop] for start, stop in spans)
+        return all(self.ends.intersection(ids[start:stop]) for start, stop in spans)
 
     def total_tokens(self, record: Record, sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens of a whole conversation with its images, of which only the sizes (width, height) are needed."""
         text = self._render(record, len(record.turns))
-        return len(self._ids(text)) + sum(self._widening(size) for size in sizes)
+        return len(self._ids(text)) + self._widening(tuple(sizes))
 
-    def _widening(self, size: tuple[int, int]) -> int:
-        """How many more tokens a picture of a size takes than its mark in the text; found out once per size."""
+    def _widening(self, sizes: tuple[tuple[int, int], ...]) -> int:
+        """How many more tokens pictures of these sizes take in one record than their marks; found out once."""
         from PIL import Image
 
-        if size not in self._widenings:
-            text = _rendered(self.processor, (Turn("user", "?"),), 1, "", True)
-            batch = self._process([text], [[Image.new("RGB", size)]], side="right")
-            self._widenings[size] = batch["input_ids"].shape[1] - len(self._ids(text))
-        return self._widenings[size]
+        if not sizes:
+            return 0
+        if sizes not in self._widenings:
+            text = _rendered(self.processor, (Turn("user", "?"),), len(sizes), "", True)
+            batch = self._process([text], [[Image.new("RGB", size) for size in sizes]], side="right")
+            self._widenings[sizes] = batch["input_ids"].shape[1] - len(self._ids(text))
+        return self._widenings[sizes]
 
     def _widened(self, record: Record, sizes: Sequence[tuple[int, int]], text: str, length: int) -> list[int]:
         """Per turn: how many more tokens the images up to its end take in the processed ids than in the text.
@@ -134,7 +123,7 @@ class ChatPrompt:
         total = length - len(self._ids(text))
         if not any(IMAGE_MARK in turn.text for turn in record.turns):
             return [total] * len(record.turns)  # all images come before the first question
-        each, widened, shown = [self._widening(size) for size in sizes], [], 0
+        each, widened, shown = [self._widening((size,)) for size in sizes], [], 0
         for turn in record.turns:
             shown += turn.text.count(IMAGE_MARK)
             widened.append(sum(each[:shown]))
@@ -143,17 +132,23 @@ class ChatPrompt:
         return widened
 
     def _answer_spans(self, record: Record, text: str, widened: Sequence[int]) -> list[tuple[int, int]]:
-        """Token ranges of the trained answers; `widened[t]` tokens of images come before the end of turn t."""
-        whole = self._ids(text)
+        """Token ranges of the trained answers; `widened[t]` tokens of images come before the end of turn t.
+
+        An answer is what its turn adds to the rendered text; its tokens are those that cover any of these characters,
+        so a space that the tokenizer draws into the answer's first word does not matter.
+        """
+        bounds = self._bounds(text)
         spans = []
         for turn, each in enumerate(record.turns):
             if each.role != "assistant" or not each.trained:
                 continue
-            before = self._ids(self._render(record, turn))
-            after = self._ids(self._render(record, turn + 1, generation=False))
-            if whole[: len(before)] != before or whole[: len(after)] != after:
+            before = self._render(record, turn)
+            after = self._render(record, turn + 1, generation=False)
+            if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(f"{record.origin}: the chat template is not the same for a prefix of the conversation")
-            spans.append((len(before) + widened[turn], len(after) + widened[turn]))
+            start = next((n for n, (_, end) in enumerate(bounds) if end > len(before)), len(bounds))
+            stop = next((n for n, (begin, _) in enumerate(bounds) if begin >= len(after)), len(bounds))
+            spans.append((start + widened[turn], stop + widened[turn]))
         return spans
 
     def _render(self, record: Record, turns: int, suffix: str = "", generation: bool | None = None) -> str:
@@ -164,7 +159,15 @@ class ChatPrompt:
         return _rendered(self.processor, shown, 0 if marked else len(record.media), suffix, open_end)
 
     def _ids(self, text: str) -> list[int]:
-        return _encoded(self.tokenizer, text, not self._starts_with_bos(text))
+        return _encoded(self.tokenizer, text, self._adds_marks(text))[0]
+
+    def _bounds(self, text: str) -> list[tuple[int, int]]:
+        """First character and end of every token; marks that the tokenizer adds cover none."""
+        return _encoded(self.tokenizer, text, self._adds_marks(text))[1]
+
+    def _adds_marks(self, text: str) -> bool:
+        """Whether the tokenizer shall add its own marks: not where the template has put the first one."""
+        return not self._starts_with_bos(text)
 
     def _starts_with_bos(self, text: str) -> bool:
         return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
@@ -176,10 +179,10 @@ class ChatPrompt:
             images=pictures,
             padding=True,
             padding_side=side,
-            add_special_tokens=not self._starts_with_bos(texts[0]),
+            add_special_tokens=self._adds_marks(texts[0]),
             return_tensors="pt",
         )
-        return dict(batch)
+        return {key: value for key, value in batch.items() if key != "labels"}
 
 
 def _asked(record: Record) -> int:
@@ -204,5 +207,10 @@ def _rendered(processor: Any, turns: tuple[Turn, ...], num_images: int, suffix: 
 
 
 @lru_cache(REMEMBERED)
-def _encoded(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+def _encoded(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    bounds, reached = [], 0
+    for begin, end in encoded["offset_mapping"]:
+        bounds.append((begin, end) if begin < end else (reached, reached))  # a mark that was added, not read
+        reached = max(reached, end)
+    return encoded["input_ids"], bounds

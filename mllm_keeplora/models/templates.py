@@ -1,0 +1,33 @@
+"""Prompts that bases were trained with, where their processors bring none or another one: Jinja templates by style."""
+
+# The published prompt of LLaVA-1.5 (conversation `vicuna_v1` of its code); its checkpoints' own template has no system
+# line and no end mark after an answer.
+VICUNA_V1 = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'][0]['text'] }}{% else %}"
+    "{{ 'A chat between a curious user and an artificial intelligence assistant. ' }}"
+    "{{ 'The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}{% endif %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ (' ' if loop.first else '') + ('USER: ' if message['role'] == 'user' else 'ASSISTANT: ') }}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ ' ' if message['role'] == 'user' else eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# PaliGemma: the question is a prefix that sees itself as a whole; what follows the first line break is the answer.
+PALIGEMMA = (
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{{ bos_token if loop.first else '' }}"
+    "{% for part in message['content'] if part['type'] != 'image' %}{{ part['text'] }}{% endfor %}"
+    "{{ '\n' if message['role'] == 'user' else eos_token }}{% endfor %}"
+)
+# LLaVA-OneVision as llava-hf converted it, but for a space that its template puts behind `assistant` in finished turns
+# and not where an answer is to begin: learnt with it, an answer would not follow what it is asked with.
+ONEVISION = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
+    "{% if message['role'] != 'assistant' %}{{ ' ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}{% endif %}"
+    "{% for part in message['content'] if part['type'] != 'image' %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+STYLES = {"vicuna_v1": VICUNA_V1, "paligemma": PALIGEMMA, "onevision": ONEVISION}

@@ -1,0 +1,145 @@
+"""Every family of bases, by tiny models of its real classes: a domain of the mini benchmark from start to export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mllm_keeplora.adapters.stored import past_of
+from mllm_keeplora.config import find_config, parse_config, read_yaml, shipped
+from mllm_keeplora.data.images import images_of
+from mllm_keeplora.data.mini import write_mini_dcl
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval.exporting import export
+from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.files import read_tensors
+from mllm_keeplora.linalg import Basis
+from mllm_keeplora.models.parts import name_parts
+from mllm_keeplora.sequence import run_sequence
+from tests.support.families import FAMILIES, build_family
+from tests.support.tiny import tiny_config
+
+# Bases whose own template has no end mark after an answer, or which have no template, name a style in their YAML.
+STYLES = {"llava": "vicuna_v1", "vipllava": "vicuna_v1", "llava-onevision": "onevision"}
+STYLES |= {"paligemma": "paligemma", "paligemma2": "paligemma"}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LLAMA = {*ATTENTION, "gate_proj", "up_proj", "down_proj"}
+# Linear layers of the language model where they are not Llama's; of the projector where they are not LLaVA's.
+LANGUAGE = {
+    "llava-phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "qwen3-vl-moe": set(ATTENTION),  # the experts are no linear layers
+}
+LLAVA = ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2")
+PROJECTOR = {
+    "qwen2-vl": ("model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+    "qwen2.5-vl": ("model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+    "idefics3": ("model.connector.modality_projection.proj",),
+    "smolvlm": ("model.connector.modality_projection.proj",),
+    "paligemma": ("model.multi_modal_projector.linear",),
+    "paligemma2": ("model.multi_modal_projector.linear",),
+    "gemma3": (),  # one matrix that is no linear layer
+    "mllama": ("model.multi_modal_projector",),
+    "mistral3": ("model.multi_modal_projector.patch_merger.merging_layer", *LLAVA),
+}
+for family in ("qwen3-vl", "qwen3-vl-moe"):
+    merger = ("model.visual.merger", "model.visual.deepstack_merger_list.0")
+    PROJECTOR[family] = tuple(f"{each}.{layer}" for each in merger for layer in ("linear_fc1", "linear_fc2"))
+
+
+@pytest.fixture(scope="module")
+def remote_sensing(tmp_path_factory):
+    """The mini benchmark's first domain, with a few records."""
+    folder = tmp_path_factory.mktemp("mini")
+    write_mini_dcl(folder, {"train": 12, "val": 2, "test": 6, "general": 2, "anchors": 2})
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def run(request, remote_sensing, tmp_path_factory):
+    """A finished run over one domain on a tiny base of the family: gradient, train, consolidate, evaluate."""
+    root = tmp_path_factory.mktemp("families")
+    values = config_of(request.param, build_family(request.param, root / "base"), remote_sensing, root / "run")
+    run_sequence(parse_config(values, origin="test"))
+    return request.param, load_run(root / "run")
+
+
+def config_of(family, base, mini, output):
+    values = tiny_config(base, mini, output, train={"batch_size": 6}, eval={"batch_size": 3})
+    part = {"train": f"{mini}/RS/train.json", "test": f"{mini}/RS/test.json"}
+    values["benchmark"] = {"name": "rs", "defaults": {"scorer": "exact", "max_new_tokens": 3}, "domains": {"RS": part}}
+    values["base"]["prompt"] = STYLES.get(family, "auto")
+    if family == "qwen3-vl-moe":
+        values["adapters"] = {"target": list(ATTENTION)}
+    return values
+
+
+def questions(saved):
+    records = saved.benchmark.test_records("RS")[:3]
+    return saved.base.prompt.question_batch(records, [images_of(record) for record in records])
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_a_domain_is_learnt_outside_the_weights_principal_directions_and_exports_give_the_same_model(run, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    family, saved = run
+    parts, folder = saved.base.parts, saved.run.path / "domains/01_RS"
+    assert {layer.rsplit(".", 1)[-1] for layer in parts.language_layers} == LANGUAGE.get(family, LLAMA)
+    assert parts.projector_layers == PROJECTOR.get(family, LLAVA)
+    [factors] = past_of(saved.run, saved.first(None))[0]
+    assert set(factors.A) == set(parts.target_layers)
+    for layer, columns in read_tensors(saved.run.kept_by_prepare).items():
+        A = factors.A[layer]
+        assert torch.allclose(A @ A.mT, torch.eye(len(A)), atol=1e-5), layer
+        assert Basis.from_columns(columns).project(A).abs().max() < 1e-5, layer
+    assert len((folder / "predictions/RS.jsonl").read_text().splitlines()) == 6
+
+    batch = questions(saved)
+    own, untouched = logits(saved.restore(1), batch), logits(saved.restore(0), batch)
+    assert (own - untouched).abs().max() > 0.1
+    export(saved, "merged", tmp_path / "merged")
+    export(saved, "adapter", tmp_path / "adapter")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(logits(merged, batch), own, atol=1e-4)
+    attn = saved.base.model.config._attn_implementation
+    again = AutoModelForImageTextToText.from_pretrained(saved.config.base.model, attn_implementation=attn)
+    adapted = PeftModel.from_pretrained(again, str(tmp_path / "adapter")).eval()
+    assert torch.allclose(logits(adapted, batch), own, atol=1e-3)
+
+
+def test_only_answers_and_their_end_carry_loss_and_later_tokens_change_no_earlier_logit(run):
+    _, saved = run
+    record = saved.benchmark.train_records("RS")[0]
+    prompt, model = saved.base.prompt, saved.restore(0)
+    batch = prompt.training_batch([record], [images_of(record)], None)
+    labels = batch.pop("labels")
+    told = prompt.tokenizer.decode(labels[labels != -100])
+    for turn in record.turns:
+        if turn.role == "assistant":
+            assert turn.text in told
+            told = told.replace(turn.text, "", 1)
+    assert not any(turn.text in told for turn in record.turns if turn.role == "user")
+    assert prompt.ends_answers(record)
+    before = logits(model, batch)
+    place = int((labels[0] != -100).nonzero()[-1])
+    batch["input_ids"][0, place] = prompt.tokenizer.pad_token_id
+    assert torch.allclose(logits(model, batch)[0, : place - 1], before[0, : place - 1], atol=1e-5)
+
+
+def test_experts_in_one_tensor_are_refused_until_layers_are_named(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(build_family("qwen3-vl-moe", tmp_path / "base"))
+    with pytest.raises(UserError, match=r"experts\.gate_up_proj .* adapters\.target=\[q_proj"):
+        name_parts(model, "keeplora")
+
+
+def test_every_family_that_a_shipped_base_belongs_to_is_tried():
+    """`family` in a base's YAML names the tiny model that stands for it here."""
+    families = {name: read_yaml(find_config("models", name)).get("family") for name in shipped("models")}
+    assert set(families.values()) <= {*FAMILIES}, families
