@@ -11,11 +11,15 @@ from typing import Any
 from mllm_keeplora import distributed
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, TestSet, load_benchmark
-from mllm_keeplora.data.images import unreadable_images
+from mllm_keeplora.data.collate import evenly_spaced
+from mllm_keeplora.data.images import image_size, unreadable_images
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.log import log
+from mllm_keeplora.memory import Estimate, estimate
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
-from mllm_keeplora.models.base import fingerprint, prompt_style, resolve
+from mllm_keeplora.models import ChatPrompt
+from mllm_keeplora.models.base import compute_dtype, fingerprint, prompt_style, resolve, skeleton
+from mllm_keeplora.models.parts import name_parts, summary_of
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.record_check import load_prompt, token_faults
 from mllm_keeplora.strategies import Strategy, build_strategy
@@ -31,6 +35,7 @@ class Checked:
     base_location: str
     base_fingerprint: str | None  # None for a hub id, known once it is loaded
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)  # one line for each part of the base
 
 
 def check_everywhere(config: RunConfig, seen: Collection[str] = ()) -> Checked:
@@ -91,6 +96,7 @@ def check_run(
             f"adapters.history is merged, but weights quantised as {config.base.quantization} cannot be merged into; "
             "allowed: auto, factors"
         )
+    parts = (collect(lambda: _target_layers(config, location)) if location is not None else None) or []
     collect(lambda: deepspeed_file(config.deepspeed))
     collect(lambda: _training_settings(config))
     benchmark = collect(lambda: load_benchmark(config, _drawing()))
@@ -108,7 +114,41 @@ def check_run(
         faults.append(f"strategy {config.strategy.name} trains nothing")
     if faults:
         raise several(faults, more=uncounted)
-    return Checked(strategy, benchmark, location, base_fingerprint, counts)
+    return Checked(strategy, benchmark, location, base_fingerprint, counts, parts)
+
+
+def _target_layers(config: RunConfig, location: str) -> list[str]:
+    """Name the base's parts by its config alone; one line for each, none where the base is not on this machine."""
+    try:
+        model = skeleton(location)
+    except (OSError, ValueError) as error:
+        log.info("parts are not checked: %s", str(error).strip().splitlines()[0])
+        return []
+    return summary_of(model, name_parts(model, config.adapters.projector, config.adapters.target))
+
+
+def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
+    """What a faultless run will take on this machine's device; None where the base cannot be looked at beforehand."""
+    import torch
+
+    prompt = load_prompt(checked.base_location, prompt_style(config.base))
+    dtype = compute_dtype(config.base.dtype)
+    try:
+        model = skeleton(checked.base_location, dtype)
+        parts = name_parts(model, config.adapters.projector, config.adapters.target)
+        long, answers = _lengths(prompt, checked.benchmark)
+        shape = (long, answers, len(checked.benchmark.domains), dtype, torch.cuda.is_available())
+        return estimate(config, checked.strategy.options, model, parts, *shape, distributed.world_size())
+    except (OSError, RuntimeError, AttributeError) as error:
+        log.info("memory is not estimated: %s", str(error).strip().splitlines()[0])
+        return None
+
+
+def _lengths(prompt: ChatPrompt, benchmark: Benchmark, looked_at: int = 50) -> tuple[int, int]:
+    """Tokens of the longest of some records of every domain, and those that carry loss in the most talkative."""
+    some = [r for name in benchmark.domains for r in evenly_spaced(benchmark.train_records(name), looked_at)]
+    totals = [prompt.total_tokens(record, [image_size(media) for media in record.media]) for record in some]
+    return max(totals), max(prompt.trained_tokens(record) for record in some)
 
 
 def _gold_faults(part: TestSet, records: Sequence[Record]) -> list[str]:

@@ -188,9 +188,12 @@ def check(
 
     Example: mllm-keeplora check my_run.yaml --show RS/12
     """
-    from mllm_keeplora.check import check_run
+    from rich.console import Console
+
+    from mllm_keeplora.check import check_run, memory_of
     from mllm_keeplora.config import load_config
     from mllm_keeplora.log import start_logging
+    from mllm_keeplora.report import memory_table
 
     start_logging()
     loaded = load_config(config, overrides or [])
@@ -201,6 +204,11 @@ def check(
     for name, counts in checked.counts.items():
         typer.echo(f"{name:<12} " + ", ".join(f"{count} {kind} records" for kind, count in counts.items()))
     typer.echo(f"base         {checked.base_location}")
+    for line in checked.parts:
+        typer.echo(f"  {line}")
+    memory = memory_of(loaded, checked)
+    if memory is not None:
+        Console().print(memory_table(memory.stages, memory.host, memory.where))
     typer.echo("no faults found")
 
 

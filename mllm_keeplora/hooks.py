@@ -59,6 +59,17 @@ def supervised_logits(model: Any, labels: Tensor) -> Iterator[None]:
 
 
 @contextmanager
+def without_logits(model: Any) -> Iterator[None]:
+    """Spare the product with the vocabulary where a pass looks at layers alone: logits are (1, 0, vocabulary)."""
+
+    def select(module: Any, args: tuple) -> tuple:
+        return (args[0][:1, :0], *args[1:])
+
+    with removed_afterwards([model.get_output_embeddings().register_forward_pre_hook(select)]):
+        yield
+
+
+@contextmanager
 def removed_afterwards(handles: list[Any]) -> Iterator[None]:
     """Remove hooks at the end, whatever happens."""
     try:

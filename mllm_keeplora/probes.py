@@ -12,8 +12,8 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import distributed
-from mllm_keeplora.hooks import evaluating, graph_from_inputs, removed_afterwards, supervised_logits
+from mllm_keeplora import distributed, hooks
+from mllm_keeplora.hooks import evaluating, graph_from_inputs, removed_afterwards
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.tokens import IGNORED, ChosenRows, as_rows, supervised_positions
 
@@ -51,7 +51,7 @@ def collect_moments(
     for batch in chain(() if first is None else (first,), batches):
         inputs_only = {key: value for key, value in batch.items() if key != "labels"}
         rows = ChosenRows(batch, plan, getattr(model.config, "image_token_id", None))
-        with _input_hooks(layers, moments, rows, make), torch.no_grad(), evaluating(model):
+        with _input_hooks(layers, moments, rows, make), torch.no_grad(), evaluating(model), hooks.without_logits(model):
             model(**inputs_only)
     groups = distributed.from_main(_sharing(moments))  # a process without records learns here who shares an input
     _refuse_missing(layers, [name for group in groups for name in group], "saw no input")
@@ -124,7 +124,7 @@ def shared_inputs(model: Any, layers: dict[str, Any], batch: dict) -> list[list[
         return hook
 
     handles = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
-    with removed_afterwards(handles), torch.no_grad(), evaluating(model):
+    with removed_afterwards(handles), torch.no_grad(), evaluating(model), hooks.without_logits(model):
         model(**{key: value for key, value in batch.items() if key != "labels"})
     return list(seen.values())
 
@@ -161,7 +161,7 @@ def measure_inputs(
             return hook
 
         handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
-        with removed_afterwards(handles), torch.no_grad(), evaluating(model):
+        with removed_afterwards(handles), torch.no_grad(), evaluating(model), hooks.without_logits(model):
             model(**batch)
     distributed.all_reduce(sums.values())
     return sums
@@ -227,7 +227,7 @@ def _backward(model: Any, layers: dict[str, Any], batch: dict, add: Callable[[st
     handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with removed_afterwards(handles), graph_from_inputs(model), evaluating(model):
-        with supervised_logits(model, batch["labels"]):
+        with hooks.supervised_logits(model, batch["labels"]):
             logits = model(**inputs).logits
         per_sample_loss(logits, batch["labels"]).sum().backward()
 

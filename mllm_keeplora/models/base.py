@@ -168,8 +168,12 @@ def _keep_packing(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def skeleton(location: str) -> Any:
+def skeleton(location: str, dtype: Any = None) -> Any:
     """The model without its weights: every module in place, on the meta device. Needs the config alone.
+
+    Args:
+        location: folder or hub id.
+        dtype: torch dtype of its parameters; None for the checkpoint's.
 
     Raises:
         OSError: the config is not on this machine.
@@ -179,7 +183,7 @@ def skeleton(location: str) -> Any:
 
     settings = AutoConfig.from_pretrained(location, local_files_only=not Path(location).is_dir())
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(settings)
+        return AutoModelForImageTextToText.from_config(settings, dtype=dtype or settings.dtype)
 
 
 def _quantisation(config: BaseConfig, location: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from mllm_keeplora.report.figures import data_uri, domain_curves_figure, save_pn
 from mllm_keeplora.report.groups import Group, group_runs, split_of, trade_off_curves
 from mllm_keeplora.report.html import WrongAnswer, render_html
 from mllm_keeplora.report.inspection import inspection, inspection_sections
-from mllm_keeplora.report.tables import compare_table, results_table
+from mllm_keeplora.report.tables import compare_table, memory_table, results_table
 from mllm_keeplora.report.trade_off import trade_off_figure
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "heat_maps",
     "inspection",
     "inspection_sections",
+    "memory_table",
     "paired",
     "render_comparison",
     "render_html",

@@ -161,3 +161,23 @@ def _best_rows(values: Sequence[Sequence[float | None]], higher_is_better: Seque
         top = (max if is_higher else min)(measured) if len(measured) > 1 else None
         best.append({i for i, value in enumerate(column) if top is not None and value == top})
     return best
+
+
+def memory_table(stages: Mapping[str, Mapping[str, float]], host: float, where: str) -> RenderableType:
+    """Memory that a run is expected to take on each device, by stage.
+
+    Args:
+        stages: stage -> what takes it -> bytes.
+        host: bytes on the host beside that, 0 for none.
+        where: device and precision that it was computed for.
+    """
+    table = Table(
+        "stage", "in all", "of which", box=box.SIMPLE, title=f"expected memory ({where})", title_justify="left"
+    )
+    for stage, parts in stages.items():
+        most = sorted(parts.items(), key=lambda part: -part[1])
+        told = ", ".join(f"{name} {memory_text(value)}" for name, value in most if value >= 0.01 * sum(parts.values()))
+        table.add_row(stage, memory_text(sum(parts.values())), told)
+    if host:
+        table.add_row("on the host", memory_text(host), "optimizer states (and weights under ZeRO-3)")
+    return table

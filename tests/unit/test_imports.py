@@ -26,7 +26,7 @@ LAYERS = (
     ("strategies",),
     ("training",),
     ("eval",),
-    ("record_check",),
+    ("record_check", "memory"),
     ("check", "opening", "sequence"),
     ("comparison", "cells", "sweep"),
     ("cli_evaluation",),

@@ -1,0 +1,198 @@
+"""How much memory a run will take, stage by stage, computed from the base's skeleton before a weight is loaded.
+
+Activations are no formula for one architecture: the language model's skeleton runs on fake tensors, which have shapes
+and no content, and what its graph saves is counted. docs/memory.md has the formulae and how they were checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora.config import RunConfig
+from mllm_keeplora.hooks import removed_afterwards
+from mllm_keeplora.models.parts import Parts
+from mllm_keeplora.strategies import StrategyOptions
+
+if TYPE_CHECKING:
+    import torch
+
+ADAM, GRADIENT, MASTER = 8, 4, 4  # bytes of a trained number: two moments, its gradient, itself; all float32
+QUANTISED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a number: a float32 scale for each 64, for each row
+SKETCH = 6  # sketch columns for each direction wanted, where the options name no width
+LONGEST_ANSWER = 128
+DOUBLES = 4  # float64 matrices of the largest width alive in a decomposition: moments, rotated, vectors, work
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each device, by what takes them, for every stage; and on the host where states are offloaded to it.
+
+    Not counted: the vision tower's own temporaries, what libraries reserve, fragmentation (10 to 20 % on a GPU).
+    """
+
+    stages: dict[str, dict[str, float]]
+    host: float
+    where: str  # device, precision and record length that it is for
+
+    def total(self, stage: str) -> float:
+        """Bytes of a stage on one device."""
+        return sum(self.stages[stage].values())
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What one token costs in the language model's graph: bytes saved, and widths of the distinct inputs of targets."""
+
+    saved: float
+    input_widths: tuple[int, ...]
+    blocks: int
+
+
+def estimate(
+    config: RunConfig, options: StrategyOptions, model: Any, parts: Parts, tokens: int, answer_tokens: float,
+    domains: int, dtype: torch.dtype, on_gpu: bool, world: int = 1,
+) -> Estimate:  # fmt: skip
+    """Memory of every stage of a run.
+
+    Args:
+        config, options: of the run and of its strategy.
+        model, parts: skeleton of the base, and its parts; the skeleton is no use afterwards.
+        tokens: of a long record, image tokens included; answer_tokens: of those that carry loss.
+        domains: learnt before and by this run.
+        dtype: of the weights in memory; on_gpu: moments are float32 there, float64 on a CPU.
+        world: processes that ZeRO divides over.
+    """
+    layers = [model.get_submodule(name) for name in parts.target_layers]
+    item, train = dtype.itemsize, config.train
+    zero = _settings(config.deepspeed).get("zero_optimization", {})
+    stage, offloaded = int(zero.get("stage", 0)), "offload_optimizer" in zero
+    traced = trace(model, parts, dtype)
+    micro = train.micro_batch_size or max(1, train.batch_size // world)
+    weights = _weights(config, model, parts, item)
+    host = weights if offloaded and stage == 3 else 0.0
+    states, moved = _states(config, options, model, parts, layers, stage, world, offloaded)
+    common = {
+        "weights": 0.0 if host else weights / (world if stage == 3 else 1),  # offloaded ones come layer by layer
+        "past domains": _past(config, options, layers, item, domains),
+        "kept bases": 4 * sum(layer.in_features**2 for layer in layers) // 2,  # half of every space
+    }
+    widest, outputs = (max(each) for each in zip(*((m.in_features, m.out_features) for m in layers), strict=True))
+    decomposition = DOUBLES * 8 * widest**2
+    forward = item * tokens * (4 * widest + 3 * outputs)  # what one record's layers hold for a moment
+    per_answer = model.get_output_embeddings().out_features * (item + 2 * 4)  # logits, in float32, their gradient
+
+    def graph(batch: int, rank: int) -> float:
+        saved = traced.saved * tokens * batch
+        if train.gradient_checkpointing and rank:
+            width = model.get_input_embeddings().embedding_dim
+            saved = saved / traced.blocks + traced.blocks * width * item * tokens * batch
+        return saved + 4 * rank * len(layers) * tokens * batch + answer_tokens * batch * per_answer
+
+    probe, asked = train.probe_batch_size, config.eval.batch_size
+    cache = _cache_per_token(model, item) * (tokens + (config.eval.max_new_tokens or LONGEST_ANSWER))
+    stages = {
+        "prepare": {**common, "decomposition": decomposition},
+        "gradient": {**common, "graph": graph(probe, 0), "sketches": _sketches(options, layers),
+                     "layer inputs": item * tokens * probe * sum(traced.input_widths)},
+        "train": {**common, "graph": graph(micro, _rank(options)), "branch and optimizer": states},
+        "consolidate": {**common, "moments": (4 if on_gpu else 8) * sum(d * d for d in traced.input_widths),
+                        "decomposition": decomposition, "forward": forward * probe},
+        "evaluate": {**common, "keys and values": cache * asked, "forward": forward * asked},
+    }  # fmt: skip
+    where = f"{'GPU' if on_gpu else 'CPU'}, {str(dtype).removeprefix('torch.')}, records of {tokens} tokens"
+    return Estimate(stages, host + moved, where)
+
+
+def _rank(options: StrategyOptions) -> int:
+    return getattr(options, "rank", 0)
+
+
+def _past(config: RunConfig, options: StrategyOptions, layers: list, item: int, domains: int) -> float:
+    """Merged: pristine copies of the target weights. Factors: those of all domains, or dense past the break-even."""
+    numel = sum(layer.weight.numel() for layer in layers)
+    if config.base.quantization is None and item == 4 and config.adapters.history != "factors":
+        return numel * item
+    return min(4 * _rank(options) * domains * sum(m.in_features + m.out_features for m in layers), 4 * numel)
+
+
+def _sketches(options: StrategyOptions, layers: list) -> float:
+    width = getattr(options, "sketch_width", None) or SKETCH * _rank(options)
+    return sum(4 * width * layer.in_features + 2 * width * layer.out_features for layer in layers)
+
+
+def _states(
+    config: RunConfig, options: StrategyOptions, model: Any, parts: Parts, layers: list, stage: int, world: int,
+    offloaded: bool,
+) -> tuple[float, float]:  # fmt: skip
+    """Bytes of the branch and of what its training keeps, on a device and on its host."""
+    trained = _rank(options) * sum(layer.out_features for layer in layers)
+    if config.adapters.projector == "full":
+        trained += sum(p.numel() for name in parts.projectors for p in model.get_submodule(name).parameters())
+    divided = {1: ADAM, 2: ADAM + GRADIENT, 3: ADAM + GRADIENT + MASTER}.get(stage, 0)
+    share = trained * divided / world
+    frozen = 4 * _rank(options) * sum(layer.in_features for layer in layers)
+    device = trained * (ADAM + GRADIENT + MASTER - divided) + frozen
+    return (device, share) if offloaded else (device + share, 0.0)
+
+
+def _cache_per_token(model: Any, item: int) -> float:
+    """Keys and values of every block; the config's own names, as all families share them."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * item
+
+
+def trace(model: Any, parts: Parts, dtype: torch.dtype, tokens: int = 64) -> Traced:
+    """Run the language model's skeleton on shapes alone and count what its graph saves; it is no use afterwards."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    decoder = model.get_submodule(parts.language_model)
+    saved: dict[int, int] = {}
+    inputs: dict[int, int] = {}
+    kept: list[Any] = []  # held, so that no identity is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept.append(storage)
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def look(module: Any, args: tuple) -> None:
+        kept.append(args[0])
+        inputs[id(args[0])] = module.in_features
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(look) for name in parts.language_layers]
+    with FakeTensorMode(allow_non_fake_inputs=True), removed_afterwards(handles):
+        decoder.to_empty(device="cpu").requires_grad_(False)
+        weights = {tensor.untyped_storage()._cdata for tensor in decoder.state_dict(keep_vars=True).values()}
+        width = model.get_input_embeddings().embedding_dim
+        embedded = torch.zeros(1, tokens, width, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            decoder(inputs_embeds=embedded, use_cache=False)
+    widths = tuple(inputs.values()) + tuple(model.get_submodule(n).in_features for n in parts.projector_layers)
+    return Traced(sum(saved.values()) / tokens, widths, len({parts.depth(n) for n in parts.language_layers}))
+
+
+def _weights(config: RunConfig, model: Any, parts: Parts, item: int) -> float:
+    """Bytes of all weights, each stored once; of a quantised base the language model's layers in few bits."""
+    import torch
+
+    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    total = sum(unique.values())
+    if config.base.quantization is None:
+        return total * item
+    language, head = model.get_submodule(parts.language_model), model.get_output_embeddings()
+    packed = sum(m.weight.numel() for m in language.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    return packed * QUANTISED[config.base.quantization] + (total - packed) * 4
+
+
+def _settings(deepspeed: str | None) -> dict[str, Any]:
+    from mllm_keeplora import files
+    from mllm_keeplora.training.deepspeed import deepspeed_file
+
+    path = deepspeed_file(deepspeed)
+    return files.read_json(path) if path else {}
