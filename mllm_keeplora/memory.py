@@ -7,6 +7,7 @@ and no content, and what its graph saves is counted. docs/memory.md has the form
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.config import RunConfig
@@ -195,4 +196,4 @@ def _settings(deepspeed: str | None) -> dict[str, Any]:
     from mllm_keeplora.training.deepspeed import deepspeed_file
 
     path = deepspeed_file(deepspeed)
-    return files.read_json(path) if path else {}
+    return files.read_json(Path(path)) if path else {}

@@ -15,6 +15,8 @@ PLACES = (
     (10, 24, "left", "bottom"), (10, -24, "left", "top"), (-10, 24, "right", "bottom"), (-10, -24, "right", "top"),
 )  # fmt: skip
 
+CROWDED = 4  # with more curves only ends and choices are labelled, and small losses get more room than large ones
+
 
 def trade_off_figure(
     curves: Mapping[str, Sequence[tuple[str, float, float]]],
@@ -36,7 +38,8 @@ def trade_off_figure(
     """
     if not any(curves.values()):
         raise ValueError("a trade-off curve needs at least one run with plasticity and BWT")
-    figure = new_figure(6.2, 4.0)
+    crowded = len(curves) > CROWDED
+    figure = new_figure(7.4, 5.2) if crowded else new_figure(6.2, 4.0)
     axes = figure.subplots()
     labels = []
     for i, (name, points) in enumerate(curves.items()):
@@ -46,8 +49,14 @@ def trade_off_figure(
         for setting, x, y in points:
             if (name, setting) in chosen:
                 axes.plot([x], [y], marker="o", markersize=13, markerfacecolor="none", color=colour, linestyle="none")
-            labels.append((setting, x, y, colour))
+            if not crowded or (name, setting) in chosen or setting in (points[0][0], points[-1][0]):
+                labels.append((setting, x, y, colour))
     axes.margins(0.14)
+    if crowded:
+        axes.set_yscale("symlog", linthresh=5, linscale=1.5)
+        axes.set_yticks([-50, -20, -10, -5, 0, *([5] if axes.get_ylim()[1] > 5 else [])], minor=False)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     axes.set_xlabel("plasticity: score right after learning (%)", color=INK[dark], fontsize=9)
     axes.set_ylabel("BWT: change since then (points)", color=INK[dark], fontsize=9)
     axes.tick_params(colors=INK[dark], labelsize=8.5, length=0)

@@ -1,0 +1,70 @@
+"""The memory estimate: what a skeleton's graph saves is what the real model's saves; parts change with the settings."""
+
+import pytest
+import torch
+
+from mllm_keeplora.config import parse_config
+from mllm_keeplora.memory import estimate, trace
+from mllm_keeplora.models.base import skeleton
+from mllm_keeplora.strategies import build_strategy
+from tests.support.tiny import tiny_config
+
+
+def estimated(tiny_folder, base, tokens=40, domains=2, world=1, **changes):
+    values = tiny_config(tiny_folder, tiny_folder, tiny_folder / "run", **changes)
+    config = parse_config(values, origin="test")
+    options = build_strategy(config.strategy, "test").options
+    model = skeleton(str(tiny_folder), torch.float32)
+    return estimate(config, options, model, base.parts, tokens, 2, domains, torch.float32, on_gpu=False, world=world)
+
+
+def saved_by(decoder, width, tokens):
+    weights = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
+    found, kept = {}, []
+
+    def pack(tensor):
+        kept.append(tensor.untyped_storage())
+        if kept[-1]._cdata not in weights:
+            found[kept[-1]._cdata] = kept[-1].nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        decoder(inputs_embeds=torch.zeros(1, tokens, width, requires_grad=True), use_cache=False)
+    return sum(found.values())
+
+
+def test_a_skeleton_saves_what_the_model_itself_would(base, tiny_folder):
+    traced = trace(skeleton(str(tiny_folder), torch.float32), base.parts, torch.float32, tokens=32)
+    decoder = base.model.get_submodule(base.parts.language_model)
+    assert 32 * traced.saved == pytest.approx(saved_by(decoder, 32, 32), rel=0.1)
+    assert traced.blocks == 2
+    assert (
+        sorted(traced.input_widths) == [32] * 8 + [48] * 2
+    )  # q k v share one, gate and up share one; two of projector
+
+
+def test_what_grows_with_what(base, tiny_folder):
+    whole = estimated(tiny_folder, base)
+    longer = estimated(tiny_folder, base, tokens=80)
+    assert longer.stages["train"]["graph"] > 1.7 * whole.stages["train"]["graph"]
+    assert (
+        longer.stages["train"]["weights"]
+        == whole.stages["train"]["weights"]
+        == 4 * sum(parameter.numel() for parameter in base.model.parameters())
+    )
+    factors = estimated(tiny_folder, base, adapters={"history": "factors"})
+    both = sum(sum(base.model.get_submodule(name).weight.shape) for name in base.parts.target_layers)
+    assert factors.stages["train"]["past domains"] == 4 * 4 * 2 * both
+    checkpointed = estimated(tiny_folder, base, train={"gradient_checkpointing": True})
+    assert checkpointed.stages["train"]["graph"] < whole.stages["train"]["graph"]
+
+
+def test_zero_divides_what_it_divides(base, tiny_folder):
+    pytest.importorskip("deepspeed")
+    one, two, three, away = (
+        estimated(tiny_folder, base, world=2, deepspeed=name) for name in ("zero1", "zero2", "zero3", "zero3_offload")
+    )
+    states = [each.stages["train"]["branch and optimizer"] for each in (one, two, three, away)]
+    assert states == sorted(states, reverse=True)
+    assert 2 * three.stages["train"]["weights"] == two.stages["train"]["weights"]
+    assert one.host == 0.0 and away.host > one.stages["train"]["weights"]
