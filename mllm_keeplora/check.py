@@ -18,7 +18,7 @@ from mllm_keeplora.log import log
 from mllm_keeplora.memory import Estimate, estimate
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import ChatPrompt
-from mllm_keeplora.models.base import compute_dtype, fingerprint, prompt_style, resolve, skeleton
+from mllm_keeplora.models.base import compute_dtype, fingerprint, prompt_style, refuse_original_llava, resolve, skeleton
 from mllm_keeplora.models.parts import name_parts, summary_of
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.record_check import load_prompt, token_faults
@@ -91,6 +91,7 @@ def check_run(
     base_fingerprint = None
     if location is not None and Path(location).is_dir():
         base_fingerprint = collect(lambda: fingerprint(Path(location)))
+        collect(lambda: refuse_original_llava(config.base.model, location))
     if config.base.quantization is not None and config.adapters.history == "merged":
         faults.append(
             f"adapters.history is merged, but weights quantised as {config.base.quantization} cannot be merged into; "

@@ -118,6 +118,8 @@ def load_base(config: BaseConfig, projector: str, target: str | Sequence[str] = 
     transformers_logging.disable_progress_bar()
     location = resolve(config)
 
+    refuse_original_llava(config.model, location)
+
     def load(attention: str) -> Any:
         return AutoModelForImageTextToText.from_pretrained(
             location,
@@ -205,6 +207,26 @@ def _quantisation(config: BaseConfig, location: str) -> dict[str, Any]:
     skipped = [parts.vision_tower, parts.mm_projector, *heads]
     settings = BitsAndBytesConfig(llm_int8_skip_modules=skipped, **kinds[config.quantization])
     return {"quantization_config": settings, "device_map": {"": distributed.device()}}
+
+
+def refuse_original_llava(model: str, location: str) -> None:
+    """Checkpoints of LLaVA's own code share a model type with transformers' LLaVA, but neither names nor format.
+
+    Raises:
+        UserError: it is one; the converter is named.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        settings = PretrainedConfig.get_config_dict(location)[0]
+    except (OSError, ValueError):
+        return  # loading tells what is wrong
+    if "mm_vision_tower" in settings:
+        raise UserError(
+            f"base.model {model!r} is a checkpoint of the original LLaVA code; convert it with transformers' "
+            "models/llava/convert_llava_weights_to_hf.py (llava_next, llava_onevision have one of their own), or take "
+            "a converted one such as llava-hf/llava-1.5-7b-hf"
+        )
 
 
 def compute_dtype(name: str):

@@ -148,6 +148,8 @@ class ChatPrompt:
                 raise UserError(f"{record.origin}: the chat template is not the same for a prefix of the conversation")
             start = next((n for n, (_, end) in enumerate(bounds) if end > len(before)), len(bounds))
             stop = next((n for n, (begin, _) in enumerate(bounds) if begin >= len(after)), len(bounds))
+            if start >= stop:
+                raise UserError(f"{record.origin}: turn {turn}, an answer, has no token that could carry loss")
             spans.append((start + widened[turn], stop + widened[turn]))
         return spans
 

@@ -285,6 +285,20 @@ def test_a_setting_that_would_fail_late_is_refused_before_anything_runs(name, de
     assert not desk.output.exists()
 
 
+def test_a_checkpoint_of_the_original_llava_code_names_its_converter(desk, command, tmp_path):
+    (tmp_path / "llava").mkdir()
+    config = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "openai/clip"}
+    (tmp_path / "llava/config.json").write_text(json.dumps(config))
+    said = command("run", desk.write(), f"base.model={tmp_path}/llava")
+    assert_refused(said, "original LLaVA code", "convert_llava_weights_to_hf.py")
+
+
+def test_target_layers_that_are_not_there_are_refused_before_anything_runs(desk, command):
+    said = command("run", desk.write(), "adapters.target=[q_prj]")
+    assert_refused(said, "adapters.target 'q_prj'", "q_proj")
+    assert not desk.output.exists()
+
+
 def test_deepspeed_that_is_not_installed_is_named_with_its_remedy(desk, command, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     monkeypatch.setitem(sys.modules, "deepspeed", None)

@@ -297,6 +297,14 @@ def test_an_answer_that_the_tokenizer_joins_to_the_space_before_it_is_trained_wh
     assert batch["input_ids"][batch["labels"] != IGNORED].tolist() == [31, 2]
 
 
+def test_a_turn_that_would_train_nothing_is_an_error(prompt):
+    endless = with_template(prompt, "{{ ' ' + eos_token }}", "")
+    empty = record("where is ?", "left", "what colour is ?", "")
+    with pytest.raises(UserError, match=r"file\.json record 7: turn 3, an answer, has no token"):
+        endless.training_batch([empty], [[picture()]], None)
+    assert prompt.trained_tokens(empty) == 3  # with an end mark the silence itself is learnt
+
+
 def test_a_template_without_end_mark_is_noticed(prompt):
     endless = with_template(prompt, "{{ ' ' + eos_token }}", "")
     assert prompt.ends_answers(TWO) and not endless.ends_answers(TWO)
