@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm_keeplora import files
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.data.images import read_image
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
@@ -14,6 +15,7 @@ from mllm_keeplora.eval.checkpoints import Checkpoint
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.models import Base
+from mllm_keeplora.models.base import NOTES
 
 
 def ask(
@@ -47,13 +49,20 @@ def ask(
         raise UserError(f"{target} is not a run, for which there is no --after")
     if is_run and base is not None:
         raise UserError(f"{target} is a run, for which there is no --base")
-    pad = is_run and any(part.image_mode == "pad" for part in load_run(target).benchmark.domains.values())
+    pad = "pad" in _image_modes(Path(target))
     media = tuple(Media("image", Path(image), pad=pad) for image in images)
     for each in media:
         read_image(each)  # before a model is loaded
     opened, model = _opened(target, after, base)
     record = Record("question", media, (Turn("user", question),), origin="the question")
     return generate(opened, model, [record], [""], max_new_tokens)[0].text
+
+
+def _image_modes(target: Path) -> set[str]:
+    """How pictures were shown in training, where the target tells."""
+    if (target / "run.json").is_file():
+        return {part.image_mode for part in load_run(target).benchmark.domains.values()}
+    return set(files.read_json(target / NOTES)["image_modes"]) if (target / NOTES).is_file() else set()
 
 
 def _opened(target: str | Path, after: int | None, base: str | None) -> tuple[Base, Any]:
@@ -63,7 +72,7 @@ def _opened(target: str | Path, after: int | None, base: str | None) -> tuple[Ba
     checkpoint = Checkpoint.named(target, base)
     values = {
         "name": "ask",
-        "base": {"model": checkpoint.base},
+        "base": checkpoint.base_settings,
         "benchmark": "mini_dcl",
         "strategy": {"name": "finetune"},
     }

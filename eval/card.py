@@ -6,6 +6,7 @@ import json
 
 from mllm_keeplora import files
 from mllm_keeplora.eval.saved import SavedRun
+from mllm_keeplora.models.base import resolve
 
 LOAD = {
     "transformers": """from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -32,7 +33,7 @@ def model_card(saved: SavedRun, after: int, content: str, library: str) -> str:
         library: `transformers` or `peft`.
     """
     config, learnt = saved.config, saved.run.units[:after]
-    name = config.base.model
+    name = resolve(config.base)
     front = {"base_model": name, "library_name": library, "pipeline_tag": "image-text-to-text"}
     domains = [domain for unit in learnt for domain in unit.domains]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {config.name}", ""]

@@ -17,6 +17,7 @@ from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.results import environment
 from mllm_keeplora.eval.rows import evaluate_named, stored_rows
 from mllm_keeplora.models import Base, load_base
+from mllm_keeplora.models.base import NOTES
 from mllm_keeplora.runs import DomainDir, RunDir
 
 ADAPTER = "adapter_config.json"
@@ -28,6 +29,13 @@ class Checkpoint:
 
     base: str
     adapter: Path | None = None
+
+    @property
+    def base_settings(self) -> dict[str, Any]:
+        """The `base` section of a config; an exported adapter says how its model was prompted."""
+        told = self.adapter / NOTES if self.adapter is not None else None
+        prompt = files.read_json(told)["prompt"] if told is not None and told.is_file() else "auto"
+        return {"model": self.base, "prompt": prompt}
 
     @classmethod
     def named(cls, target: str | Path, base: str | None = None) -> Checkpoint:
@@ -159,7 +167,7 @@ def _config(checkpoint: Checkpoint, benchmark: str, output: Path, overrides: Seq
 
     values: dict[str, Any] = {
         "name": "checkpoint",
-        "base": {"model": checkpoint.base},
+        "base": checkpoint.base_settings,
         "benchmark": benchmark,
         "strategy": {"name": "finetune"},
         "output": str(output),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import files
-from mllm_keeplora.adapters import Factors, adapters_for, concatenate
+from mllm_keeplora.adapters import Factors, concatenate, merge_for_good
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.card import model_card
 from mllm_keeplora.eval.saved import SavedRun, load_run
-from mllm_keeplora.models import Base, load_base
-from mllm_keeplora.models.base import resolve
+from mllm_keeplora.models import Base
+from mllm_keeplora.models.base import NOTES, prompt_style, resolve
+from mllm_keeplora.models.parts import projector_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,13 +52,12 @@ def export(run: str | Path | SavedRun, form: str, folder: Path, after: int | Non
 
 def _merged(saved: SavedRun, after: int, folder: Path) -> None:
     base = _stored_base(saved)
-    adapters = adapters_for(base, saved.config.adapters.projector, "merged")
-    adapters.restore(*past_of(saved.run, saved.first(after)))
-    adapters.base.save_pretrained(folder)
+    merge_for_good(base.model, *past_of(saved.run, saved.first(after)))
+    base.model.save_pretrained(folder)
     base.processor.save_pretrained(folder)
-    dtype = str(next(adapters.base.parameters()).dtype).removeprefix("torch.")
-    files.write_text(folder / "README.md", model_card(saved, after, f"all weights, in {dtype}", "transformers"))
-    _refuse_broken(folder, adapters.base.state_dict())
+    dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+    _describe(saved, after, folder, f"all weights, in {dtype}", "transformers")
+    _refuse_broken(folder, base.model.state_dict())
 
 
 def _adapter(saved: SavedRun, after: int, folder: Path) -> None:
@@ -75,14 +76,20 @@ def _adapter(saved: SavedRun, after: int, folder: Path) -> None:
     }  # fmt: skip
     if full:
         base = _stored_base(saved)
-        adapters = adapters_for(base, "full", "factors")
-        adapters.restore([], full)
-        settings["modules_to_save"] = list(base.parts.projectors)
-        tensors |= {f"{PREFIX}{name}": base.model.get_parameter(name).detach() for name in adapters.full}
+        merge_for_good(base.model, [], full)
+        settings["modules_to_save"] = projector_names(base.model)
+        tensors |= {f"{PREFIX}{name}": base.model.get_parameter(name).detach() for name in full[0]}
     files.write_json(folder / "adapter_config.json", settings)
     files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    files.write_text(folder / "README.md", model_card(saved, after, f"an adapter of rank {rank}", "peft"))
+    _describe(saved, after, folder, f"an adapter of rank {rank}", "peft")
     _refuse_broken(folder, tensors)
+
+
+def _describe(saved: SavedRun, after: int, folder: Path, content: str, library: str) -> None:
+    """A model card, and how the model was prompted: without it a folder would be asked by its own template."""
+    files.write_text(folder / "README.md", model_card(saved, after, content, library))
+    modes = {part.image_mode for part in saved.benchmark.domains.values()}
+    files.write_json(folder / NOTES, {"prompt": prompt_style(saved.config.base), "image_modes": sorted(modes)})
 
 
 def _one_rank(factors: Factors) -> Factors:
@@ -99,16 +106,15 @@ def _stored_base(saved: SavedRun) -> Base:
     """The run's base, not quantised, in the dtype that its checkpoint is stored in."""
     from transformers import AutoConfig
 
-    dtype = getattr(AutoConfig.from_pretrained(resolve(saved.config.base)), "dtype", None) or "float32"
-    settings = saved.config.adapters
+    config = AutoConfig.from_pretrained(resolve(saved.config.base))
+    dtype = config.dtype or config.get_text_config().dtype or "float32"
     changes = {"quantization": None, "dtype": str(dtype).removeprefix("torch.")}
-    return load_base(saved.config.base.model_copy(update=changes), settings.projector, settings.target)
+    return saved.load_base(saved.config.base.model_copy(update=changes))
 
 
 def _whole_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a folder beside `folder`, and rename it when all is there."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
         write(part)

@@ -112,11 +112,12 @@ def generate(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
+            eos_token_id=sorted(prompt.ends),
             pad_token_id=prompt.tokenizer.pad_token_id,
         )
     length = batch["input_ids"].shape[1]
-    ends = base.model.generation_config.eos_token_id
-    ended = torch.isin(tokens[:, length:], torch.tensor(ends, device=tokens.device)).any(dim=1).tolist()
+    ends = torch.tensor(sorted(prompt.ends), device=tokens.device)
+    ended = torch.isin(tokens[:, length:], ends).any(dim=1).tolist()
     return [Answer(text, not end) for text, end in zip(prompt.answers(tokens, length), ended, strict=True)]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import distributed
-from mllm_keeplora.adapters import Adapters, adapters_for
+from mllm_keeplora.adapters import Adapters, adapters_for, merge_for_good
 from mllm_keeplora.adapters.stored import past_of
-from mllm_keeplora.config import RunConfig, parse_config, read_yaml
+from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.grading import regrade, stored_percent
@@ -32,7 +32,7 @@ class SavedRun:
 
     @cached_property
     def base(self) -> Base:
-        return self._load_base()
+        return self.load_base(self.config.base)
 
     @cached_property
     def adapters(self) -> Adapters:
@@ -55,10 +55,10 @@ class SavedRun:
         Args:
             after: number of units; None for all that are finished, 0 for the base.
         """
-        base = self._load_base(quantised=False)  # a fresh one: what was handed out before stays as it is
-        adapters = adapters_for(base, self.config.adapters.projector, "merged")
-        adapters.restore(*past_of(self.run, self.first(after)))
-        return adapters.base, base.processor
+        config = self.config.base.model_copy(update={"quantization": None})
+        base = self.load_base(config)  # a fresh one: what was handed out before stays as it is
+        merge_for_good(base.model, *past_of(self.run, self.first(after)))
+        return base.model, base.processor
 
     def folder(self, after: int) -> DomainDir:
         return self.run.folder(self.run.units[after - 1] if after else BASE_UNIT)
@@ -68,8 +68,12 @@ class SavedRun:
         self.adapters.restore(*past_of(self.run, self.first(after)))
         return self.adapters.model
 
-    def _load_base(self, quantised: bool = True) -> Base:
-        config = self.config.base if quantised else self.config.base.model_copy(update={"quantization": None})
+    def load_base(self, config: BaseConfig) -> Base:
+        """The run's base by its config, or by one that differs in dtype or quantisation.
+
+        Raises:
+            UserError: its weights are not those that the run was made with.
+        """
         base = load_base(config, self.config.adapters.projector, self.config.adapters.target)
         recorded = self.run.record["base"]["fingerprint"]
         if recorded not in (None, base.fingerprint):

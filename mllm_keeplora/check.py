@@ -122,6 +122,8 @@ def _target_layers(config: RunConfig, location: str) -> list[str]:
     """Name the base's parts by its config alone; one line for each, none where the base is not on this machine."""
     try:
         model = skeleton(location)
+    except ImportError as error:
+        raise UserError(f"base {location}: {str(error).strip().splitlines()[0]}") from None
     except (OSError, ValueError) as error:
         log.info("parts are not checked: %s", str(error).strip().splitlines()[0])
         return []
@@ -134,13 +136,16 @@ def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
 
     prompt = load_prompt(checked.base_location, prompt_style(config.base))
     dtype = compute_dtype(config.base.dtype)
+    if prompt is None:
+        log.info("memory is not estimated: the processor of %s is not on this machine", checked.base_location)
+        return None
     try:
         model = skeleton(checked.base_location, dtype)
         parts = name_parts(model, config.adapters.projector, config.adapters.target)
         long, answers = _lengths(prompt, checked.benchmark)
         shape = (long, answers, len(checked.benchmark.domains), dtype, torch.cuda.is_available())
         return estimate(config, checked.strategy.options, model, parts, *shape, distributed.world_size())
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (OSError, RuntimeError, AttributeError, ValueError) as error:
         log.info("memory is not estimated: %s", str(error).strip().splitlines()[0])
         return None
 

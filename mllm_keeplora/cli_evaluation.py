@@ -100,7 +100,9 @@ def ask(
     Example: mllm-keeplora ask runs/mini_dcl --image photo.png "what do you see ?"
     """
     from mllm_keeplora.eval.asking import ask as ask_one
+    from mllm_keeplora.log import start_logging
 
+    start_logging()
     typer.echo(ask_one(target, question, image or (), after, base, max_new_tokens))
 
 

@@ -112,7 +112,8 @@ def _rank(options: StrategyOptions) -> int:
 def _past(config: RunConfig, options: StrategyOptions, layers: list, item: int, domains: int) -> float:
     """Merged: pristine copies of the target weights. Factors: those of all domains, or dense past the break-even."""
     numel = sum(layer.weight.numel() for layer in layers)
-    if config.base.quantization is None and item == 4 and config.adapters.history != "factors":
+    merged_by_itself = config.adapters.history == "auto" and config.base.quantization is None and item == 4
+    if config.adapters.history == "merged" or merged_by_itself:
         return numel * item
     return min(4 * _rank(options) * domains * sum(m.in_features + m.out_features for m in layers), 4 * numel)
 

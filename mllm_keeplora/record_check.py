@@ -16,6 +16,8 @@ from mllm_keeplora.models.base import prompt_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+ALIKE_ONLY = {"MllamaProcessor"}  # fail on batches of which only some records have pictures
+
 
 def load_prompt(location: str, style: str) -> ChatPrompt | None:
     """The prompt of a base whose processor is on this machine; None where it would have to be downloaded."""
@@ -24,8 +26,8 @@ def load_prompt(location: str, style: str) -> ChatPrompt | None:
     from_hub = not Path(location).is_dir()
     try:
         processor = AutoProcessor.from_pretrained(location, local_files_only=from_hub)
-    except (OSError, ValueError) as error:
-        if not Path(location).is_dir():
+    except (OSError, ValueError, ImportError) as error:
+        if not Path(location).is_dir() and not isinstance(error, ImportError):
             return None
         raise UserError(f"base {location}: its processor cannot be loaded: {str(error).splitlines()[0]}") from None
     generation = None
@@ -48,7 +50,12 @@ def token_faults(
         max_length: most tokens of a record, image tokens included; None for no limit.
         advance: told after every record.
     """
+    seeing: set[bool] = set()
     for record in records:
+        seeing.add(bool(record.media))
+        if len(seeing) == 2 and type(prompt.processor).__name__ in ALIKE_ONLY:
+            yield f"{record.origin}: this base cannot batch records with pictures and records without; part them"
+            return
         try:
             if prompt.trained_tokens(record) == 0:
                 yield f"{record.origin}: no token of its answers carries loss; does the chat template fit the base?"

@@ -37,6 +37,29 @@ def weight_of(module: Any) -> Tensor:
     return dequantize_module_weight(plain)
 
 
+def merge_for_good(model: Any, history: list[Factors], full: list[dict[str, Tensor]]) -> None:
+    """Add everything learnt to a model's weights, summed in float32 and cast once; there is no way back.
+
+    Args:
+        model: the pristine base, not wrapped and not quantised.
+        history: branches in order.
+        full: deltas of parameters trained in full, in order.
+    """
+    for layer in dict.fromkeys(layer for factors in history for layer in factors.A):
+        weight = model.get_submodule(layer).weight
+        total = weight.detach().float()
+        for factors in history:
+            if layer in factors.A:
+                total = total + factors.delta(layer).to(total.device)
+        weight.data.copy_(total)
+    for name in full[0] if full else ():
+        parameter = model.get_parameter(name)
+        total = parameter.detach().float()
+        for deltas in full:
+            total = total + deltas[name].to(total.device)
+        parameter.data.copy_(total)
+
+
 class PristineWeights:
     """Untouched copies of the weights that a history changes, and the way back to any point of it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +15,12 @@ from mllm_keeplora import files
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.log import log
-from mllm_keeplora.models.parts import ALL_LINEARS, Parts, name_parts
+from mllm_keeplora.models.parts import ALL_LINEARS, Parts, expert_weights, name_parts
 from mllm_keeplora.models.prefix_prompt import PrefixPrompt
 from mllm_keeplora.models.prompt import ChatPrompt
 from mllm_keeplora.models.templates import STYLES
 
+NOTES = "mllm_keeplora.json"  # in an exported folder: how its model was prompted
 PACKAGE, CACHE = "package:", "cache:"  # what a shipped base's path is relative to
 
 
@@ -80,11 +82,23 @@ def resolve_path(model: str) -> str:
 
 
 def prompt_style(config: BaseConfig) -> str:
-    """How the base is prompted: as asked for, else as its YAML says, else by its own chat template."""
+    """How the base is prompted: as asked for, as its folder or YAML says (also by hub id), else by its own template."""
     if config.prompt != "auto":
         return config.prompt
-    settings = read_yaml(find_config("models", config.model)) if config.model in shipped("models") else {}
-    return settings.get("prompt", "chat_template")
+    told = Path(config.model) / NOTES
+    if told.is_file():
+        return files.read_json(told)["prompt"]
+    return _shipped_prompts().get(config.model, "chat_template")
+
+
+@cache
+def _shipped_prompts() -> dict[str, str]:
+    """Prompt styles by the names and by the paths of shipped bases."""
+    found = {}
+    for name in shipped("models"):
+        settings = read_yaml(find_config("models", name))
+        found |= dict.fromkeys((name, settings["path"]), settings.get("prompt", "chat_template"))
+    return found
 
 
 def prompt_of(processor: Any, style: str, generation: Any = None) -> ChatPrompt:
@@ -119,6 +133,7 @@ def load_base(config: BaseConfig, projector: str, target: str | Sequence[str] = 
     location = resolve(config)
 
     refuse_original_llava(config.model, location)
+    identity = fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(location)
 
     def load(attention: str) -> Any:
         return AutoModelForImageTextToText.from_pretrained(
@@ -155,7 +170,7 @@ def load_base(config: BaseConfig, projector: str, target: str | Sequence[str] = 
         processor=processor,
         prompt=prompt_of(processor, prompt_style(config), model.generation_config),
         parts=name_parts(model, projector, target),
-        fingerprint=fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(model, location),
+        fingerprint=identity,
     )
 
 
@@ -198,6 +213,11 @@ def _quantisation(config: BaseConfig, location: str) -> dict[str, Any]:
 
     empty = skeleton(location)
     parts = name_parts(empty, "frozen", ())
+    if experts := expert_weights(empty, parts.language_model):
+        raise UserError(
+            f"base.quantization {config.quantization!r}: {experts[0]} and {len(experts) - 1} more hold a mixture's "
+            "experts in one tensor, which bitsandbytes does not quantise; leave base.quantization out"
+        )
     heads = [name for name, module in empty.named_modules() if module is empty.get_output_embeddings()]
     kinds: dict[str, dict[str, Any]] = {
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
@@ -249,8 +269,13 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def _hub_revision(model: Any, location: str) -> str:
-    revision = getattr(model.config, "_commit_hash", None)
+def _hub_revision(location: str) -> str:
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        revision = extract_commit_hash(cached_file(location, "config.json"), None)
+    except OSError as error:
+        raise UserError(f"base.model {location!r} cannot be loaded: {_first_line(error)}") from error
     if revision is None:
         raise UserError(f"base.model {location!r}: the hub gave no revision, so results could not name their base")
     return f"{location}@{revision}"

@@ -80,11 +80,18 @@ def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LIN
 
 def projectors_of(model: Any) -> list[Any]:
     """The modules that take in what the vision tower gives; of a list of modules each for itself."""
+    return [model.get_submodule(name) for name in projector_names(model)]
+
+
+def projector_names(model: Any) -> list[str]:
+    """Exact names of `projectors_of`."""
     import torch
 
-    modules = dict(model.named_modules())
-    found = [modules[name] for name in _named(modules, PROJECTORS + MORE_PROJECTORS)]
-    return [m for each in found for m in (each if isinstance(each, torch.nn.ModuleList) else [each])]
+    modules, found = dict(model.named_modules()), []
+    for name in _named(modules, PROJECTORS + MORE_PROJECTORS):
+        is_list = isinstance(modules[name], torch.nn.ModuleList)
+        found += [f"{name}.{number}" for number in range(len(modules[name]))] if is_list else [name]
+    return found
 
 
 def summary_of(model: Any, parts: Parts) -> list[str]:
@@ -145,12 +152,21 @@ def _block(layer: str, language: str) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
+def expert_weights(model: Any, language: str) -> list[str]:
+    """Names of weights with three dimensions, other than those of convolutions: a mixture's experts in one tensor."""
+    from torch.nn.modules.conv import _ConvNd
+
+    found = []
+    for name, module in model.get_submodule(language).named_modules():
+        own = module.named_parameters(recurse=False) if not isinstance(module, _ConvNd) else ()
+        found += [".".join(filter(None, (language, name, each))) for each, weight in own if weight.ndim == 3]
+    return found
+
+
 def _refuse_experts(model: Any, language: str) -> None:
-    experts = [
-        f"{language}.{name}" for name, weight in model.get_submodule(language).named_parameters() if weight.ndim == 3
-    ]
+    experts = expert_weights(model, language)
     if experts:
         raise UserError(
             f"{experts[0]} and {len(experts) - 1} more hold a mixture's experts in one tensor, which gets no adapters; "
-            "name the layers to adapt, e.g. adapters.target=[q_proj, k_proj, v_proj, o_proj]"
+            "name the layers to adapt, e.g. adapters.target=[q_proj, k_proj, v_proj, o_proj], or by patterns (*.q_proj)"
         )

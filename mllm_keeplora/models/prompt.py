@@ -5,6 +5,7 @@ The mask comes from where rendered prefixes end in the tokens' bounds, never fro
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,11 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.models.templates import STYLES
 
 IGNORED = -100
+# Some templates tell the model today's date: learnt on Monday, a prompt would be another one on Tuesday.
+DATE = (
+    "{% macro strftime_now(form) %}{{ '26 Jul 2024' if form == '%d %b %Y' else '26 July 2024' if form == '%d %B %Y' "
+    "else '2024-07-26' }}{% endmacro %}"
+)
 REMEMBERED = 1 << 15  # renderings; conversations of a domain share their first turns, and passes share conversations
 
 
@@ -30,8 +36,13 @@ class ChatPrompt:
         self.processor = processor
         if style in STYLES:
             processor.chat_template = STYLES[style]
+        elif (
+            "strftime_now" in (getattr(processor, "chat_template", None) or "") and DATE not in processor.chat_template
+        ):
+            processor.chat_template = DATE + processor.chat_template
         self.tokenizer = processor.tokenizer
-        self.ends = {self.tokenizer.eos_token_id, *ends}
+        self.style = style
+        self.ends = {self.tokenizer.eos_token_id, *ends} - {None}
         self._widenings: dict[tuple[tuple[int, int], ...], int] = {}
         if not getattr(processor, "chat_template", None):
             raise UserError("the base's processor has no chat template, so its prompt is not known")
@@ -137,7 +148,7 @@ class ChatPrompt:
         An answer is what its turn adds to the rendered text; its tokens are those that cover any of these characters,
         so a space that the tokenizer draws into the answer's first word does not matter.
         """
-        bounds = self._bounds(text)
+        begins, ends = self._bounds(text)
         spans = []
         for turn, each in enumerate(record.turns):
             if each.role != "assistant" or not each.trained:
@@ -146,8 +157,8 @@ class ChatPrompt:
             after = self._render(record, turn + 1, generation=False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(f"{record.origin}: the chat template is not the same for a prefix of the conversation")
-            start = next((n for n, (_, end) in enumerate(bounds) if end > len(before)), len(bounds))
-            stop = next((n for n, (begin, _) in enumerate(bounds) if begin >= len(after)), len(bounds))
+            start = next((n for n, end in enumerate(ends) if end > len(before)), len(ends))
+            stop = next((n for n, begin in enumerate(begins) if begin >= len(after)), len(begins))
             if start >= stop:
                 raise UserError(f"{record.origin}: turn {turn}, an answer, has no token that could carry loss")
             spans.append((start + widened[turn], stop + widened[turn]))
@@ -160,12 +171,12 @@ class ChatPrompt:
         marked = any(IMAGE_MARK in turn.text for turn in record.turns)
         return _rendered(self.processor, shown, 0 if marked else len(record.media), suffix, open_end)
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> Sequence[int]:
         return _encoded(self.tokenizer, text, self._adds_marks(text))[0]
 
-    def _bounds(self, text: str) -> list[tuple[int, int]]:
+    def _bounds(self, text: str) -> tuple[Sequence[int], Sequence[int]]:
         """First character and end of every token; marks that the tokenizer adds cover none."""
-        return _encoded(self.tokenizer, text, self._adds_marks(text))[1]
+        return _encoded(self.tokenizer, text, self._adds_marks(text))[1:]
 
     def _adds_marks(self, text: str) -> bool:
         """Whether the tokenizer shall add its own marks: not where the template has put the first one."""
@@ -208,11 +219,14 @@ def _rendered(processor: Any, turns: tuple[Turn, ...], num_images: int, suffix: 
     return processor.apply_chat_template(messages, add_generation_prompt=open_end, tokenize=False)
 
 
-@lru_cache(REMEMBERED)
-def _encoded(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+@lru_cache(REMEMBERED // 4)
+def _encoded(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[array, array, array]:
+    """Ids, first characters and ends of tokens, in arrays: thousands of them are kept."""
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-    bounds, reached = [], 0
+    begins, ends, reached = array("i"), array("i"), 0
     for begin, end in encoded["offset_mapping"]:
-        bounds.append((begin, end) if begin < end else (reached, reached))  # a mark that was added, not read
+        is_read = begin < end  # else a mark that was added
+        begins.append(begin if is_read else reached)
+        ends.append(end if is_read else reached)
         reached = max(reached, end)
-    return encoded["input_ids"], bounds
+    return array("i", encoded["input_ids"]), begins, ends

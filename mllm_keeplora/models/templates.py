@@ -30,4 +30,11 @@ ONEVISION = (
     "{% for part in message['content'] if part['type'] != 'image' %}{{ '\n' + part['text'] }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-STYLES = {"vicuna_v1": VICUNA_V1, "paligemma": PALIGEMMA, "onevision": ONEVISION}
+# LLaVA-NeXT (v1.6) on Mistral; the converted checkpoints' own template writes a broken end mark after an answer.
+LLAVA_MISTRAL = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + eos_token }}"
+    "{% else %}{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% endif %}{% endfor %}"
+)
+STYLES = {"llava_mistral": LLAVA_MISTRAL, "vicuna_v1": VICUNA_V1, "paligemma": PALIGEMMA, "onevision": ONEVISION}

@@ -124,9 +124,12 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
     }
     try:
-        return TrainingArguments(**{**values, **settings.args})
+        arguments = TrainingArguments(**{**values, **settings.args})
     except (TypeError, ValueError) as error:
         raise UserError(f"train: the Trainer refuses its arguments: {error}") from error
+    if arguments.n_gpu > 1:  # one process a GPU: several in one would multiply the batch
+        arguments._n_gpu = 1
+    return arguments
 
 
 def last_checkpoint(folder: Path, identity: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mllm_keeplora.data.images import images_of
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.files import read_tensors
@@ -77,6 +78,34 @@ def test_a_merged_folder_has_a_processor_that_prompts_alike_and_a_card_with_scor
     assert f"| Alpha | {results['score_matrix'][1][0]:.1f} |" in card and "after Alpha, Beta" in card
     assert f"| general | {results['general']['general'][2]:.1f} |" in card
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_export_is_asked_as_the_run_was(settings, tmp_path, command):
+    """The prompt style is the run's own, which neither the base nor the exported folder names."""
+    from mllm_keeplora.config import BaseConfig
+    from mllm_keeplora.eval.checkpoints import Checkpoint
+    from mllm_keeplora.models.base import prompt_style
+
+    values = settings(tmp_path / "run", ("Alpha",))
+    values["base"]["prompt"] = "llava_mistral"
+    assert run_in_child(values) == 0
+    for form in ("merged", "adapter"):
+        export(tmp_path / "run", form, tmp_path / form)
+    assert prompt_style(BaseConfig(model=str(tmp_path / "merged"))) == "llava_mistral"
+    assert Checkpoint.named(tmp_path / "adapter").base_settings["prompt"] == "llava_mistral"
+    assert prompt_style(BaseConfig(model="llava-hf/llava-1.5-7b-hf")) == "vicuna_v1"  # a shipped base by its hub id
+
+
+def test_an_export_wants_the_weights_that_the_run_was_made_with(two, world, tmp_path):
+    import shutil
+
+    copied = tmp_path / "run"
+    shutil.copytree(two, copied)
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config.replace(str(world / "base"), str(world / "other_base")))
+    with pytest.raises(UserError, match="other weights"):
+        export(copied, "merged", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_weights_are_stored_in_the_dtype_of_the_base(two, world, tmp_path, monkeypatch):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mllm_keeplora.adapters.stored import past_of
-from mllm_keeplora.config import find_config, parse_config, read_yaml, shipped
+from mllm_keeplora.config import BaseConfig, find_config, parse_config, read_yaml, shipped
 from mllm_keeplora.data.images import images_of
 from mllm_keeplora.data.mini import write_mini_dcl
 from mllm_keeplora.errors import UserError
@@ -14,6 +19,7 @@ from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.files import read_tensors
 from mllm_keeplora.linalg import Basis
+from mllm_keeplora.models import load_base
 from mllm_keeplora.models.parts import name_parts
 from mllm_keeplora.sequence import run_sequence
 from tests.support.families import FAMILIES, build_family
@@ -21,7 +27,7 @@ from tests.support.tiny import tiny_config
 
 # Bases whose own template has no end mark after an answer, or which have no template, name a style in their YAML.
 STYLES = {"llava": "vicuna_v1", "vipllava": "vicuna_v1", "llava-onevision": "onevision"}
-STYLES |= {"paligemma": "paligemma", "paligemma2": "paligemma"}
+STYLES |= {"llava-next": "llava_mistral", "paligemma": "paligemma", "paligemma2": "paligemma"}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LLAMA = {*ATTENTION, "gate_proj", "up_proj", "down_proj"}
 # Linear layers of the language model where they are not Llama's; of the projector where they are not LLaVA's.
@@ -137,6 +143,57 @@ def test_experts_in_one_tensor_are_refused_until_layers_are_named(tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(build_family("qwen3-vl-moe", tmp_path / "base"))
     with pytest.raises(UserError, match=r"experts\.gate_up_proj .* adapters\.target=\[q_proj"):
         name_parts(model, "keeplora")
+
+
+def test_experts_are_not_made_larger_by_quantising_what_is_around_them(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folder = build_family("qwen3-vl-moe", tmp_path / "base")
+    with pytest.raises(UserError, match="bitsandbytes does not quantise"):
+        load_base(BaseConfig(model=str(folder), quantization="nf4"), "frozen", ())
+
+
+def test_several_projector_modules_trained_in_full_leave_as_one_adapter(remote_sensing, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    folder = build_family("qwen3-vl", tmp_path / "base")
+    values = config_of("qwen3-vl", folder, remote_sensing, tmp_path / "run")
+    values["adapters"] = {"projector": "full"}
+    run_sequence(parse_config(values, origin="test"))
+    saved = load_run(tmp_path / "run")
+    export(saved, "adapter", tmp_path / "adapter")
+    plain = AutoModelForImageTextToText.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    batch = questions(saved)
+    assert torch.allclose(logits(adapted, batch), logits(saved.restore(1), batch), atol=1e-3)
+
+
+def test_records_with_and_without_pictures_are_told_apart_where_a_processor_cannot_batch_them(remote_sensing, tmp_path):
+    from mllm_keeplora.data import load_benchmark
+    from mllm_keeplora.record_check import load_prompt, token_faults
+
+    folder = build_family("mllama", tmp_path / "base")
+    config = parse_config(config_of("mllama", folder, remote_sensing, tmp_path / "run"), origin="test")
+    record = load_benchmark(config).train_records("RS")[0]
+    prompt = load_prompt(str(folder), "chat_template")
+    assert list(token_faults(prompt, [record, record], None)) == []
+    [fault] = token_faults(prompt, [record, replace(record, media=())], None)
+    assert "cannot batch records with pictures and records without" in fault
+
+
+def test_a_hub_base_is_known_by_its_revision(tmp_path):
+    """A checkpoint in the hub's cache, as a download leaves it, loaded without network."""
+    revision, repository = "0123456789abcdef" * 2 + "01234567", tmp_path / "models--org--tiny"
+    build_family("llava", repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    code = (
+        "from mllm_keeplora.config import BaseConfig; from mllm_keeplora.models import load_base\n"
+        "print('is', load_base(BaseConfig(model='org/tiny', prompt='vicuna_v1'), 'frozen').fingerprint)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240)
+    assert said.stdout.split()[-2:] == ["is", f"org/tiny@{revision}"], said.stderr
 
 
 def test_every_family_that_a_shipped_base_belongs_to_is_tried():

@@ -305,6 +305,27 @@ def test_a_turn_that_would_train_nothing_is_an_error(prompt):
     assert prompt.trained_tokens(empty) == 3  # with an end mark the silence itself is learnt
 
 
+def test_llava_mistral_is_the_published_prompt_with_a_whole_end_mark(prompt):
+    mistral = ChatPrompt(copy.deepcopy(prompt.processor), "llava_mistral")
+    assert mistral._render(TWO, 4) == (
+        "[INST] <image>\nwhat colour is the square ? [/INST] red</s>[INST] where is the square ? [/INST] left</s>"
+    )
+    assert mistral._render(ONE, 1) == "[INST] <image>\nwhat colour is the square ? [/INST]"
+
+
+def test_a_template_that_tells_the_date_tells_the_same_one_every_day(prompt):
+    dated = with_template(
+        prompt, "{{ bos_token }}", "{{ bos_token + strftime_now('%Y-%m-%d') + strftime_now('%d %b %Y') }}"
+    )
+    assert dated._render(ONE, 1).startswith("<s>2024-07-2626 Jul 2024 user")
+    assert ChatPrompt(dated.processor)._render(ONE, 1) == dated._render(ONE, 1)
+
+
+def test_answers_may_end_in_a_mark_that_only_the_generation_config_names(prompt):
+    other = ChatPrompt(prompt.processor, ends=[YES])
+    assert other.ends == {EOS, YES}
+
+
 def test_a_template_without_end_mark_is_noticed(prompt):
     endless = with_template(prompt, "{{ ' ' + eos_token }}", "")
     assert prompt.ends_answers(TWO) and not endless.ends_answers(TWO)
