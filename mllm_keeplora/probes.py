@@ -180,7 +180,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     import torch.nn.functional as F
 
     rows, positions = supervised_positions(labels)
-    chosen = logits[rows, positions] if logits.shape[:2] == labels.shape else logits[0]
+    chosen = logits[rows, positions] if logits.shape[:2] == labels.shape else logits.flatten(0, 1)  # a view both ways
     return F.cross_entropy(chosen.float(), labels[rows, positions + 1], reduction="none")
 
 
@@ -228,8 +228,8 @@ def _backward(model: Any, layers: dict[str, Any], batch: dict, add: Callable[[st
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with removed_afterwards(handles), graph_from_inputs(model), evaluating(model):
         with hooks.supervised_logits(model, batch["labels"]):
-            logits = model(**inputs).logits
-        per_sample_loss(logits, batch["labels"]).sum().backward()
+            loss = per_sample_loss(model(**inputs).logits, batch["labels"]).sum()  # no name keeps the logits alive
+        loss.backward()
 
 
 def _same_directions(
