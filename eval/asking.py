@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import files
-from mllm_keeplora.config import parse_config
 from mllm_keeplora.data.images import read_image
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
 from mllm_keeplora.errors import UserError
@@ -70,10 +69,4 @@ def _opened(target: str | Path, after: int | None, base: str | None) -> tuple[Ba
         saved = load_run(target)
         return saved.base, saved.restore(len(saved.run.finished_units) if after is None else after)
     checkpoint = Checkpoint.named(target, base)
-    values = {
-        "name": "ask",
-        "base": checkpoint.base_settings,
-        "benchmark": "mini_dcl",
-        "strategy": {"name": "finetune"},
-    }
-    return checkpoint.load(parse_config(values, origin="the command line"))
+    return checkpoint.load(checkpoint.config("mini_dcl", Path("runs/ask")))  # neither data nor folder is touched

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import distributed, files
-from mllm_keeplora.config import RunConfig, parse_config
+from mllm_keeplora.config import RunConfig, apply_override, parse_config
 from mllm_keeplora.data import Benchmark, load_benchmark
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError, known
@@ -59,6 +59,19 @@ class Checkpoint:
             raise UserError(f"{folder / ADAPTER} names no base model; say which with --base")
         return cls(base or own, folder)
 
+    def config(self, benchmark: str, output: Path, overrides: Sequence[str] = ()) -> RunConfig:
+        """A run's config that asks this checkpoint; overrides are dotted keys."""
+        values: dict[str, Any] = {
+            "name": "checkpoint",
+            "base": self.base_settings,
+            "benchmark": benchmark,
+            "strategy": {"name": "finetune"},
+            "output": str(output),
+        }
+        for override in overrides:
+            apply_override(values, override)
+        return parse_config(values, origin="the command line")
+
     def load(self, config: RunConfig) -> tuple[Base, Any]:
         """The base and the model that answers.
 
@@ -101,7 +114,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: unknown benchmark or set, unreadable data, a checkpoint that cannot be loaded.
     """
-    config = _config(checkpoint, benchmark, output, overrides)
+    config = checkpoint.config(benchmark, output, overrides)
     loaded = load_benchmark(config)
     names = _chosen(loaded, domains)
     folder, scores = DomainDir(output), {}
@@ -160,21 +173,6 @@ def _same_model(output: Path, told: dict[str, Any]) -> dict[str, Any]:
     if any(before.get(key) != told[key] for key in keys):
         raise UserError(f"{output} holds the answers of another model or benchmark; choose another --output")
     return before["sets"]
-
-
-def _config(checkpoint: Checkpoint, benchmark: str, output: Path, overrides: Sequence[str]) -> RunConfig:
-    from mllm_keeplora.config import apply_override
-
-    values: dict[str, Any] = {
-        "name": "checkpoint",
-        "base": checkpoint.base_settings,
-        "benchmark": benchmark,
-        "strategy": {"name": "finetune"},
-        "output": str(output),
-    }
-    for override in overrides:
-        apply_override(values, override)
-    return parse_config(values, origin="the command line")
 
 
 def _chosen(benchmark: Benchmark, domains: Sequence[str] | None) -> list[str]:

@@ -36,12 +36,10 @@ class ChatPrompt:
         self.processor = processor
         if style in STYLES:
             processor.chat_template = STYLES[style]
-        elif (
-            "strftime_now" in (getattr(processor, "chat_template", None) or "") and DATE not in processor.chat_template
-        ):
-            processor.chat_template = DATE + processor.chat_template
+        own = getattr(processor, "chat_template", None) or ""
+        if "strftime_now" in own and DATE not in own:
+            processor.chat_template = DATE + own
         self.tokenizer = processor.tokenizer
-        self.style = style
         self.ends = {self.tokenizer.eos_token_id, *ends} - {None}
         self._widenings: dict[tuple[tuple[int, int], ...], int] = {}
         if not getattr(processor, "chat_template", None):
