@@ -46,7 +46,10 @@ def model_card(saved: SavedRun, after: int, content: str, library: str) -> str:
     scores = _scores(saved, after)
     if scores:
         lines += ["| set | score |", "|---|---|", *(f"| {key} | {value:.1f} |" for key, value in scores.items()), ""]
-        lines += [f"In percent, by the scorers of `{saved.benchmark.name}`, as the run itself was graded.", ""]
+        lines += [
+            f"In percent, by the scorers of `{saved.benchmark.name}`: the run's own scores, before its weights were"
+        ]
+        lines += ["rounded to what is stored here.", ""]
     lines += ["```python", LOAD[library].format(base=json.dumps(name)).strip(), "```", ""]
     lines += ["Settings of the run:", "", "```json", json.dumps(config.result_defining(), indent=1), "```", ""]
     return "\n".join(lines)
