@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from mllm_keeplora.config import RunConfig, load_config, parse_config, read_yaml
@@ -21,6 +22,7 @@ from mllm_keeplora.eval.results import Results
 from mllm_keeplora.log import log
 
 FAILED = 1  # exit code of a run that went wrong by itself, e.g. since its loss was not finite
+STOPPED = os.EX_TEMPFAIL  # of a run that a signal stopped and that goes on when it is started again
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,28 @@ class Cell:
 
 
 class Runner:
-    """Runs cells as processes of their own, so that a failing one takes nothing with it."""
+    """Runs cells as processes of their own, so that a failing one takes nothing with it.
 
-    def __init__(self, jobs: int):
-        self.jobs = jobs
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+    Args:
+        jobs: runs side by side, each with its share of the cores; None is one for each device, one where there is none.
+        devices: GPUs as CUDA_VISIBLE_DEVICES names them; a run sees one of them. Runs share them if there are more.
+    """
+
+    def __init__(self, jobs: int | None = None, devices: Sequence[str] = ()):
+        self.jobs = jobs or max(1, len(devices))
+        self.threads = max(1, (os.cpu_count() or 1) // self.jobs)
         self.processes: set[subprocess.Popen] = set()
+        self.over = False  # a run was stopped or refused: no other is started
+        self.places: SimpleQueue[dict[str, str]] = SimpleQueue()  # what the environment of a run adds
+        for index in range(self.jobs):
+            self.places.put({"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]} if devices else {})
 
     def run(self, cells: Sequence[Cell], title: str) -> list[Results | None]:
         """Results of every cell in order; None where a run failed by itself. What is finished is not run again.
 
         Raises:
             UserError: a run could not be started or was ended from outside; the others are ended too.
+            KeyboardInterrupt: this process or a run was told to stop; all are stopped, and may be continued.
         """
         done = {cell: results for cell in cells if (results := cell.results()) is not None}
         todo = [cell for cell in cells if cell not in done]
@@ -82,13 +94,13 @@ class Runner:
         def run_one(cell: Cell) -> Results | None:
             own = [f"threads={self.threads}"] if self.jobs > 1 else []
             command = [sys.executable, "-m", "mllm_keeplora", "run", cell.run, *cell.overrides, *own]
-            cell.folder.parent.mkdir(parents=True, exist_ok=True)
+            if self.over:
+                raise KeyboardInterrupt
             began = time.monotonic()
-            with open(log_of(cell.folder), "a", encoding="utf-8") as output:
-                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-                self.processes.add(process)
-                code = process.wait()
-                self.processes.discard(process)
+            code = self._process(command, log_of(cell.folder))
+            self.over = self.over or code not in (0, FAILED)
+            if code == STOPPED:
+                raise KeyboardInterrupt
             if code not in (0, FAILED):
                 raise UserError(f"run {cell.folder} ended with code {code}; see {log_of(cell.folder)}")
             results = cell.results() if code == 0 else None
@@ -96,6 +108,21 @@ class Runner:
             return results
 
         return run_one
+
+    def _process(self, command: list[str], log_file: Path) -> int:
+        """Run a command on a free device, what it says at the end of `log_file`; returns its exit code."""
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        place = self.places.get()
+        try:
+            with open(log_file, "a", encoding="utf-8") as output:
+                environment = {**os.environ, **place}
+                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+                self.processes.add(process)
+                code = process.wait()
+                self.processes.discard(process)
+        finally:
+            self.places.put(place)
+        return code
 
 
 class _Countdown:
@@ -119,7 +146,7 @@ class _Countdown:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the runs as Ctrl-C does; a sweep that just died would leave them running and locked."""
+    """Let SIGTERM and SIGUSR1 end the runs as Ctrl-C does; a sweep that just died would leave them running."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -127,11 +154,21 @@ def _terminated_like_interrupted() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def visible_devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return (named if any(named) else [str(index) for index in range(count)])[:count]
 
 
 def log_of(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mllm_keeplora.cli_evaluation import ask, evaluate, rescore
+from mllm_keeplora.cli_sweep import sweep
 
 if TYPE_CHECKING:
     from mllm_keeplora.config import RunConfig
@@ -145,35 +146,7 @@ def compare(
         typer.echo(f"report   {output}/report.html")
 
 
-@app.command()
-def sweep(
-    config: Annotated[str, typer.Argument(metavar="SWEEP", help="a sweep's YAML file, or a shipped name")],
-    overrides: Overrides = None,
-    jobs: Annotated[int, typer.Option(min=1, help="runs side by side; each gets its share of the cores")] = 1,
-) -> None:
-    """Choose every strategy's setting by one rule on the validation questions, run the choice over seeds, compare.
-
-    The same command continues an interrupted sweep.
-
-    Example: mllm-keeplora sweep mini_dcl --jobs 2
-    """
-    from rich.console import Console
-
-    from mllm_keeplora.distributed import world_size
-    from mllm_keeplora.errors import UserError
-    from mllm_keeplora.log import start_logging
-    from mllm_keeplora.report import compare_table
-    from mllm_keeplora.sweep import load_sweep, run_sweep
-
-    if world_size() > 1:
-        raise UserError(
-            "sweep starts its runs by itself; call it without torchrun (each run gets a share of the cores)"
-        )
-    start_logging()
-    loaded = load_sweep(config, overrides or [])
-    results = run_sweep(loaded, jobs)
-    Console().print(compare_table(results))
-    typer.echo(f"\nreport   {loaded.folder}/report.html\ntables   {loaded.folder}/tables.md")
+app.command()(sweep)
 
 
 @app.command()

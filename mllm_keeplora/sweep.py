@@ -6,7 +6,8 @@
     final    the chosen setting with every seed, graded on the test questions
     report   table, heat maps, trade-off curve
 
-Every cell is a run of its own below the sweep's folder, so a sweep that was stopped continues where it was.
+Every cell is a run of its own below the sweep's folder, so a sweep that was stopped continues where it was. It chooses
+after whole rounds (the grid, then one value beyond for each strategy): the order in which runs end does not matter.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mllm_keeplora import files
-from mllm_keeplora.cells import Cell, Runner, log_of
+from mllm_keeplora.cells import Cell, Runner, log_of, visible_devices
 from mllm_keeplora.check import check_run
 from mllm_keeplora.comparison import Choice, write_comparison
 from mllm_keeplora.config import apply_override, find_config, read_yaml, validation_faults
@@ -106,6 +107,16 @@ def final_cell(sweep: SweepConfig, label: str, value: float, seed: int) -> Cell:
     return _cell(sweep, label, value, seed, sweep.final.overrides, folder)
 
 
+def tune_cells(sweep: SweepConfig) -> list[Cell]:
+    """The runs of the stated grid; tuning may go on beyond it."""
+    return [tune_cell(sweep, label, value) for label in sweep.strategies for value in sweep.tune.grid]
+
+
+def final_cells(sweep: SweepConfig, chosen: Mapping[str, float]) -> list[Cell]:
+    """The runs of every strategy's chosen value, for every seed."""
+    return [final_cell(sweep, label, chosen[label], seed) for label in sweep.strategies for seed in sweep.final.seeds]
+
+
 def _cell(sweep: SweepConfig, label: str, value: float, seed: int, extra: Sequence[str], folder: Path) -> Cell:
     own = [f"name={label}", f"seed={seed}", f"output={folder}", f"{sweep.tune.key}={value!r}"]
     return Cell(sweep.run, (*sweep.strategies[label], *extra, *own), folder)
@@ -137,12 +148,12 @@ class Tuning:
         return len(self.scores) > 1 and self.best in (min(self.scores), max(self.scores))
 
 
-def run_sweep(sweep: SweepConfig, jobs: int = 1) -> list[dict[str, Any]]:
+def run_sweep(sweep: SweepConfig, jobs: int | None = None) -> list[dict[str, Any]]:
     """Run every cell that is not finished, and write the comparison into the sweep's folder.
 
     Args:
         sweep: from `load_sweep`.
-        jobs: runs side by side; each gets its share of the cores.
+        jobs: runs side by side; each gets its share of the cores. None is one for each GPU, one where there is none.
 
     Returns:
         The results of the final runs, by strategy and seed.
@@ -150,10 +161,10 @@ def run_sweep(sweep: SweepConfig, jobs: int = 1) -> list[dict[str, Any]]:
     Raises:
         UserError: a final run, or every run of a strategy's tuning, failed; its log is named.
     """
-    _check(sweep)
-    runner = Runner(jobs)
-    tunings = _tune(sweep, runner)
-    cells = [final_cell(sweep, label, tunings[label].best, seed) for label in tunings for seed in sweep.final.seeds]
+    check_sweep(sweep)
+    runner = Runner(jobs, visible_devices())
+    tunings = tune(sweep, runner)
+    cells = final_cells(sweep, {label: tuning.best for label, tuning in tunings.items()})
     finals = runner.run(cells, "final")
     failed = [cell.folder for cell, results in zip(cells, finals, strict=True) if results is None]
     if failed:
@@ -163,8 +174,12 @@ def run_sweep(sweep: SweepConfig, jobs: int = 1) -> list[dict[str, Any]]:
     return results_list
 
 
-def _tune(sweep: SweepConfig, runner: Runner) -> dict[str, Tuning]:
-    """Try the grid for every strategy, and go on beyond it where the best lies at its edge."""
+def tune(sweep: SweepConfig, runner: Runner) -> dict[str, Tuning]:
+    """Try the grid for every strategy, and go on beyond it where the best lies at its edge.
+
+    Raises:
+        UserError: every run of a strategy failed; its logs are named.
+    """
     tunings = {label: Tuning() for label in sweep.strategies}
     asked = [(label, value) for label in tunings for value in sweep.tune.grid]
     while asked:
@@ -181,8 +196,12 @@ def _tune(sweep: SweepConfig, runner: Runner) -> dict[str, Tuning]:
     return tunings
 
 
-def _check(sweep: SweepConfig) -> None:
-    """Find the faults of every strategy's config before the first run, and finished runs of other data or base."""
+def check_sweep(sweep: SweepConfig) -> None:
+    """Find the faults of every strategy's config before the first run, and finished runs of other data or base.
+
+    Raises:
+        UserError: with all faults of configs at once, or with the first run of other data or base.
+    """
     faults: list[str] = []
     data: dict[str, tuple] = {}
     fingerprint = None

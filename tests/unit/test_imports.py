@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BOTTOM = ("errors", "files", "progress", "log", "linalg", "metrics", "distributed", "report")
+BOTTOM = ("errors", "files", "progress", "log", "linalg", "metrics", "distributed", "report", "launch")
 LAYERS = (
     BOTTOM,
     ("config", "runs"),
@@ -28,12 +28,13 @@ LAYERS = (
     ("eval",),
     ("record_check", "memory"),
     ("check", "opening", "sequence"),
-    ("comparison", "cells", "sweep"),
-    ("cli_evaluation",),
+    ("comparison", "cells", "sweep", "sweep_jobs"),
+    ("cli_evaluation", "cli_sweep"),
     ("cli",),
     ("__main__", "__init__"),
 )
-SIBLINGS = {"check", "opening", "sequence", "comparison", "cells", "sweep"}  # may import others of their own layer
+# may import others of their own layer
+SIBLINGS = {"check", "opening", "sequence", "comparison", "cells", "sweep", "sweep_jobs"}
 FORBIDDEN = {"eval": {"strategies", "training", "probes"}}
 ALONE = {"linalg": set(), "metrics": set(), "errors": set()}  # pure: nothing of the package outside themselves
 SOURCES = {"mllm_keeplora": ROOT / "mllm_keeplora", "mllm_keeplora.eval": ROOT / "eval"}

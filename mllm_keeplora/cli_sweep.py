@@ -1,0 +1,86 @@
+"""The command that runs a sweep, whole or in parts."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mllm_keeplora.sweep import SweepConfig
+
+
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="SWEEP", help="a sweep's YAML file, or a shipped name")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted keys, e.g. tune.seed=1")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="runs side by side; each gets its share of the cores. Default: one for each GPU, else 1"
+        ),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="for schedulers: tune:K/N, run K of the N to choose from; tune, all of them and the choice; "
+            "final:K/N, run K of the N final ones, after the choice",
+        ),
+    ] = None,
+    slurm: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="run nothing; write a script that submits the sweep to SLURM")
+    ] = None,
+) -> None:
+    """Choose every strategy's setting by one rule on the validation questions, run the choice over seeds, compare.
+
+    With several GPUs as many runs at a time, each on one of them. The same command continues an interrupted sweep.
+
+    On SLURM: --slurm FILE writes a script, `bash FILE [SBATCH OPTION]...` submits it: arrays of runs, one after the
+    other, and at last the comparison.
+
+    Example: mllm-keeplora sweep mini_dcl --jobs 2
+
+    Example: mllm-keeplora sweep mini_dcl --slurm sweep.sh; bash sweep.sh --gpus 1 --time 4:00:00
+    """
+    from rich.console import Console
+
+    from mllm_keeplora.distributed import world_size
+    from mllm_keeplora.errors import UserError
+    from mllm_keeplora.log import start_logging
+    from mllm_keeplora.report import compare_table
+    from mllm_keeplora.sweep import load_sweep, run_sweep
+    from mllm_keeplora.sweep_jobs import run_part
+
+    if world_size() > 1:
+        raise UserError(
+            "sweep starts its runs by itself; call it without torchrun (each run gets a share of the cores)"
+        )
+    start_logging()
+    loaded = load_sweep(config, overrides or [])
+    if slurm is not None:
+        if only is not None or jobs is not None:
+            raise UserError("--slurm goes with neither --only nor --jobs: every job of the script runs what it is for")
+        _write_script(slurm, loaded, [config, *(overrides or [])])
+        return
+    if only is not None:
+        typer.echo("\n".join(run_part(loaded, only, jobs)))
+        return
+    results = run_sweep(loaded, jobs)
+    Console().print(compare_table(results))
+    typer.echo(f"\nreport   {loaded.folder}/report.html\ntables   {loaded.folder}/tables.md")
+
+
+def _write_script(path: Path, loaded: SweepConfig, words: list[str]) -> None:
+    from mllm_keeplora import files
+    from mllm_keeplora.sweep import check_sweep
+    from mllm_keeplora.sweep_jobs import slurm_script
+
+    check_sweep(loaded)  # faults are told here and not by a hundred jobs; data that are drawn are drawn once
+    command = [sys.executable, "-m", "mllm_keeplora", "sweep", *words]
+    files.write_text(path, slurm_script(loaded, command, Path.cwd()))
+    typer.echo(f"written  {path}\nsubmit   bash {shlex.quote(str(path))} --gpus 1 --time 8:00:00  (options of sbatch)")

@@ -1,0 +1,182 @@
+"""A sweep in parts, for schedulers: one run of it, or its choice, as a job of its own; and a SLURM script of them all.
+
+A part that is done ends at once. Parts may run at the same time on folders that their machines share, since a run is
+locked by the process that works on it. What is left over, the sweep without a part does.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from mllm_keeplora import files
+from mllm_keeplora.cells import Cell, Runner, log_of, visible_devices
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.sweep import SweepConfig, check_sweep, final_cells, tune, tune_cells
+
+PART = re.compile(r"(?P<kind>tune|final):(?P<number>[1-9]\d*)/(?P<total>[1-9]\d*)")
+CHOICE = "tune"  # the part that finishes the tuning and keeps what it chose
+
+
+def run_part(sweep: SweepConfig, part: str, jobs: int | None = None) -> list[str]:
+    """Do one part of a sweep; returns lines that say what came of it.
+
+    Args:
+        sweep: from `load_sweep`.
+        part: `tune:K/N`, run K of the N runs of the grid; `tune`, whatever of the tuning is not done, and the choice;
+            `final:K/N`, run K of the N final runs of what was chosen. K begins at 1.
+        jobs: of `tune`: runs side by side, as in `run_sweep`.
+
+    Raises:
+        UserError: the part is none of these, N is not the number of runs, nothing is chosen yet, or the run failed.
+    """
+    if part == CHOICE:
+        check_sweep(sweep)
+        tunings = tune(sweep, Runner(jobs, visible_devices()))
+        chosen = {label: tuning.best for label, tuning in tunings.items()}
+        files.write_json(_choice_file(sweep), {"rule": _rule(sweep), "chosen": chosen})
+        return [f"{label}: chose {sweep.tune.key} {value:g}" for label, value in chosen.items()]
+    cell = _cell(sweep, part)
+    if cell.results() is not None:
+        return [f"{cell.folder} is done"]
+    check_sweep(sweep)
+    if Runner(1, visible_devices()[:1]).run([cell], part)[0] is None:
+        raise UserError(f"run {cell.folder} failed; see {log_of(cell.folder)}")
+    return [f"{cell.folder} is done"]
+
+
+def slurm_script(sweep: SweepConfig, command: Sequence[str], folder: Path) -> str:
+    """A bash script that submits the whole sweep to SLURM, and is what its jobs run.
+
+    Args:
+        sweep: from `load_sweep`.
+        command: the words that start this very sweep.
+        folder: the folder to start it in.
+    """
+    num_tune, num_final = len(tune_cells(sweep)), len(sweep.strategies) * len(sweep.final.seeds)
+    return HEAD.format(
+        name=sweep.name,
+        num_tune=num_tune,
+        num_final=num_final,
+        folder=shlex.quote(str(folder)),
+        command=shlex.join(command),
+    ) + BODY.lstrip("\n")
+
+
+def _cell(sweep: SweepConfig, part: str) -> Cell:
+    """The run that a part names."""
+    match = PART.fullmatch(part)
+    if match is None:
+        raise UserError(f"--only must be tune:K/N, tune or final:K/N, got {part!r}")
+    cells = tune_cells(sweep) if match["kind"] == "tune" else final_cells(sweep, _load_choice(sweep))
+    number, total = int(match["number"]), int(match["total"])
+    if total != len(cells):
+        raise UserError(f"--only {part}: sweep {sweep.name} has {len(cells)} such runs now; write its script again")
+    if number > total:
+        raise UserError(f"--only {part}: there is no run {number} of {total}")
+    return cells[number - 1]
+
+
+def _choice_file(sweep: SweepConfig) -> Path:
+    return sweep.folder / "choice.json"
+
+
+def _rule(sweep: SweepConfig) -> dict:
+    """What a choice depends on."""
+    return sweep.model_dump(include={"run", "strategies", "tune"})
+
+
+def _load_choice(sweep: SweepConfig) -> dict[str, float]:
+    path = _choice_file(sweep)
+    if not path.is_file():
+        raise UserError(f"sweep {sweep.name} has not chosen yet: {path} is missing; run it with --only tune first")
+    kept = files.read_json(path)
+    if kept["rule"] != _rule(sweep):
+        raise UserError(f"{path} was chosen among other settings; run the sweep with --only tune again")
+    return kept["chosen"]
+
+
+HEAD = """\
+#!/usr/bin/env bash
+# Sweep {name} on SLURM: {num_tune} runs to choose settings, the choice, {num_final} final runs, the comparison; as four
+# jobs, each of which waits for the one before. Runs of a kind are an array: as many at a time as the cluster has room.
+# Usage: bash FILE [SBATCH OPTION]...      the options are those of every job
+#   e.g. bash FILE --gpus 1 --cpus-per-task 8 --time 8:00:00 --partition gpu
+# A run sees one GPU. Values beyond the stated grid are tried by the job that chooses, on the GPUs that it gets.
+# Three minutes before the end of its time a job stops its runs and queues again. What is done is not done again:
+# submit once more after a failure. Written by `mllm-keeplora sweep`; written anew when the sweep's YAML changes.
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+#SBATCH --open-mode=append
+set -euo pipefail
+
+name={name} num_tune={num_tune} num_final={num_final}
+folder={folder}
+command=({command})
+"""
+
+BODY = r"""
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"
+    exit 0
+fi
+if [[ "${1:-}" != --part ]]; then
+    this="$(realpath "${BASH_SOURCE[0]}")"
+    submit() { # PART [SBATCH OPTION]...; prints the job's number
+        local part="$1" job
+        shift
+        job="$(sbatch --parsable --job-name="$name-$part" --chdir="$folder" "$@" "$this" --part "$part")" || exit 1
+        echo "submitted $part as job ${job%%;*}" >&2
+        echo "${job%%;*}"
+    }
+    tune="$(submit tune "$@" --array="1-$num_tune")"
+    choose="$(submit choose "$@" --dependency="afterany:$tune")"
+    final="$(submit final "$@" --array="1-$num_final" --dependency="afterok:$choose" --kill-on-invalid-dep=yes)"
+    submit compare "$@" --dependency="afterany:$final" > /dev/null || exit 1
+    exit 0
+fi
+
+case "$2" in
+    tune) command+=(--only "tune:$SLURM_ARRAY_TASK_ID/$num_tune") ;;
+    choose) command+=(--only tune) ;;
+    final) command+=(--only "final:$SLURM_ARRAY_TASK_ID/$num_final") ;;
+    compare) ;;
+esac
+job="$SLURM_JOB_ID"
+if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then
+    job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # the number alone may stand for the whole array
+fi
+
+process="" told="" interrupted=""
+# shellcheck disable=SC2329 # the traps call it
+forward() {
+    interrupted=yes
+    [[ "$told" == USR1 ]] || told="$1"
+    [[ -z "$process" ]] || kill -TERM "$process" 2> /dev/null || true
+}
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM
+
+"${command[@]}" &
+process=$!
+while true; do
+    interrupted="" code=0
+    wait "$process" || code=$?
+    [[ -n "$interrupted" ]] || break # else a signal ended `wait`, not the sweep
+done
+again=""
+if [[ -n "$told" && "$code" -ne 0 && "$code" -ne 2 ]]; then
+    again=yes
+fi
+if [[ -n "$again" && "$told" != USR1 ]]; then
+    state="$(scontrol show job "$job" || true)"
+    [[ ! "$state" =~ JobState=(CANCELLED|COMPLETING) ]] || again=""
+fi
+if [[ -n "$again" ]]; then
+    echo "stopped before the end (code $code); the job queues again" >&2
+    scontrol requeue "$job"
+fi
+exit "$code"
+"""
