@@ -1,0 +1,71 @@
+"""`torchrun` that ends with the exit code of its workers and passes SIGUSR1 on to them; it takes torchrun's arguments.
+
+Torchrun itself ends with 1 whatever its workers ended with. A shell or a scheduler could not tell a user's mistake (2)
+from a run that was stopped and goes on when it is started again (75). SIGUSR1 would end torchrun, not reach the
+workers; SIGTERM reaches them, but they are killed 30 seconds later, too soon for a large checkpoint. After a SIGUSR1
+they have all the time they need. Knows nothing of the rest of the package.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+
+STOPPED = os.EX_TEMPFAIL  # 75: ended by a signal before it was done; the same command continues
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Launch and wait for the workers; returns the exit code of the worker that failed first on this node, else 0."""
+    signal.signal(signal.SIGUSR1, _pass_on)
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import determine_local_world_size, parse_args, run
+
+    launch = parse_args(arguments)
+    _set_environment(determine_local_world_size(launch.nproc_per_node))
+    try:
+        run(launch)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return _as_shell_code(failure.exitcode)
+    except SignalException as stop:  # torchrun's own handling: it has ended the workers
+        return _as_shell_code(-stop.sigval)
+    return 0
+
+
+def _set_environment(processes: int) -> None:
+    """What workers inherit, unless it is set: their share of the cores; on a CPU, that DeepSpeed shall use it."""
+    import torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _pass_on(number: int, _: FrameType | None) -> None:
+    """Send the signal to every worker; without workers there is nothing to save, and the launch ends."""
+    import psutil
+
+    workers = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just ended
+            if "LOCAL_RANK" in child.environ():
+                child.send_signal(number)
+                workers.append(child)
+    if not workers:
+        raise SystemExit(STOPPED)
+
+
+def _as_shell_code(code: int) -> int:
+    """A worker's exit code as a shell has it; one that a signal to stop ended before it could answer was stopped."""
+    if code in (-signal.SIGUSR1, -signal.SIGTERM):
+        return STOPPED
+    return 128 - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
