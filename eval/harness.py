@@ -17,6 +17,7 @@ from typing import Any
 from mllm_keeplora import distributed, files
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.data.images import images_of
+from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
 from mllm_keeplora.models import Base
 from mllm_keeplora.progress import progress_bar
@@ -107,18 +108,10 @@ def generate(
     batch = prompt.question_batch(records, [images_of(record, prompt.background) for record in records], suffixes)
     batch = {key: _to(value, parameter) for key, value in batch.items()}
     with torch.inference_mode():
-        tokens = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=sorted(prompt.ends),
-            pad_token_id=prompt.tokenizer.pad_token_id,
-        )
-    length = batch["input_ids"].shape[1]
+        tokens = greedy(model, batch, max_new_tokens, prompt.ends, prompt.tokenizer.pad_token_id)
     ends = torch.tensor(sorted(prompt.ends), device=tokens.device)
-    ended = torch.isin(tokens[:, length:], ends).any(dim=1).tolist()
-    return [Answer(text, not end) for text, end in zip(prompt.answers(tokens, length), ended, strict=True)]
+    ended = torch.isin(tokens, ends).any(dim=1).tolist()
+    return [Answer(text, not end) for text, end in zip(prompt.answers(tokens), ended, strict=True)]
 
 
 class Journal:

@@ -86,9 +86,9 @@ class ChatPrompt:
         ]
         return self._process(texts, images, side="left")
 
-    def answers(self, tokens: Any, prompt_length: int) -> list[str]:
-        """Text of generated tokens (b, prompt + new), without prompt and special tokens, outer spaces stripped."""
-        texts = self.tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+    def answers(self, tokens: Any) -> list[str]:
+        """Text of generated tokens (b, new), without special tokens, outer spaces stripped."""
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def length(self, record: Record) -> int:

@@ -15,6 +15,7 @@ from mllm_keeplora.config import BaseConfig, find_config, parse_config, read_yam
 from mllm_keeplora.data.images import images_of
 from mllm_keeplora.data.mini import write_mini_dcl
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.files import read_tensors
@@ -28,6 +29,7 @@ from tests.support.tiny import tiny_config
 # Bases whose own template has no end mark after an answer, or which have no template, name a style in their YAML.
 STYLES = {"llava": "vicuna_v1", "vipllava": "vicuna_v1", "llava-onevision": "onevision"}
 STYLES |= {"llava-next": "llava_mistral", "paligemma": "paligemma", "paligemma2": "paligemma"}
+PAD = 0
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LLAMA = {*ATTENTION, "gate_proj", "up_proj", "down_proj"}
 # Linear layers of the language model where they are not Llama's; of the projector where they are not LLaVA's.
@@ -79,9 +81,20 @@ def config_of(family, base, mini, output):
     return values
 
 
-def questions(saved):
-    records = saved.benchmark.test_records("RS")[:3]
+def questions(saved, number=3):
+    records = saved.benchmark.test_records("RS")[:number]
     return saved.base.prompt.question_batch(records, [images_of(record) for record in records])
+
+
+def test_rows_that_leave_change_no_answer(run):
+    """Half of the first tokens are taken for ends, so that rows leave at several steps."""
+    _, saved = run
+    model, batch = saved.restore(1), questions(saved, 6)
+    length, options = batch["input_ids"].shape[1], {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    free = model.generate(**batch, **options, eos_token_id=[PAD])[:, length:]
+    ends = set(free[:3, 1].tolist()) | set(free[3:5, 3].tolist())
+    expected = model.generate(**batch, **options, eos_token_id=list(ends))[:, length:]
+    assert greedy(model, batch, 6, ends, PAD).tolist() == expected.tolist()
 
 
 def logits(model, batch):

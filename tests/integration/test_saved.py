@@ -38,5 +38,5 @@ def test_a_loaded_model_answers_as_the_run_recorded(two):
     for row in rows:
         batch = prompt.question_batch([records[row["id"]]], [images_of(records[row["id"]])])
         tokens = model.generate(**batch, max_new_tokens=3, do_sample=False)
-        answers += prompt.answers(tokens, batch["input_ids"].shape[1])
+        answers += prompt.answers(tokens[:, batch["input_ids"].shape[1] :])
     assert answers == [row["prediction"] for row in rows]
