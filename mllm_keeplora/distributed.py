@@ -6,13 +6,15 @@ aborts the interpreter at exit.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 
 
 def rank() -> int:
@@ -113,6 +115,26 @@ def all_reduce(tensors) -> None:
                 tensor.copy_(moved)
 
 
+def share_of(tensor: Any) -> Any:
+    """This process's share of a tensor's entries, flat; shares of all processes are equally long."""
+    import torch
+
+    length = -(-tensor.numel() // world_size())
+    padded = torch.nn.functional.pad(tensor.flatten(), (0, length * world_size() - tensor.numel()))
+    return padded[rank() * length : (rank() + 1) * length].clone()
+
+
+def joined(share: Any, shape: tuple[int, ...]) -> Any:
+    """The tensor whose shares all processes hold."""
+    import torch
+    import torch.distributed as dist
+
+    moved = share.to(device()) if dist.get_backend() == "nccl" else share
+    parts = [torch.empty_like(moved) for _ in range(world_size())]
+    dist.all_gather(parts, moved)
+    return torch.cat(parts)[: math.prod(shape)].view(shape).to(share.device)
+
+
 def gather(value: Any) -> list[Any]:
     """Every process's value, in rank order, on every process."""
     if world_size() == 1:
@@ -147,3 +169,68 @@ def main_first(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result if is_main() else work()
+
+
+def divided(costs: Mapping[str, float], load: Callable[[str], S], work: Callable[[str, S], T]) -> dict[str, T]:
+    """Do a piece of work for every name, each by one process alone, and give every result to all.
+
+    Args:
+        costs: what each piece takes, in any unit; large ones are dealt out first.
+        load: name -> what is worked on. Called by all processes at the same time, since a weight that is divided over
+            them comes together only then; each keeps its own alone.
+        work: gives tensors, or a nested structure of tensors and plain values.
+    """
+    if world_size() == 1:
+        return {name: work(name, load(name)) for name in costs}
+    order = sorted(costs, key=lambda name: -costs[name])
+    owners = {name: place % world_size() for place, name in enumerate(order)}
+    own: dict[str, T] = {}
+    for start in range(0, len(order), world_size()):
+        mine = None
+        for name in order[start : start + world_size()]:
+            source = load(name)
+            mine = (name, source) if owners[name] == rank() else mine
+        if mine is not None:
+            own[mine[0]] = work(*mine)
+    outlines = {name: each for share in gather(_outlines(own)) for name, each in share.items()}
+    return {name: _handed_out(own.get(name), outlines[name], owners[name]) for name in costs}
+
+
+def _outlines(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results with every tensor replaced by its shape, dtype and whether it is on a GPU."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    def outline(tensor: Any) -> _Outline:
+        return _Outline(tuple(tensor.shape), tensor.dtype, tensor.is_cuda)
+
+    return {name: tree_map_only(torch.Tensor, outline, result) for name, result in results.items()}
+
+
+def _handed_out(result: Any, outline: Any, owner: int) -> Any:
+    """The owner's result, its tensors broadcast one by one."""
+    import torch
+    import torch.distributed as dist
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    via_gpu = dist.get_backend() == "nccl"
+    leaves, spec = tree_flatten(outline)
+    held = tree_flatten(result)[0] if rank() == owner else leaves
+    for place, (leaf, own) in enumerate(zip(leaves, held, strict=True)):
+        if isinstance(leaf, _Outline):
+            where = device() if leaf.on_gpu or via_gpu else "cpu"
+            own = (
+                own.to(where).contiguous()
+                if rank() == owner
+                else torch.empty(leaf.shape, dtype=leaf.dtype, device=where)
+            )
+            dist.broadcast(own, src=owner)
+            leaves[place] = own if leaf.on_gpu else own.cpu()
+    return tree_unflatten(leaves, spec)
+
+
+@dataclass(frozen=True)
+class _Outline:
+    shape: tuple[int, ...]
+    dtype: Any
+    on_gpu: bool

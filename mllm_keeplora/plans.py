@@ -12,7 +12,6 @@ from mllm_keeplora.log import log
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from mllm_keeplora.linalg import FrequentDirections, GradientAccumulator, GradientSketch, MomentAccumulator
 
@@ -25,37 +24,32 @@ SHARE_OF_FREE = 0.25  # of the free memory that `auto` lets statistics take
 class GradientPlan:
     """Mean gradients: `exact` sums of (d_out, d_in), `sketch` of `width` columns, or `auto` by memory.
 
-    A sketch is taken only where it is smaller than the gradient. `guided` takes it along the output directions of the
-    first batch, which captures more but depends a little on what that batch is; otherwise it is along random ones.
-    `memory_gb` None: a quarter of what is free.
+    A sketch is taken only where it is smaller than the gradient. `following` lets its directions follow the gradient,
+    which captures more but depends a little on the batches; otherwise they are random and fixed. `memory_gb` None: a
+    quarter of what is free.
     """
 
     statistic: Statistic = "exact"
     width: int = 128
     seed: int = 0
     memory_gb: float | None = None
-    guided: bool = False
+    following: bool = False
 
     def exact(self, sizes: dict[str, tuple[int, int]], device: torch.device) -> bool:
         """Whether gradients of these layers, (d_out, d_in) each, are summed exactly."""
         needed = FLOAT32 * sum(d_out * d_in for d_out, d_in in sizes.values())
         return _is_exact("gradients", self.statistic, needed, self.memory_gb, device)
 
-    def directions(self, grad_output: Tensor, inputs: Tensor) -> Tensor:
-        """What a guided sketch is taken along, (d_out, width), from rows of the first batch."""
-        from mllm_keeplora.linalg import output_range
-
-        return output_range(grad_output, inputs, self.width, self.seed)
-
     def accumulator(
-        self, d_out: int, d_in: int, exact: bool, device: torch.device, along: Tensor | None = None
+        self, d_out: int, d_in: int, exact: bool, device: torch.device
     ) -> GradientAccumulator | GradientSketch:
-        """A sketch, along the given directions if there are any, or an exact sum where that is smaller or wanted."""
-        from mllm_keeplora.linalg import GradientAccumulator, GradientSketch
+        """A sketch, or an exact sum where that is smaller or wanted."""
+        from mllm_keeplora.linalg import GradientAccumulator, GradientRange, GradientSketch
 
         if exact or self.width >= d_out:
             return GradientAccumulator(d_out, d_in, device=device)
-        return GradientSketch(d_out, d_in, self.width, self.seed, device=device, test_matrix=along)
+        kind = GradientRange if self.following else GradientSketch
+        return kind(d_out, d_in, self.width, self.seed, device=device)
 
 
 @dataclass(frozen=True)

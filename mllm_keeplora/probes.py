@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed, hooks
 from mllm_keeplora.hooks import evaluating, graph_from_inputs, removed_afterwards
+from mllm_keeplora.models.partition import IdleBatch, streamed
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
-from mllm_keeplora.tokens import IGNORED, ChosenRows, as_rows, supervised_positions
+from mllm_keeplora.tokens import ChosenRows, as_rows, per_sample_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,6 @@ def collect_moments(
     Raises:
         ValueError: a feature is not finite; the message names the layer.
     """
-    import torch
 
     moments: dict[str, MomentAccumulator | FrequentDirections] = {}
     batches = iter(batches)
@@ -51,7 +51,7 @@ def collect_moments(
     for batch in chain(() if first is None else (first,), batches):
         inputs_only = {key: value for key, value in batch.items() if key != "labels"}
         rows = ChosenRows(batch, plan, getattr(model.config, "image_token_id", None))
-        with _input_hooks(layers, moments, rows, make), torch.no_grad(), evaluating(model), hooks.without_logits(model):
+        with _input_hooks(_counted(layers, batch), moments, rows, make), _looking(model):
             model(**inputs_only)
     groups = distributed.from_main(_sharing(moments))  # a process without records learns here who shares an input
     _refuse_missing(layers, [name for group in groups for name in group], "saw no input")
@@ -84,34 +84,23 @@ def collect_mean_gradients(
     sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     device = next(iter(layers.values())).weight.device
     exact = distributed.from_main(plan.exact(sizes, device))
-    guided = [name for name, (d_out, _) in sizes.items() if plan.guided and not exact and plan.width < d_out]
-    along: dict[str, Tensor] = {}
-    if guided and distributed.world_size() > 1:
-        along, batches = _same_directions(model, layers, batches, plan, guided)
-    gradients: dict[str, GradientAccumulator | GradientSketch] = {}
+    gradients = {name: plan.accumulator(*size, exact, device) for name, size in sizes.items()}
+    reached: set[str] = set()
 
     def add(name: str, grad_output: Tensor, inputs: Tensor) -> None:
-        if name not in gradients:
-            if name in guided and name not in along:
-                along[name] = plan.directions(grad_output, inputs)
-            gradients[name] = plan.accumulator(*sizes[name], exact, device, along.pop(name, None))
+        reached.add(name)
         gradients[name].update(grad_output, inputs)
 
     for batch in batches:
-        _backward(model, layers, batch, add)
-        for accumulator in gradients.values():
+        _backward(model, _counted(layers, batch), batch, add)
+        for accumulator in () if isinstance(batch, IdleBatch) else gradients.values():
             accumulator.count_samples(batch["labels"].shape[0])
-    _refuse_missing(layers, distributed.from_main(list(gradients)), "received no gradient")
-    for name in layers:
-        if name not in gradients:
-            gradients[name] = plan.accumulator(*sizes[name], exact, device, along.pop(name, None))
-        distributed.all_reduce(gradients[name].tensors())
-    return {name: gradients[name] for name in layers}
+    _refuse_missing(layers, distributed.from_main(sorted(reached)), "received no gradient")
+    return {name: _over_processes(gradients[name]) for name in layers}
 
 
 def shared_inputs(model: Any, layers: dict[str, Any], batch: dict) -> list[list[str]]:
     """Target layers grouped by the tensor that feeds them, seen in one forward of model inputs."""
-    import torch
 
     seen: dict[int, list[str]] = {}
     tensors = []  # held until the end, so that no identity is reused
@@ -124,7 +113,7 @@ def shared_inputs(model: Any, layers: dict[str, Any], batch: dict) -> list[list[
         return hook
 
     handles = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
-    with removed_afterwards(handles), torch.no_grad(), evaluating(model), hooks.without_logits(model):
+    with removed_afterwards(handles), _looking(model):
         model(**{key: value for key, value in batch.items() if key != "labels"})
     return list(seen.values())
 
@@ -140,7 +129,7 @@ def measure_inputs(
 
     Args:
         model, layers: as in `collect_moments`.
-        batches: model inputs without labels.
+        batches: model inputs.
         measure: layer -> function of rows (n, d_in) and (n, d_out) to a float64 vector, which is summed.
         lengths: layer -> length of that vector (a process without records needs it).
 
@@ -160,35 +149,25 @@ def measure_inputs(
 
             return hook
 
-        handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
-        with removed_afterwards(handles), torch.no_grad(), evaluating(model), hooks.without_logits(model):
-            model(**batch)
+        handles = [module.register_forward_hook(keep(name)) for name, module in _counted(layers, batch).items()]
+        with removed_afterwards(handles), _looking(model):
+            model(**{key: value for key, value in batch.items() if key != "labels"})
     distributed.all_reduce(sums.values())
     return sums
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Next-token cross entropy of every supervised token.
+@contextmanager
+def _looking(model: Any) -> Iterator[None]:
+    """For a forward pass that is there for its layers' inputs alone."""
+    import torch
 
-    Args:
-        logits: (b, t, vocabulary), or (1, n, vocabulary) at the supervised positions alone (`supervised_logits`).
-        labels: (b, t) token ids, -100 where there is no loss.
-
-    Returns:
-        (n,) float32, row by row.
-    """
-    import torch.nn.functional as F
-
-    rows, positions = supervised_positions(labels)
-    chosen = logits[rows, positions] if logits.shape[:2] == labels.shape else logits.flatten(0, 1)  # a view both ways
-    return F.cross_entropy(chosen.float(), labels[rows, positions + 1], reduction="none")
+    with torch.no_grad(), evaluating(model), hooks.without_logits(model), streamed(model):
+        yield
 
 
-def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of `token_losses` over each sample's supervised tokens: (b,) float32."""
-    losses, rows = token_losses(logits, labels), supervised_positions(labels)[0]
-    counts = (labels[:, 1:] != IGNORED).sum(dim=1)
-    return losses.new_zeros(labels.shape[0]).index_add(0, rows, losses) / counts
+def _counted(layers: dict[str, Any], batch: dict) -> dict[str, Any]:
+    """The layers whose statistics a batch goes into."""
+    return {} if isinstance(batch, IdleBatch) else layers
 
 
 @contextmanager
@@ -226,33 +205,10 @@ def _backward(model: Any, layers: dict[str, Any], batch: dict, add: Callable[[st
 
     handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with removed_afterwards(handles), graph_from_inputs(model), evaluating(model):
+    with removed_afterwards(handles), graph_from_inputs(model), evaluating(model), streamed(model):
         with hooks.supervised_logits(model, batch["labels"]):
             loss = per_sample_loss(model(**inputs).logits, batch["labels"]).sum()  # no name keeps the logits alive
         loss.backward()
-
-
-def _same_directions(
-    model: Any, layers: dict[str, Any], batches: Iterable[dict], plan: GradientPlan, guided: list[str]
-) -> tuple[dict[str, Tensor], Iterable[dict]]:
-    """What to sketch along on all processes: from the main one's first batch; and the batches, that one included."""
-    import torch
-
-    batches = iter(batches)
-    first = next(batches, None)
-    found: dict[str, Tensor] = {}
-
-    def look(name: str, grad_output: Tensor, inputs: Tensor) -> None:
-        if name in guided and name not in found:
-            found[name] = plan.directions(grad_output, inputs)
-
-    if distributed.is_main() and first is not None:
-        _backward(model, layers, first, look)
-    for name in guided:
-        if name not in found:
-            found[name] = torch.zeros(layers[name].out_features, plan.width, device=layers[name].weight.device)
-        distributed.all_reduce([found[name]])
-    return found, batches if first is None else chain([first], batches)
 
 
 def _features_exactly(model: Any, layers: dict[str, Any], batch: dict, plan: FeaturePlan) -> bool:
@@ -262,16 +218,20 @@ def _features_exactly(model: Any, layers: dict[str, Any], batch: dict, plan: Fea
 
 
 def _over_processes(statistic: Any) -> Any:
-    """Sum over processes; sketches, which are not linear, are gathered and merged in rank order."""
-    from mllm_keeplora.linalg import FrequentDirections
+    """Sum over processes. Sketches of features are not linear: they are gathered and merged in rank order."""
+    from mllm_keeplora.linalg import FrequentDirections, GradientRange
 
-    if not isinstance(statistic, FrequentDirections):
-        distributed.all_reduce(statistic.tensors())
-        return statistic
-    first, *others = distributed.gather(statistic)
-    for other in others:
-        first.merge(other)
-    return first
+    if isinstance(statistic, FrequentDirections):
+        first, *others = distributed.gather(statistic)
+        for other in others:
+            first.merge(other)
+        return first
+    if isinstance(statistic, GradientRange) and distributed.world_size() > 1:
+        reach = statistic.reach()
+        distributed.all_reduce([reach])
+        statistic.turn(reach)  # to the range of all that the processes hold
+    distributed.all_reduce(statistic.tensors())
+    return statistic
 
 
 def _named(name: str, update: Any, *rows: Tensor) -> None:

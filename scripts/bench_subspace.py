@@ -29,7 +29,8 @@ from mllm_keeplora.adapters import Adapters, Factors
 from mllm_keeplora.hooks import graph_from_inputs
 from mllm_keeplora.linalg import Basis, gradient_capture, principal_subspace, top_residual_directions
 from mllm_keeplora.plans import EXACT_FEATURES, GradientPlan
-from mllm_keeplora.probes import collect_mean_gradients, per_sample_loss, shared_inputs
+from mllm_keeplora.probes import collect_mean_gradients, shared_inputs
+from mllm_keeplora.tokens import per_sample_loss
 
 ENERGY_WEIGHTS, ENERGY_FEATURES, RANK = 0.6, 0.99, 16
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008), (11008, 4096))  # (d_out, d_in) beyond the language model's own
@@ -87,7 +88,7 @@ def gradients(model: Any, batches: list, options: argparse.Namespace) -> Iterato
     backward pass, so the memory beyond the sums grows with the tokens of a batch.
     """
     layers = adapted_layers(model)
-    sketch, exact = GradientPlan("sketch", 6 * RANK, guided=True), GradientPlan("exact")
+    sketch, exact = GradientPlan("sketch", 6 * RANK, following=True), GradientPlan("exact")
     singles = [{key: value[row : row + 1] for key, value in each.items()} for each in batches for row in range(BATCH)]
     cases = {"8": batches, "1": singles[: max(BATCH, len(singles) // 2)]}
     for size, given in cases.items():

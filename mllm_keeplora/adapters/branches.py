@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_keeplora.adapters.dense import DenseDeltas, split_at_break_even
 from mllm_keeplora.adapters.factors import Branch, Factors, concatenate, peft_settings
 from mllm_keeplora.adapters.history import PristineWeights, choose_history, weight_of
+from mllm_keeplora.models.partition import assign, copy_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,8 +99,8 @@ class Adapters:
         for layer in self.branch.A:
             module = self._module(layer)
             trained = "A" in self.branch.train
-            B[layer] = module.lora_B[OPEN].weight.detach().float().cpu().clone()
-            A[layer] = module.lora_A[OPEN].weight.detach().float().cpu().clone() if trained else self.branch.A[layer]
+            B[layer] = copy_of(module.lora_B[OPEN].weight).float().cpu()
+            A[layer] = copy_of(module.lora_A[OPEN].weight).float().cpu() if trained else self.branch.A[layer]
             if self.branch.B and not trained:
                 B[layer] -= self.branch.B[layer].cpu()
             elif self.branch.B:  # B A - B0 A0 has no common A: both pairs are kept
@@ -136,7 +137,7 @@ class Adapters:
     def pristine(self, layer: str) -> Tensor:
         """Untouched weight (d_out, d_in) of a target layer."""
         if layer in self._pristine.weights:
-            return self._pristine.weights[layer]
+            return self._pristine.weights[layer].whole()
         return weight_of(self.base.get_submodule(layer))
 
     @contextmanager
@@ -144,7 +145,7 @@ class Adapters:
         """The model as it was before the open branch: for teachers. The trained set is the same afterwards."""
         assert self.branch is not None, "no branch is open"
         past = [name for name in self.peft.peft_config if name not in (OPEN, OFFSET)]
-        full = {name: self.base.get_parameter(name).detach().clone() for name in self.full}
+        full = {name: copy_of(self.base.get_parameter(name)) for name in self.full}
         self._pristine.shift(self.past_full)
         if past:
             self.peft.base_model.set_adapter(past)
@@ -156,7 +157,7 @@ class Adapters:
             self.peft.base_model.enable_adapter_layers()
             self.peft.base_model.set_adapter(list(self.peft.peft_config))
             for name, value in full.items():
-                self.base.get_parameter(name).data.copy_(value)
+                assign(self.base.get_parameter(name), value)
             self._freeze()
 
     @contextmanager
@@ -193,13 +194,12 @@ class Adapters:
         self.peft.base_model.set_adapter(list(self.peft.peft_config))
 
     def _fill(self, name: str, A: dict[str, Tensor], B: dict[str, Tensor] | None) -> None:
+        import torch
+
         for layer, tensor in A.items():
             module = self._module(layer)
-            module.lora_A[name].weight.data.copy_(tensor)
-            if B is None:
-                module.lora_B[name].weight.data.zero_()
-            else:
-                module.lora_B[name].weight.data.copy_(B[layer])
+            assign(module.lora_A[name].weight, tensor)
+            assign(module.lora_B[name].weight, torch.zeros(()) if B is None else B[layer])
 
     def _freeze(self) -> None:
         wanted = self.trainable()

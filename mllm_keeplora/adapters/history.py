@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters.factors import Factors
+from mllm_keeplora.models.partition import Kept, assign, copy_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +26,15 @@ def choose_history(mode: str, model: Any) -> str:
 
 
 def weight_of(module: Any) -> Tensor:
-    """Weight (d_out, d_in) of a linear layer, wrapped by peft or not; of a quantised one what it stands for."""
+    """Weight (d_out, d_in) of a linear layer, wrapped by peft or not; of a quantised one what it stands for.
+
+    Where ZeRO-3 divides it, a whole copy (all processes must ask for it at the same time).
+    """
     from peft.utils.integrations import dequantize_module_weight
 
     plain = getattr(module, "base_layer", module)
+    if hasattr(plain.weight, "ds_id"):
+        return copy_of(plain.weight)
     if type(plain.weight).__name__ == "Int8Params":  # peft's way moves the weight and so loses its scales on a CPU
         from bitsandbytes.functional import int8_vectorwise_dequant
 
@@ -63,6 +69,8 @@ def merge_for_good(model: Any, history: list[Factors], full: list[dict[str, Tens
 class PristineWeights:
     """Untouched copies of the weights that a history changes, and the way back to any point of it.
 
+    Of a weight that ZeRO-3 divides, each process keeps a copy of its part; every method is then collective.
+
     Args:
         model: the base model, unwrapped.
         layers: names of the target layers (for `merged`).
@@ -71,32 +79,32 @@ class PristineWeights:
 
     def __init__(self, model: Any, layers: tuple[str, ...], parameters: tuple[str, ...]):
         self.model = model
-        self.weights = {layer: model.get_submodule(layer).weight.detach().clone() for layer in layers}
-        self.parameters = {name: model.get_parameter(name).detach().clone() for name in parameters}
+        self.weights = {layer: Kept(model.get_submodule(layer).weight) for layer in layers}
+        self.parameters = {name: Kept(model.get_parameter(name)) for name in parameters}
 
     def merge(self, history: list[Factors]) -> None:
         """Set every target weight to pristine + sum of deltas: summed in float32, in order, cast once."""
         for layer, pristine in self.weights.items():
-            total = pristine.float()
+            total = pristine.whole().float()
             for factors in history:
                 if layer in factors.A:
                     total = total + factors.delta(layer).to(total.device)
-            self.model.get_submodule(layer).weight.data.copy_(total)
+            assign(self.model.get_submodule(layer).weight, total)
 
     def shift(self, deltas: list[dict[str, Tensor]]) -> None:
         """Set every fully trained parameter to pristine + sum of its deltas."""
         for name, pristine in self.parameters.items():
-            total = pristine.float()
+            total = pristine.whole().float()
             for delta in deltas:
                 total = total + delta[name].to(total.device)
-            self.model.get_parameter(name).data.copy_(total)
+            assign(self.model.get_parameter(name), total)
 
     def shifted(self, before: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What training added to the fully trained parameters beyond `before`: float32 deltas on the CPU."""
         deltas = {}
         for name, pristine in self.parameters.items():
-            start = pristine.float()
+            start = pristine.whole().float()
             for delta in before:
                 start = start + delta[name].to(start.device)
-            deltas[name] = (self.model.get_parameter(name).detach().float() - start).cpu()
+            deltas[name] = (copy_of(self.model.get_parameter(name)).float() - start).cpu()
         return deltas

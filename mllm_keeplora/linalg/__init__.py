@@ -3,22 +3,23 @@
 Everything is float32 or float64 inside, whatever came in; values that are not finite are refused.
 """
 
-from .accumulators import GradientAccumulator, GradientSketch, MomentAccumulator, output_range
+from .accumulators import GradientAccumulator, GradientSketch, MomentAccumulator
 from .basis import Basis, leak
 from .directions import RandomizedSVD, gradient_capture, top_residual_directions
 from .energy import principal_subspace, rank_for_energy
 from .frequent_directions import FrequentDirections
+from .gradient_range import GradientRange
 
 __all__ = [
     "Basis",
     "FrequentDirections",
     "GradientAccumulator",
+    "GradientRange",
     "GradientSketch",
     "MomentAccumulator",
     "RandomizedSVD",
     "gradient_capture",
     "leak",
-    "output_range",
     "principal_subspace",
     "rank_for_energy",
     "top_residual_directions",

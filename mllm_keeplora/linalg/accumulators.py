@@ -132,8 +132,6 @@ class GradientSketch:
         seed: seed of Omega.
         dtype: float32 or float64.
         device: where the sum and Omega live; products are formed where the rows are.
-        test_matrix: (d_out, width) to take instead of a drawn Omega, kept in bfloat16; see `output_range`. Along
-            orthonormal columns the sketch holds at most the gradient's energy.
 
     Source: Halko, Martinsson and Tropp (2011), range finder, on the gradient of KeepLoRA (ICLR 2026), Eq. (2).
     """
@@ -146,23 +144,18 @@ class GradientSketch:
         seed: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        test_matrix: Tensor | None = None,
     ) -> None:
         self.d_out = as_count(d_out, "d_out", 1)
         self.d_in = as_count(d_in, "d_in", 1)
         self.width = as_count(width, "width", 1)
         self.seed = as_count(seed, "seed", 0)
-        if test_matrix is None:
-            self._test_matrix = _test_matrix(d_out, width, seed, _sum_dtype(dtype), torch.device(device))
-        else:
-            given = as_matrix(test_matrix, "test_matrix", columns=width, rows=d_out)
-            self._test_matrix = given.to(device=device, dtype=torch.bfloat16)
+        self._test_matrix = _test_matrix(d_out, width, seed, _sum_dtype(dtype), torch.device(device))
         self._sketch = torch.zeros(d_in, width, dtype=dtype, device=device)
         self._samples = torch.zeros(1, dtype=torch.float64, device=device)
 
     @property
     def test_matrix(self) -> Tensor:
-        """(d_out, width) Omega; bfloat16 where it was given."""
+        """(d_out, width) Omega."""
         return self._test_matrix
 
     def update(self, grad_output: Tensor, inputs: Tensor) -> None:
@@ -180,8 +173,6 @@ class GradientSketch:
         """Add the sketch of another accumulator of the same shape, dtype and seed."""
         if isinstance(other, GradientSketch) and other.seed != self.seed:
             raise ValueError(f"sketches to merge must have the same seed, got {self.seed} and {other.seed}")
-        if isinstance(other, GradientSketch) and not torch.equal(other._test_matrix, self._test_matrix):
-            raise ValueError("sketches to merge must have the same test matrix, got different ones")
         _merge(self, other)
 
     @property
@@ -197,27 +188,6 @@ class GradientSketch:
     def tensors(self) -> list[Tensor]:
         """The tensors to sum over processes, in place: sketch (d_in, width), sample count (1,) float64."""
         return [self._sketch, self._samples]
-
-
-def output_range(grad_output: Tensor, inputs: Tensor, width: int, seed: int) -> Tensor:
-    """Orthonormal directions that span about the leading output side of a gradient, for a sketch of what follows.
-
-    A sketch along these of a gradient that later rows of the same kind go on with holds much more of its leading part
-    than one along random directions: it is the first half of a power iteration, taken on the first batch.
-
-    Args:
-        grad_output: (n, d_out) output gradients.
-        inputs: (n, d_in) inputs of the same rows.
-        width: directions wanted, at most d_out.
-        seed: of the random matrix that the gradient is multiplied with.
-
-    Returns:
-        (d_out, width) float32, orthonormal columns.
-    """
-    grad_output, inputs = _gradient_rows(grad_output, inputs, grad_output.shape[-1], inputs.shape[-1])
-    with full_precision(inputs.device):
-        drawn = _test_matrix(inputs.shape[1], width, seed, torch.float32, inputs.device)
-        return torch.linalg.qr(grad_output.float().mT @ (inputs.float() @ drawn))[0]
 
 
 # Random matrices in use; a model's layers have few different widths, so sharing them saves most of their memory.

@@ -13,24 +13,16 @@ from torch import Tensor
 
 from .accumulators import MomentAccumulator
 from .checks import as_choice, as_count, as_matrix, as_share, full_precision
-from .decompose import (
-    NOISE_RATIO,
-    Complement,
-    fix_signs,
-    largest_singular_value,
-    leading_eigenvectors,
-    leading_right_vectors,
-    orthonormal_complement,
-)
+from .decompose import fix_signs, leading_eigenvectors, leading_right_vectors, orthonormal_complement
 from .energy import rank_for_energy
 from .frequent_directions import FrequentDirections
+from .leftover import energy_of, leftover_of, source_matrix
 
 ENERGY_REFERENCES = ("total", "residual")
 # Gram matrix error of given columns: up to the first they are kept bit for bit (float32 rounding of orthonormal
 # columns), up to the second re-orthonormalised (columns stored in bf16 or fp16), beyond it refused.
 KEEP_TOLERANCE = 5e-7
 REPAIR_TOLERANCE = 2e-2
-SKETCH_ROUNDING = 1e-6  # share of its energy that a float32 sketch may lose by rounding alone
 
 
 @dataclass(frozen=True)
@@ -41,20 +33,6 @@ class Capacity:
     d_in: int
     share: float
     free: int
-
-
-@dataclass(frozen=True)
-class _Leftover:
-    """Features without their part inside a basis, float64: rows (n, free), or moments (free, free) of them."""
-
-    matrix: Tensor
-    complement: Complement  # that the rows are coordinates in
-    is_moments: bool
-    energy: float
-    covered: float  # share of total_energy
-    total_energy: float
-    lost: float  # energy that a sketch no longer holds, beyond its rounding
-    noise_floor: float  # squared singular values up to this are rounding noise
 
 
 class Basis:
@@ -137,6 +115,28 @@ class Basis:
     ) -> int:
         """Add the fewest directions with which the basis covers a share of the energy of new features.
 
+        What is added is `missing(...)` of the same arguments; earlier columns are unchanged bit for bit.
+
+        Returns:
+            Number of columns added, 0 if the features are covered or carry no energy.
+        """
+        added = self.missing(moments_or_rows, energy, reference, limit)
+        self.append(added)
+        return added.shape[1]
+
+    def append(self, columns: Tensor) -> None:
+        """Take in (d_in, k) directions that `missing` gave, here or in another process."""
+        self._columns = torch.cat([self._columns, columns.to(self._columns)], dim=1)
+
+    def missing(
+        self,
+        moments_or_rows: Tensor | MomentAccumulator | FrequentDirections,
+        energy: float,
+        reference: str = "total",
+        limit: int | None = None,
+    ) -> Tensor:
+        """The fewest directions with which the basis would cover a share of the energy of new features.
+
         Args:
             moments_or_rows: feature rows (n, d_in), not centred; or what was accumulated from them. Of a sketch, the
                 energy it no longer holds counts as not covered, which errs on the side of adding directions.
@@ -146,8 +146,8 @@ class Basis:
             limit: most columns to add; None for no limit but d_in.
 
         Returns:
-            Number of columns added, 0 if the features are covered or carry no energy. Earlier columns are unchanged
-            bit for bit. New ones come in order of falling energy, their entry of largest magnitude positive.
+            (d_in, k), orthonormal and orthogonal to the basis, in order of falling energy, their entry of largest
+            magnitude positive; none if the features are covered or carry no energy.
 
         Raises:
             ValueError: the width differs, a value is not finite, or an argument is out of range.
@@ -160,11 +160,11 @@ class Basis:
         room = self.d_in - self.rank
         if limit is not None:
             room = min(room, as_count(limit, "limit", 0))
-        leftover = self._leftover(moments_or_rows)
+        leftover = leftover_of(moments_or_rows, self._columns)
         total = leftover.total_energy if reference == "total" else leftover.energy + leftover.lost
         covered = leftover.covered if reference == "total" else 0.0
         if room == 0 or total == 0.0 or covered >= energy:
-            return 0
+            return self._columns[:, :0]
 
         def count(squares: Tensor) -> int:
             signal = squares[squares > leftover.noise_floor]
@@ -173,9 +173,7 @@ class Basis:
         with full_precision(leftover.matrix.device):
             leading = leading_eigenvectors if leftover.is_moments else leading_right_vectors
             added = leftover.complement.lift(leading(leftover.matrix, count))
-            added = fix_signs(added).to(self._columns)
-        self._columns = torch.cat([self._columns, added], dim=1)
-        return added.shape[1]
+            return fix_signs(added).to(self._columns)
 
     def is_decided(self, sketch: FrequentDirections, energy: float, reference: str = "total") -> bool:
         """Whether a sketch knows enough to grow by: the energy that it lost does not stand in the way of the threshold.
@@ -185,7 +183,7 @@ class Basis:
         """
         energy = as_share(energy, "energy")
         as_choice(reference, "reference", ENERGY_REFERENCES)
-        leftover = self._leftover(sketch)
+        leftover = leftover_of(sketch, self._columns)
         total = leftover.total_energy if reference == "total" else leftover.energy + leftover.lost
         return leftover.lost <= (1.0 - energy) * total
 
@@ -194,19 +192,19 @@ class Basis:
 
         For a sketch this is a lower bound, as in `grow`.
         """
-        return self._leftover(moments_or_rows).covered
+        return leftover_of(moments_or_rows, self._columns).covered
 
     def energies(self, moments_or_rows: Tensor | MomentAccumulator | FrequentDirections) -> Tensor:
         """Share of the energy of features along each column, q^T C q / tr C: (rank,) float64, zeros if they have none.
 
         Arguments and errors as in `grow`; for a sketch these are lower bounds.
         """
-        matrix, is_moments, _, total = _source_matrix(moments_or_rows, self.d_in)
+        matrix, is_moments, _, total = source_matrix(moments_or_rows, self.d_in)
         with full_precision(matrix.device):
             columns = self._columns.to(matrix)
             image = matrix @ columns
             along = (columns * image).sum(dim=0) if is_moments else image.square().sum(dim=0)
-        total = _energy(matrix, is_moments) if total is None else total
+        total = energy_of(matrix, is_moments) if total is None else total
         return (along.clamp(min=0.0) / total).cpu() if total > 0.0 else torch.zeros(self.rank, dtype=torch.float64)
 
     def forget(self, columns: Sequence[int]) -> None:
@@ -230,24 +228,6 @@ class Basis:
         """Rank, dimension, share taken and directions left."""
         return Capacity(rank=self.rank, d_in=self.d_in, share=self.rank / self.d_in, free=self.d_in - self.rank)
 
-    def _leftover(self, source: Tensor | MomentAccumulator | FrequentDirections) -> _Leftover:
-        """Remove from features the part inside the basis, and measure both."""
-        matrix, is_moments, noise_ratio, total = _source_matrix(source, self.d_in)
-        with full_precision(matrix.device):
-            columns = self._columns.to(matrix)
-            held = _energy(matrix, is_moments)
-            # Of moments the singular values are squares already.
-            largest = largest_singular_value(matrix) ** (1 if is_moments else 2)
-            complement = Complement(columns)
-            left = complement.coordinates(matrix)
-            if is_moments:
-                left = complement.coordinates(left.mT)
-            energy = max(_energy(left, is_moments), 0.0)
-        total = held if total is None else total
-        covered = 1.0 if total <= 0.0 else min(max((held - energy) / total, 0.0), 1.0)
-        lost = total - held if total - held > SKETCH_ROUNDING * total else 0.0
-        return _Leftover(left, complement, is_moments, energy, covered, max(total, 0.0), lost, noise_ratio * largest)
-
 
 def leak(delta_weight: Tensor, basis: Basis) -> float:
     """Share of a weight change's norm that acts inside a protected subspace: ||dW Q||_F / ||dW||_F.
@@ -268,31 +248,3 @@ def leak(delta_weight: Tensor, basis: Basis) -> float:
         return 0.0
     with full_precision(delta.device):
         return min(float((delta @ basis.columns.to(delta)).norm()) / norm, 1.0)
-
-
-def _source_matrix(
-    source: Tensor | MomentAccumulator | FrequentDirections, d_in: int
-) -> tuple[Tensor, bool, float, float | None]:
-    """Float64 rows or moments; whether they are moments; noise ratio of squared values; total energy if not theirs."""
-    if isinstance(source, MomentAccumulator):
-        # The trace of the moments, not the exact energy, is the total: rounding of the sums cancels in the share.
-        single = source.moments.dtype == torch.float32
-        moments = as_matrix(source.moments, "moments", columns=d_in, rows=d_in).to(torch.float64)
-        return moments, True, torch.finfo(torch.float32).eps if single else NOISE_RATIO**2, None
-    if isinstance(source, FrequentDirections):
-        rows = as_matrix(source.sketch, "sketch", columns=d_in)
-        return rows.to(torch.float64), False, NOISE_RATIO**2, source.total_energy
-    rows = as_matrix(source, "rows", columns=d_in)
-    if rows.shape[0] <= d_in:
-        return rows.to(torch.float64), False, NOISE_RATIO**2, None
-    moments = torch.zeros(d_in, d_in, dtype=torch.float64, device=rows.device)
-    with full_precision(rows.device):
-        for part in rows.split(d_in):
-            part = part.to(torch.float64)
-            moments.addmm_(part.mT, part)
-    return moments, True, NOISE_RATIO**2, None
-
-
-def _energy(matrix: Tensor, is_moments: bool) -> float:
-    """Energy of rows (sum of squares) or of moments (trace)."""
-    return float(matrix.diagonal().sum() if is_moments else matrix.square().sum())

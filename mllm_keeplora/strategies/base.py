@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         GradientSketch,
         MomentAccumulator,
     )
+
+S, T = TypeVar("S"), TypeVar("T")
 
 
 class StrategyOptions(BaseModel):
@@ -96,6 +98,12 @@ class Context(Protocol):
 
     def reduce(self, tensors: list[Tensor]) -> None:
         """Sum tensors over processes, in place."""
+
+    def divided(self, load: Callable[[str], S], work: Callable[[str, S], T]) -> dict[str, T]:
+        """Do a piece of work (a decomposition) for every target layer, each by one process; all get every result.
+
+        `load` gives what is worked on, and is called by all; `work` gives tensors and plain values, nested or not.
+        """
 
     def edit_parameter(self, name: str, edit: Callable[[Tensor], Tensor]) -> None:
         """Change a trained parameter outside the optimiser, its float32 master copy included."""

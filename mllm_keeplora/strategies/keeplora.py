@@ -9,7 +9,7 @@ in this package's tests; anchors are our own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.log import log
@@ -19,7 +19,7 @@ from mllm_keeplora.strategies.keeplora_options import PRESETS, KeepLoRAOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
+    from mllm_keeplora.linalg import Basis, FrequentDirections, MomentAccumulator
 
 
 class KeepLoRA(Strategy):
@@ -38,9 +38,11 @@ class KeepLoRA(Strategy):
         from mllm_keeplora.linalg import Basis, principal_subspace
 
         self.options.refuse_idle_patterns(context.target_layers)
-        for layer in context.target_layers:
-            energy = self.options.threshold("energy_weights", layer)
-            columns = principal_subspace(context.weight(layer), energy, self.options.rank_rule)
+
+        def principal(layer: str, weight: Tensor) -> Tensor:
+            return principal_subspace(weight, self.options.threshold("energy_weights", layer), self.options.rank_rule)
+
+        for layer, columns in context.divided(context.weight, principal).items():
             context.kept[layer] = Basis.from_columns(columns)
         if self.options.share_basis == "input":
             self._unite(context)
@@ -56,16 +58,21 @@ class KeepLoRA(Strategy):
         from mllm_keeplora.linalg import gradient_capture
 
         options = self.options
-        A, B, facts = {}, {}, {}
         gradients = context.collect_weight_gradients(options.grad_samples, options.gradient_plan())
-        for layer, gradient in gradients.items():
-            directions = self._directions(context, layer, gradient)
-            split = gradient_capture(gradient, context.kept[layer], directions)
-            facts[layer] = {"rank": directions.shape[0], "kept": context.kept[layer].rank, **split}
-            if directions.shape[0] > 0:
-                A[layer] = directions
-                if options.b_init == "gradient":
-                    B[layer] = gradient.mean.float() @ directions.to(gradient.mean).mT
+        noise = self._noise(context)
+
+        def begin(layer: str, gradient: Any) -> dict[str, Any]:
+            kept = context.kept[layer]
+            directions = self._directions(kept, gradient, noise.get(layer))
+            split = gradient_capture(gradient, kept, directions)
+            facts = {"rank": directions.shape[0], "kept": kept.rank, **split}
+            B = gradient.mean.float() @ directions.to(gradient.mean).mT if options.b_init == "gradient" else None
+            return {"A": directions, "B": B, "facts": facts}
+
+        starts = context.divided(gradients.get, begin)
+        facts = {layer: start["facts"] for layer, start in starts.items()}
+        A = {layer: start["A"] for layer, start in starts.items() if len(start["A"]) > 0}
+        B = {layer: starts[layer]["B"] for layer in A} if options.b_init == "gradient" else {}
         self._tell_of_exhaustion(context, facts)
         scaling = options.alpha / options.rank  # a layer with fewer directions keeps the same scale
         scales = options.layer_scales({layer: context.depth(layer) for layer in context.target_layers})
@@ -104,17 +111,22 @@ class KeepLoRA(Strategy):
             for layer in others:
                 context.kept[layer] = Basis.from_columns(context.kept[first].columns)
 
-    def _directions(self, context: Context, layer: str, gradient) -> Tensor:
+    def _noise(self, context: Context) -> dict[str, Tensor]:
+        """Rows to draw random directions from, (2 rank, d_in) a layer, where A does not come from gradients."""
+        import torch
+
+        rows = 2 * self.options.rank
+        wanted = () if self.options.a_init == "gradient" else context.target_layers
+        return {layer: torch.randn(rows, context.d_in(layer), generator=context.rng) for layer in wanted}
+
+    def _directions(self, kept: Basis, gradient: Any, noise: Tensor | None) -> Tensor:
         """(r', d_in) rows of A, none where the layer is to be left alone."""
         from mllm_keeplora.linalg import Basis, top_residual_directions
 
-        options, kept = self.options, context.kept[layer]
-        if options.a_init == "gradient":
+        options = self.options
+        if noise is None:
             found = top_residual_directions(gradient, kept, options.rank, options.randomized())
         else:
-            import torch
-
-            noise = torch.randn(2 * options.rank, kept.d_in, generator=context.rng)
             avoided = kept if options.a_init == "random_complement" else Basis(kept.d_in)
             found = top_residual_directions(noise, avoided, options.rank)
         if found.shape[0] < options.rank and options.on_exhaustion == "freeze_module":
@@ -141,12 +153,15 @@ class KeepLoRA(Strategy):
         return context.kept[layer].is_decided(source, energy, self.options.energy_reference)
 
     def _grow(self, context: Context, features: dict, name: str) -> dict[str, int]:
-        reference, added = self.options.energy_reference, {}
-        for layer in context.target_layers:
-            basis = context.kept[layer]
-            added[layer] = basis.grow(features[layer], self.options.threshold(name, layer), reference)
-            basis.round_last(added[layer], self.options.torch_dtype())
-        return added
+        def missing(layer: str, source: Any) -> Tensor:
+            energy = self.options.threshold(name, layer)
+            return context.kept[layer].missing(source, energy, self.options.energy_reference)
+
+        added = context.divided(features.get, missing)
+        for layer, columns in added.items():
+            context.kept[layer].append(columns)
+            context.kept[layer].round_last(columns.shape[1], self.options.torch_dtype())
+        return {layer: columns.shape[1] for layer, columns in added.items()}
 
     def _forget_least_used(self, context: Context, features: dict, added: dict[str, int]) -> dict[str, int]:
         """Give up feature directions beyond `max_kept`, those along which past domains sent the least energy first.

@@ -25,7 +25,7 @@ THRESHOLDS = ("energy_weights", "energy_features", "energy_anchor")
 class KeepLoRAOptions(StrategyOptions):
     """Our defaults; `presets` has the published ones.
 
-    A sketch of gradients is taken along the output directions of the first batch (`sketch_directions`), or random
+    A sketch of gradients is taken along directions that follow the gradient (`sketch_directions`), or random
     ones. Samples are counts of records, or shares of them if below 1. `share_basis: input` lets layers with the
     same input (q, k, v; gate, up) keep what any of them keeps: stricter, and full sooner. `thresholds` gives layers
     whose name matches a regular expression energies of their own. `basis_dtype` is how bases and A are kept; bases
@@ -51,7 +51,7 @@ class KeepLoRAOptions(StrategyOptions):
     sketch_width: int | None = Field(
         None, ge=1, description="columns of a gradient sketch; null = 6 times the rank, 8 times along random directions"
     )
-    sketch_directions: Literal["first_batch", "random"] = "first_batch"
+    sketch_directions: Literal["following", "random"] = "following"
     a_init: Literal["gradient", "random_complement", "random"] = "gradient"
     a_init_svd: Literal["exact", "randomized"] = "exact"
     oversample: int | None = Field(None, ge=0, description="of a randomized SVD; null = width of 4 times the rank")
@@ -163,9 +163,9 @@ class KeepLoRAOptions(StrategyOptions):
     def gradient_plan(self) -> GradientPlan:
         """Exact sums where B starts from the gradient, which a sketch does not have."""
         statistic = self.gradient_statistic if self.b_init == "zero" else "exact"
-        guided = self.sketch_directions == "first_batch"
-        width = self.sketch_width or (6 if guided else 8) * self.rank
-        return GradientPlan(statistic, width, 0, self.statistics_memory_gb, guided)
+        following = self.sketch_directions == "following"
+        width = self.sketch_width or (3 if following else 8) * self.rank
+        return GradientPlan(statistic, width, 0, self.statistics_memory_gb, following)
 
     def feature_plan(self) -> FeaturePlan:
         tokens = dict(self.feature_tokens) if self.feature_tokens is not None else None

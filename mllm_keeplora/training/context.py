@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mllm_keeplora import distributed
 from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced
 from mllm_keeplora.data.schema import Record, Turn
+from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, is_partitioned
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments, shared_inputs
 from mllm_keeplora.progress import progress_bar
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
         MomentAccumulator,
     )
     from mllm_keeplora.models import Base
+
+S, T = TypeVar("S"), TypeVar("T")
 
 
 class RunContext:
@@ -125,16 +129,21 @@ class RunContext:
     def reduce(self, tensors: list[Tensor]) -> None:
         distributed.all_reduce(tensors)
 
+    def divided(self, load: Callable[[str], S], work: Callable[[str, S], T]) -> dict[str, T]:
+        costs = {layer: float(self.d_in(layer)) ** 3 for layer in self.target_layers}  # of a decomposition
+        return distributed.divided(costs, load, work)
+
     def edit_parameter(self, name: str, edit: Callable[[Tensor], Tensor]) -> None:
         import torch
 
         parameter = self.branches.trainable()[name]
         with torch.no_grad():
+            edited = edit(copy_of(parameter))
             if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
                 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
                 safe_set_full_fp32_param(parameter, edit(safe_get_full_fp32_param(parameter)))
-            parameter.data.copy_(edit(parameter.data))
+            assign(parameter, edited)
 
     def log(self, facts: dict[str, Any]) -> None:
         self.facts.update(facts)
@@ -147,9 +156,21 @@ class RunContext:
         """Model inputs over evenly spaced records; each process takes its share."""
         count = samples if samples >= 1 else max(1, round(samples * len(records)))
         chosen = evenly_spaced(records, int(count))
-        own = chosen[distributed.rank() :: distributed.world_size()]
-        device = next(self.branches.base.parameters()).device
-        with progress_bar(f"{self.domain.name}: {title}", len(own)) as advance:
-            for part in batches(own, self.probe_batch_size):
-                yield {key: value.to(device) for key, value in self.collator(part).items()}
-                advance(len(part))
+        with progress_bar(f"{self.domain.name}: {title}", len(chosen) // distributed.world_size()) as advance:
+            for batch in own_batches(self.branches.base, self.collator, chosen, self.probe_batch_size):
+                yield batch
+                advance(0 if isinstance(batch, IdleBatch) else len(batch["labels"]))
+
+
+def own_batches(model: Any, collator: TrainCollator, records: Sequence[Record], size: int) -> Iterator[dict]:
+    """Model inputs of this process's share of the records.
+
+    Where weights are divided (ZeRO-3) all processes run equally many batches: those with fewer end with idle ones.
+    """
+    device, world = next(model.parameters()).device, distributed.world_size()
+    for part in batches(records[distributed.rank() :: world], size):
+        yield {key: value.to(device) for key, value in collator(part).items()}
+    if is_partitioned(model) and world > 1:
+        most, own = (math.ceil(len(records[rank::world]) / size) for rank in (0, distributed.rank()))
+        for _ in range(most - own):
+            yield IdleBatch({key: value.to(device) for key, value in collator(records[:1]).items()})

@@ -1,10 +1,14 @@
-"""DeepSpeed settings by name: the shipped JSON files, or a path."""
+"""DeepSpeed: settings by name (the shipped JSON files, or a path), and what ZeRO-3 needs outside a training."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from mllm_keeplora import distributed, files
 from mllm_keeplora.errors import UserError, known
 
 
@@ -26,3 +30,46 @@ def deepspeed_file(name: str | None) -> str | None:
     if find_spec("deepspeed") is None:
         raise UserError("deepspeed is asked for but not installed: pip install 'mllm-keeplora[deepspeed]'")
     return str(path)
+
+
+def zero_stage(name: str | None) -> int:
+    """ZeRO stage of settings by name or path; 0 without DeepSpeed."""
+    path = deepspeed_file(name)
+    return 0 if path is None else files.read_json(Path(path)).get("zero_optimization", {}).get("stage", 0)
+
+
+@contextmanager
+def divided_loading(name: str | None, bf16: bool) -> Iterator[None]:
+    """Under ZeRO-3 a base that is loaded meanwhile is divided over the processes, weight by weight as it is read."""
+    if zero_stage(name) != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    settings = files.read_json(Path(deepspeed_file(name)))
+    settings |= {"train_batch_size": distributed.world_size(), "train_micro_batch_size_per_gpu": 1}
+    settings |= {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "bf16": {"enabled": bf16}}
+    held = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference alone
+    try:
+        yield
+    finally:
+        del held
+        unset_hf_deepspeed_config()
+
+
+def release_from_engine(model: Any) -> None:
+    """Take off a model what a destroyed engine leaves there: another engine, and passes outside of one, would meet it.
+
+    Parameters that the engine kept whole on every process are divided again.
+    """
+    for module in model.modules():
+        for leftover in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining"):
+            module.__dict__.pop(leftover, None)
+        if "_original_parameters" in module.__dict__:
+            module._parameters = dict(module._parameters)
+            del module._original_parameters
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            parameter.ds_persist = False
+            if parameter.numel() > 0:
+                parameter.partition()

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import distributed
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.data import Benchmark, Record
-from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced
+from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.probes import measure_inputs
 from mllm_keeplora.runs import Unit
+from mllm_keeplora.training.context import own_batches
 
 if TYPE_CHECKING:
     import torch
@@ -99,12 +99,7 @@ def inputs_of(
         return sums
 
     layers = {layer: base.model.get_submodule(layer) for layer in base.parts.target_layers}
-    collator, device = TrainCollator(base.prompt), next(base.model.parameters()).device
-    own = records[distributed.rank() :: distributed.world_size()]
-    inputs = (
-        {key: value.to(device) for key, value in collator(part).items() if key != "labels"}
-        for part in batches(own, size)
-    )
+    inputs = own_batches(base.model, TrainCollator(base.prompt), records, size)
     lengths = {layer: 3 + len(slices.get(layer, [])) for layer in layers}
     sums = measure_inputs(model, layers, inputs, measure, lengths)
     return {

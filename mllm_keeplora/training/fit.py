@@ -19,10 +19,12 @@ from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.hooks import supervised_logits
-from mllm_keeplora.probes import token_losses
+from mllm_keeplora.models.partition import assign, copy_of
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import Strategy
+from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.context import RunContext
+from mllm_keeplora.training.deepspeed import release_from_engine
 
 WEIGHTS, COMPLETE = "trained.safetensors", "complete.json"
 
@@ -73,6 +75,7 @@ def fit_domain(
         "trained_parameters": sum(parameter.numel() for parameter in branches.trainable().values()),
     }
     trainer.accelerator.free_memory()
+    release_from_engine(branches.model)
     if settings.gradient_checkpointing:
         branches.base.gradient_checkpointing_disable()
     branches.base.eval()
@@ -197,9 +200,14 @@ class DomainTrainer(Trainer):
         self.strategy.around_step(self.context, "grad")
         return super()._clip_grad_norm(model)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Without putting the whole base together first, as the Trainer would under DeepSpeed."""
+        self._save(output_dir or self.args.output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        trained = {name: copy_of(parameter) for name, parameter in self.context.branches.trainable().items()}
         if self.args.should_save:
-            files.write_tensors(Path(output_dir) / WEIGHTS, self.context.branches.trainable())
+            files.write_tensors(Path(output_dir) / WEIGHTS, trained)
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
@@ -212,7 +220,7 @@ class DomainTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         stored = files.read_tensors(Path(resume_from_checkpoint) / WEIGHTS)
         for name, parameter in self.context.branches.trainable().items():
-            parameter.data.copy_(stored[name])
+            assign(parameter, stored[name])
 
 
 class Reporter(TrainerCallback):

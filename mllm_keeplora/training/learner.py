@@ -22,6 +22,7 @@ from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.strategies import DomainInfo, Strategy
 from mllm_keeplora.training.context import RunContext
+from mllm_keeplora.training.deepspeed import deepspeed_file, divided_loading
 from mllm_keeplora.training.diagnose import capacity_of, changes_of, inputs_of, sets_to_look_at, slices_of
 from mllm_keeplora.training.seeds import seed_everything, stage_seed
 from mllm_keeplora.training.units import training_records
@@ -50,7 +51,9 @@ class Learner:
     @cached_property
     def base(self) -> Base:
         log.info("loading base %s", self.config.base.model)
-        base = load_base(self.config.base, self.config.adapters.projector, self.config.adapters.target)
+        bf16 = compute_dtype(self.config.base.dtype).itemsize == 2
+        with divided_loading(self.config.deepspeed, bf16):
+            base = load_base(self.config.base, self.config.adapters.projector, self.config.adapters.target)
         expected = self.run.record["base"]["fingerprint"]
         if expected is None:
             self.run.record["base"]["fingerprint"] = base.fingerprint
@@ -104,7 +107,8 @@ class Learner:
         settings = self.config.train_of(unit.domains[0]) if len(unit.domains) == 1 else self.config.train
         records, epochs = training_records(unit, self.benchmark, self.config)
         bf16 = compute_dtype(self.config.base.dtype).itemsize == 2
-        arguments = training_arguments(settings, epochs, folder.checkpoints, seed, self._deepspeed(), bf16)
+        engine = deepspeed_file(self.config.deepspeed)
+        arguments = training_arguments(settings, epochs, folder.checkpoints, seed, engine, bf16)
         seed_everything(seed)
         context = self._context(unit, "train", records)
         identity = {
@@ -222,11 +226,6 @@ class Learner:
         size = self.config.train.probe_batch_size
         anchors = self.benchmark.anchor_records
         return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, size, anchors)
-
-    def _deepspeed(self) -> str | None:
-        from mllm_keeplora.training.deepspeed import deepspeed_file
-
-        return deepspeed_file(self.config.deepspeed)
 
     def _log_plan(self, unit: Unit, num_records: int, epochs: float, arguments: Any) -> None:
         trained = self.adapters.trainable()

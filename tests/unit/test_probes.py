@@ -6,7 +6,8 @@ import torch
 
 from mllm_keeplora.adapters import Adapters, Branch
 from mllm_keeplora.hooks import supervised_logits
-from mllm_keeplora.probes import collect_mean_gradients, collect_moments, per_sample_loss
+from mllm_keeplora.probes import collect_mean_gradients, collect_moments
+from mllm_keeplora.tokens import per_sample_loss
 from mllm_keeplora.training.fit import answer_loss
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode
 

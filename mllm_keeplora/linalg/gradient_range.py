@@ -1,0 +1,118 @@
+"""A sketch of a gradient whose directions follow it: with every batch the weakest give way to what the batch brings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .accumulators import GradientSketch, _gradient_rows, _test_matrix
+from .checks import full_precision
+
+FRESH = 3  # one of so many directions is given up for a new one at every update
+ROUNDING = 2e-2  # of a column: less than that outside others, orthonormal up to bfloat16, is not there
+RIDGE = 1e-4  # on the diagonal of a Gram matrix of unit columns; float32 rounding stays below it
+
+
+class GradientRange(GradientSketch):
+    """Streamed form Omega Y^T of a weight gradient G; Omega (d_out, width) is about the leading range of G so far.
+
+    An update gives up the third of the directions along which least was held, takes the leading ones of the new rows
+    outside the others instead, and adds inputs^T (grad_output Omega) to Y. What falls out of the range is lost, so the
+    energy held is at most G's. It captures more of G's leading part than fixed directions, which know a first batch at
+    best, at half their width.
+
+    Held are Y (d_in, width) float32 and Omega, orthonormal up to the bfloat16 that it is kept in. Unlike a
+    `GradientSketch` it is not linear; `merge` takes the range of both, as a group of processes does by `reach`, a sum
+    of those, `turn`, and a sum of `tensors`.
+
+    Args:
+        d_out, d_in, width, device: as of a `GradientSketch`.
+        seed: of the random matrix (d_in, width) that ranges are found with, the same for every update.
+
+    Source: range finder of Halko, Martinsson and Tropp (2011); giving up the weakest directions as in Frequent
+    Directions of Ghashami et al. (2016), here without shrinking the others.
+    """
+
+    def __init__(self, d_out: int, d_in: int, width: int, seed: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(d_out, d_in, width, seed, torch.float32, device)
+        self._test_matrix = torch.zeros(d_out, width, dtype=torch.bfloat16, device=device)
+        self._is_begun = False
+
+    def update(self, grad_output: Tensor, inputs: Tensor) -> None:
+        """Take in rows grad_output (n, d_out) and inputs (n, d_in); ValueError if a value is not finite."""
+        grad_output, inputs = _gradient_rows(grad_output, inputs, self.d_out, self.d_in)
+        grad_output, inputs = (rows.to(self._sketch) for rows in (grad_output, inputs))
+        with full_precision(inputs.device):
+            held = self._renewed(grad_output, inputs)
+            self._sketch.addmm_(inputs.mT, grad_output @ held)
+        self._test_matrix.copy_(held)
+        self._is_begun = True
+
+    def _renewed(self, grad_output: Tensor, inputs: Tensor) -> Tensor:
+        """Omega (d_out, width) float32 for the old and these rows; Y is brought along."""
+        if not self._is_begun:
+            return _rounded(_orthonormal(grad_output.mT @ (inputs @ self._drawn())))
+        fresh, before = self.width // FRESH, self._test_matrix.to(self._sketch)
+        strength = torch.linalg.eigh(self._sketch.mT @ self._sketch).eigenvectors  # weakest first
+        rotation = 1.5 * strength - 0.5 * (before.mT @ before) @ strength  # and a Newton step: rounding would pile up
+        held = before @ rotation
+        self._sketch.copy_(self._sketch @ rotation)
+        kept, weak = held[:, fresh:], held[:, :fresh]
+        brought = grad_output.mT @ (inputs @ self._drawn()[:, :fresh])
+        outside = brought - kept @ (kept.mT @ brought)
+        is_new = _lengths(outside) > ROUNDING * _lengths(brought)
+        new = _orthonormal(outside * is_new)
+        self._sketch[:, :fresh] = self._sketch[:, :fresh] @ (weak.mT @ new)
+        return _rounded(torch.cat([new, kept], dim=1))
+
+    def reach(self) -> Tensor:
+        """(d_out, width) float32: what is held of G times the random matrix."""
+        with full_precision(self._sketch.device):
+            return self._test_matrix.to(self._sketch) @ (self._sketch.mT @ self._drawn())
+
+    def turn(self, reach: Tensor) -> None:
+        """Let Omega span what `reach` does, and carry over what lies within."""
+        before = self._test_matrix.to(self._sketch)
+        with full_precision(self._sketch.device):
+            self._test_matrix = _orthonormal(reach).to(torch.bfloat16)
+            self._sketch.copy_(self._sketch @ (before.mT @ self._test_matrix.to(self._sketch)))
+        self._is_begun = True
+
+    def merge(self, other: GradientSketch) -> None:
+        """Take in another one of the same shape and seed; it is turned to the common range."""
+        if not isinstance(other, GradientRange):
+            raise ValueError(f"only a GradientRange can be merged here, got {type(other).__name__}")
+        if (self.d_out, self.d_in, self.width, self.seed) != (other.d_out, other.d_in, other.width, other.seed):
+            raise ValueError("ranges to merge must agree in shape and seed")
+        reach = self.reach() + other.reach().to(self._sketch.device)
+        self.turn(reach)
+        other.turn(reach.to(other._sketch.device))
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.add_(theirs.to(mine.device))
+
+    def _drawn(self) -> Tensor:
+        return _test_matrix(self.d_in, self.width, self.seed, torch.float32, self._sketch.device)
+
+
+def _rounded(columns: Tensor) -> Tensor:
+    """As they are kept, so that the sums are along the very same."""
+    return columns.to(torch.bfloat16).to(columns.dtype)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Columns (d, k) that span the same, orthonormal; by Cholesky twice, which is faster than Householder's QR.
+
+    Columns of zeros stay zeros; directions ten thousand times weaker than others come out shorter than one.
+    """
+    for _ in range(2):
+        scaled = columns / _lengths(columns).clamp(min=torch.finfo(columns.dtype).tiny)
+        gram = (scaled.mT @ scaled).double()
+        gram.diagonal().add_(RIDGE)
+        factor = torch.linalg.cholesky(gram).to(columns.dtype)
+        columns = torch.linalg.solve_triangular(factor, scaled.mT, upper=False).mT
+    return columns
+
+
+def _lengths(columns: Tensor) -> Tensor:
+    """(1, k) norms of columns (d, k)."""
+    return torch.linalg.vector_norm(columns, dim=0, keepdim=True)

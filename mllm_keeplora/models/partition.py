@@ -1,0 +1,154 @@
+"""Weights that ZeRO-3 divides over processes: whole for a moment, or block by block in passes outside a training.
+
+DeepSpeed fetches weights only inside its training engine. What runs outside of it (probes, answers, merges) goes
+through here. All of it is collective: every process takes the same steps in the same order. Where nothing is
+partitioned all of it does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module, Parameter
+
+
+class IdleBatch(dict):
+    """A batch that a process runs only to keep step with the others; nothing of it is counted."""
+
+
+def is_partitioned(model: Module) -> bool:
+    """Whether ZeRO-3 divides the model's weights over processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def shape_of(parameter: Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, here or divided."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def whole(parameters: Iterable[Parameter], edited: bool = False) -> Iterator[None]:
+    """Parameters with all their values; if `edited`, what the main process made of them is what stays."""
+    divided = [each for each in parameters if hasattr(each, "ds_id")]
+    if not divided:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(divided, modifier_rank=0 if edited else None):
+        yield
+
+
+def copy_of(parameter: Parameter) -> Tensor:
+    """All values of a parameter."""
+    with whole([parameter]):
+        return parameter.detach().clone()
+
+
+def assign(parameter: Parameter, values: Tensor) -> None:
+    """Set all values of a parameter, cast to its dtype; every process must give the same."""
+    with whole([parameter], edited=True):
+        parameter.data.copy_(values)
+
+
+class Kept:
+    """Values of a parameter as they are now; where ZeRO-3 divides it, each process keeps its share alone."""
+
+    def __init__(self, parameter: Parameter):
+        self.shape, self.is_divided = shape_of(parameter), hasattr(parameter, "ds_id")
+        values = copy_of(parameter)
+        self.values = distributed.share_of(values) if self.is_divided else values
+
+    def whole(self) -> Tensor:
+        return distributed.joined(self.values, self.shape) if self.is_divided else self.values
+
+
+@contextmanager
+def streamed(model: Module) -> Iterator[None]:
+    """Let a model run forward and backward outside a training: each block's weights are fetched when it runs.
+
+    At most two blocks are whole at a time, beside the parameters that DeepSpeed never divides. No gradient of a weight
+    is computed.
+    """
+    if not is_partitioned(model) or all(map(_is_here, model.parameters())):
+        yield
+        return
+    blocks, loose = _divided(model)
+    running = _Running()
+    handles = []
+    for block in blocks:
+        handles.append(block.register_forward_pre_hook(running.fetch))
+        handles.append(block.register_forward_hook(running.leave))
+    try:
+        with whole(loose):
+            yield
+            running.release()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Running:
+    """The block whose weights are here, and the way to the next."""
+
+    def __init__(self) -> None:
+        self.block: Module | None = None
+        self.held = ExitStack()
+
+    def fetch(self, block: Module, *_: Any) -> None:
+        if self.block is block:
+            return
+        self.release()
+        self.held.enter_context(whole(block.parameters()))
+        self.block = block
+
+    def leave(self, block: Module, args: tuple, output: Any) -> None:
+        """Before the block's backward pass its weights are fetched again: when its output's gradient is known."""
+        from torch.utils._pytree import tree_leaves
+
+        for tensor in tree_leaves(output):
+            if getattr(tensor, "requires_grad", False) and tensor.grad_fn is not None:
+                tensor.register_hook(lambda _, block=block: self.fetch(block))
+
+    def release(self) -> None:
+        self.block = None
+        self.held.close()
+
+
+def _divided(module: Module) -> tuple[list[Module], list[Parameter]]:
+    """A model as blocks that each run as a whole, and the parameters beside them that belong to no block.
+
+    A block is a member of a list of modules, or a module with weights of its own and no list below it.
+    """
+    blocks: list[Module] = []
+    loose = list(module.parameters(recurse=False))
+    for child in module.children():
+        if isinstance(child, _list_type()):
+            blocks.extend(child)
+        elif any(isinstance(each, _list_type()) for each in child.modules()) or not _has_own(child):
+            inner, beside = _divided(child)
+            blocks.extend(inner)
+            loose.extend(beside)
+        else:
+            blocks.append(child)
+    return blocks, loose
+
+
+def _list_type() -> type:
+    from torch.nn import ModuleList
+
+    return ModuleList
+
+
+def _has_own(module: Module) -> bool:
+    return next(iter(module.parameters(recurse=False)), None) is not None
+
+
+def _is_here(parameter: Parameter) -> bool:
+    return not hasattr(parameter, "ds_id") or parameter.numel() > 0
