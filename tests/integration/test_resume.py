@@ -25,7 +25,7 @@ KILLS = {
     ),
     "train_after_a_checkpoint": ((f"{FIT}:Reporter.on_step_end", 9), "02_Beta/gradient", "02_Beta/train"),
     "checkpoint_without_optimizer_state": ((f"+{FIT}:DomainTrainer._save", 5), "02_Beta/gradient", "02_Beta/train"),
-    "consolidate_between_two_layers": ((f"{LINALG}:Basis.grow", 3), "01_Alpha/train", "01_Alpha/consolidate"),
+    "consolidate_between_two_layers": ((f"{LINALG}:Basis.missing", 3), "01_Alpha/train", "01_Alpha/consolidate"),
     "evaluate_half_way_through_a_set": (
         (f"{HARNESS}:Journal.add", 8),
         "01_Alpha/diagnose",
