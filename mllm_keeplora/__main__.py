@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-INTERRUPTED = 130
-
 
 def main() -> None:
-    """Run the command line; exits 0 on success, 2 on a user's mistake, 130 on Ctrl-C, 1 on a fault of ours."""
+    """Run the command line; exits 0 when done, 2 on a user's mistake, 75 and 130 when stopped, 1 on a fault of ours."""
     code = _run()
     if "RANK" in os.environ:
         # Interpreter shutdown after a distributed run can abort although all work is done (seen with ZeRO-3 and gloo).
@@ -21,7 +19,9 @@ def main() -> None:
 
 def _run() -> int:
     from mllm_keeplora.cli import app
+    from mllm_keeplora.distributed import is_main
     from mllm_keeplora.errors import UserError
+    from mllm_keeplora.watch import INTERRUPTED, tell_failure, tell_mistake
 
     try:
         app(standalone_mode=True)
@@ -30,16 +30,12 @@ def _run() -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except Exception:  # a fault of ours: show where, and let no launcher take it for a user's mistake
-        import traceback
-
-        traceback.print_exc()
-        code = 1
+        code = tell_mistake(error)
+    except Exception as error:  # a fault of ours: show where, and let no launcher take it for a user's mistake
+        code = tell_failure(error)
     else:
         code = 0
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and is_main():
         print("stopped; the same command continues the run", file=sys.stderr)
     return code
 

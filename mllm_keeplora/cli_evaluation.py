@@ -28,6 +28,7 @@ def evaluate(
     Example: mllm-keeplora eval runs/mini_dcl --after 3 --domains RS,Med
     Example: mllm-keeplora eval tiny-llava --benchmark mini_dcl --output runs/zero_shot
     """
+    from mllm_keeplora import watch
     from mllm_keeplora.distributed import is_main, process_group
     from mllm_keeplora.errors import UserError
     from mllm_keeplora.log import start_logging
@@ -44,7 +45,8 @@ def evaluate(
     start_logging()
     names = [name.strip() for name in domains.split(",")] if domains is not None else None
     size = 1 if exact else batch_size
-    with process_group():
+    with process_group(), watch.watched():
+        watch.enter("evaluate")
         if benchmark is None:
             scores = _evaluate_run(Path(target), after, names, suite, size)
         else:

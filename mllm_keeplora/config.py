@@ -117,6 +117,7 @@ class RunConfig(Section):
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     seed: int = Field(0, ge=0)
     threads: int | None = runtime(None, ge=1)
+    distributed_timeout_s: int = runtime(600, ge=1, description="longest wait for other processes in a training")
     output: str | None = runtime(None)
 
     @property

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 S, T = TypeVar("S"), TypeVar("T")
+PATIENCE = 10  # times as long as within a training a process waits for one that works for all
 
 
 def rank() -> int:
@@ -40,11 +41,16 @@ def device() -> str:
 
 
 @contextmanager
-def process_group(timeout_s: int = 1800, deepspeed: bool = False) -> Iterator[None]:
+def process_group(timeout_s: int = 600, deepspeed: bool = False) -> Iterator[None]:
     """Open the process group for the time of a run; nothing to do in a single process without DeepSpeed.
 
     DeepSpeed has to open the group itself, before `TrainingArguments` exists: otherwise its batch arithmetic is
-    done for one process.
+    done for one process. After an exception in one of several processes the group is left open: to close it may take
+    as long as the others wait for this one.
+
+    Args:
+        timeout_s: longest wait for the others inside of `keeping_step`; outside it is `PATIENCE` times as long.
+        deepspeed: whether the run uses it.
     """
     import torch
 
@@ -62,15 +68,17 @@ def process_group(timeout_s: int = 1800, deepspeed: bool = False) -> Iterator[No
         torch.cuda.set_device(device())
     alone = _single_process_rendezvous() if "RANK" not in os.environ else {}
     os.environ.update(alone)
+    timeout, ended = timedelta(seconds=PATIENCE * timeout_s), False
     try:
         if deepspeed:
-            _open_for_deepspeed(backend, timedelta(seconds=timeout_s))
+            _open_for_deepspeed(backend, timeout)
         else:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(backend, timeout=timeout)
         yield
         dist.barrier()
+        ended = True
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and (ended or world_size() == 1):
             dist.destroy_process_group()
         for name in alone:
             del os.environ[name]
@@ -94,6 +102,24 @@ def _single_process_rendezvous() -> dict[str, str]:
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
+@contextmanager
+def keeping_step(timeout_s: int) -> Iterator[None]:
+    """For a block in which all processes work at one pace: a wait of `timeout_s` for the others is a failure."""
+    _limit_waits(timeout_s)
+    yield
+    _limit_waits(PATIENCE * timeout_s)
+
+
+def _limit_waits(seconds: int) -> None:
+    if world_size() > 1:
+        import torch.distributed as dist
+        from torch.distributed import distributed_c10d as c10d
+
+        limit = dist.set_timeout if hasattr(dist, "set_timeout") else c10d._set_pg_timeout  # new in torch 2.14
+        for group in list(c10d._world.pg_map):  # DeepSpeed has groups of its own
+            limit(timedelta(seconds=seconds), group)
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
@@ -113,6 +139,18 @@ def all_reduce(tensors) -> None:
             dist.all_reduce(moved)
             if moved is not tensor:
                 tensor.copy_(moved)
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if world_size() == 1:
+        return number
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor(number, device=device() if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 def share_of(tensor: Any) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import distributed, files
+from mllm_keeplora import distributed, files, watch
 from mllm_keeplora.errors import UserError
 
 FORMAT = 1
@@ -211,6 +211,7 @@ class RunDir:
         """Do a stage unless the ledger has it; returns whether it was done now. `work` may return facts to enter."""
         if self.is_done(stage):
             return False
+        watch.enter(stage)
         started = time.monotonic()
         facts = work() or {}
         distributed.barrier()

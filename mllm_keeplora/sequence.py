@@ -9,7 +9,8 @@
       evaluate              one row of the score matrix
     report                  metrics, table, HTML
 
-Each stage is done once: killed at any moment, the same call continues at the first stage that is not done.
+Each stage is done once: killed at any moment, the same call continues at the first stage that is not done. Told to stop
+by a signal, the run first writes a checkpoint of what it trains (`watch`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import distributed
+from mllm_keeplora import distributed, watch
 from mllm_keeplora.check import Checked, check_everywhere
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import with_published_epochs
@@ -41,11 +42,12 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
 
     Raises:
         UserError: a fault of config, data, base, or of the run directory; nothing was started or changed.
+        Stopped: SIGTERM or SIGUSR1 ended the run; it is a SystemExit with code 75.
     """
     start_logging()
     _limit_threads(config)
     deepspeed_file(config.deepspeed)  # refused here if it is not installed: the process group needs it
-    with distributed.process_group(deepspeed=config.deepspeed is not None):
+    with distributed.process_group(config.distributed_timeout_s, config.deepspeed is not None), watch.watched():
         checked = check_everywhere(config, seen=_looked_into(RunDir(config.output_dir)))
         with RunDir(config.output_dir).locked():
             parent = Path(from_run) if from_run is not None else None
@@ -95,6 +97,7 @@ def evaluate(learner: Learner, unit: Unit) -> None:
 
 def report(learner: Learner) -> Results:
     """Collect what was measured, compute the metrics, write results.json and report.html."""
+    watch.enter("report")
     run, benchmark = learner.run, learner.benchmark
     results = collect_results(run, benchmark, learner.config)
     if distributed.is_main():

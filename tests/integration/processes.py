@@ -1,4 +1,4 @@
-"""Run sequences in processes of their own that can be killed at a chosen call, and look at what they leave.
+"""Run sequences in processes of their own that something happens to at a chosen call, and look at what they leave.
 
 A fork server imports the heavy libraries once, so a child starts in milliseconds; it never has used a thread of torch.
 """
@@ -9,9 +9,16 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 PRELOADED = [
     "torch",
@@ -35,19 +42,34 @@ PRELOADED = [
 MEASURED = ("predictions/*.jsonl", "*.safetensors", "adapter/*", "gradient.json", "manifest.json")
 
 
-def run_in_child(values: dict[str, Any], kill: tuple[str, int] | None = None, **options: Any) -> int:
+def killed() -> None:
+    """As by the kernel, when memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def told(number: int) -> None:
+    """A signal from outside, which this process has noticed."""
+    from mllm_keeplora import watch
+
+    os.kill(os.getpid(), number)
+    until = time.monotonic() + 20
+    while watch._watcher.told is None and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+def run_in_child(
+    values: dict[str, Any], kill: tuple[str, int] | None = None, act: Callable[[], None] = killed, **options: Any
+) -> int:
     """Run a whole sequence in a child; returns its exit code, negative for the signal that ended it.
 
     Args:
         values: a run's config.
         kill: (what, n): SIGKILL at the n-th call. `what` is `module:attribute.path`, killed before the call; with a
             `+` in front after it; `rename:NAME` is the moment before a finished temporary file becomes NAME.
+        act: what happens then, if not SIGKILL.
         options: for `run_sequence`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    child = context.Process(target=_child, args=(values, kill, options))
-    child.start()
+    child = _start(_child, values, kill, act, options)
     child.join(240)
     if child.is_alive():
         child.kill()
@@ -55,18 +77,86 @@ def run_in_child(values: dict[str, Any], kill: tuple[str, int] | None = None, **
     return child.exitcode
 
 
-def _child(values: dict[str, Any], kill: tuple[str, int] | None, options: dict[str, Any]) -> None:
+def _start(target: Callable, *arguments: Any) -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    child = context.Process(target=target, args=arguments)
+    child.start()
+    return child
+
+
+def _child(
+    values: dict[str, Any], kill: tuple[str, int] | None, act: Callable[[], None], options: dict[str, Any]
+) -> None:
     from mllm_keeplora.config import parse_config
     from mllm_keeplora.eval import page
     from mllm_keeplora.sequence import run_sequence
 
     page.render_html = lambda *args, **keywords: "left out"  # drawing takes longer than the whole run
     if kill is not None:
-        _arm(*kill)
+        _arm(*kill, act)
     run_sequence(parse_config(values, origin="test"), **options)
 
 
-def _arm(what: str, number: int) -> None:
+@dataclass
+class Ended:
+    """How one of several processes ended: its exit code, what it said, and how long after the others' first."""
+
+    code: int
+    err: str
+    after: float
+
+
+def run_on_two(
+    values: dict[str, Any], folder: Path, acts: Mapping[int, tuple[str, int, Callable[[], None]]] | None = None
+) -> list[Ended]:
+    """`mllm-keeplora run` on two processes (gloo) that no launcher looks after.
+
+    Args:
+        values: a run's config.
+        folder: for what the processes say.
+        acts: rank -> (what, n, act), as in `run_in_child`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    port = free_port()
+    children = [_start(_rank, rank, port, str(folder), (acts or {}).get(rank)) for rank in (0, 1)]
+    ends: dict[int, float] = {}
+    until = time.monotonic() + 240
+    while len(ends) < 2 and time.monotonic() < until:
+        ends |= {rank: time.monotonic() for rank in (0, 1) if rank not in ends and not children[rank].is_alive()}
+        time.sleep(0.02)
+    for child in children:
+        child.kill()
+    said = [(folder / f"{rank}.err").read_text() for rank in (0, 1)]
+    assert len(ends) == 2, f"ranks {set(range(2)) - set(ends)} did not end: {said}"
+    first = min(ends.values())
+    return [Ended(children[rank].exitcode, said[rank], ends[rank] - first) for rank in (0, 1)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(rank: int, port: int, folder: str, act: tuple[str, int, Callable[[], None]] | None) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {**{name: str(value) for name, value in ranks.items()}, "COLUMNS": "200"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    from mllm_keeplora.__main__ import main
+    from mllm_keeplora.eval import page
+
+    page.render_html = lambda *args, **keywords: "left out"
+    if act is not None:
+        _arm(*act)
+    sys.argv = ["mllm-keeplora", "run", f"{folder}/run.yaml"]
+    main()
+
+
+def _arm(what: str, number: int, act: Callable[[], None]) -> None:
     if what.startswith("rename:"):
         owner, name, after = os, "replace", False
         wanted = what.removeprefix("rename:")
@@ -81,10 +171,10 @@ def _arm(what: str, number: int) -> None:
     def counted(*args, **keywords):
         calls[0] += wanted is None or str(args[1]).endswith(wanted)
         if calls[0] == number and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
         result = original(*args, **keywords)
-        if calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if calls[0] == number and after:
+            act()
         return result
 
     setattr(owner, name, counted)

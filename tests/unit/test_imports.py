@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BOTTOM = ("errors", "files", "progress", "log", "linalg", "metrics", "distributed", "report", "launch")
+BOTTOM = ("errors", "files", "progress", "log", "linalg", "metrics", "distributed", "watch", "report", "launch")
 LAYERS = (
     BOTTOM,
     ("config", "runs"),
