@@ -1,4 +1,7 @@
-"""One look for every long stage: a bar with count, elapsed time and time to go, on the main process only."""
+"""One look for every long stage: a bar with count, elapsed time and time to go, on the main process only.
+
+Whoever moves a bar can be stopped there (`watch`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from mllm_keeplora import distributed
+from mllm_keeplora import distributed, watch
 
 
 @cache
@@ -21,7 +24,7 @@ def console():
 def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
     """Yield `advance(n=1, note="")`; the bar vanishes when the block ends. No bar where the output is a file."""
     if not (distributed.is_main() and console().is_terminal):
-        yield lambda n=1, note="": None
+        yield lambda n=1, note="": watch.stop_here()
         return
     from rich.progress import (
         BarColumn,
@@ -46,5 +49,6 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
 
         def advance(n: int = 1, note: str = "") -> None:
             progress.update(bar, advance=n, **({"note": note} if note else {}))
+            watch.stop_here()
 
         yield advance

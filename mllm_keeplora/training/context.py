@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mllm_keeplora import distributed
+from mllm_keeplora import distributed, watch
 from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced
 from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, is_partitioned
@@ -170,6 +170,7 @@ def own_batches(model: Any, collator: TrainCollator, records: Sequence[Record], 
     device, world = next(model.parameters()).device, distributed.world_size()
     for part in batches(records[distributed.rank() :: world], size):
         yield {key: value.to(device) for key, value in collator(part).items()}
+        watch.stop_here()
     if is_partitioned(model) and world > 1:
         most, own = (math.ceil(len(records[rank::world]) / size) for rank in (0, distributed.rank()))
         for _ in range(most - own):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mllm_keeplora import distributed, files
+from mllm_keeplora import distributed, files, watch
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.errors import UserError
@@ -51,6 +51,7 @@ def fit_domain(
 
     Raises:
         RuntimeError: the loss is not finite.
+        Stopped: the run is to end; a checkpoint of the last optimizer step is there.
     """
     branches = context.branches
     trainer = DomainTrainer(
@@ -67,8 +68,12 @@ def fit_domain(
     trainer.remove_callback(PrinterCallback)
     steps = math.ceil(len(context.records) / settings.batch_size * epochs)
     with progress_bar(f"{context.domain.name}: train", steps) as advance, branches.plan_kept():
-        trainer.add_callback(Reporter(context, strategy, metrics_file, advance))
+        reporter = Reporter(context, strategy, metrics_file, advance)
+        trainer.add_callback(reporter)
         outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(arguments.output_dir), identity))
+    if reporter.stopped:
+        distributed.barrier()  # no process leaves before the checkpoint is whole
+        watch.stop_saved()
     facts = {
         "steps": outcome.global_step,
         "loss": outcome.training_loss,
@@ -231,6 +236,7 @@ class Reporter(TrainerCallback):
         self.strategy = strategy
         self.metrics_file = metrics_file
         self.advance = advance
+        self.stopped = False
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         self.context.optimizer = optimizer
@@ -243,6 +249,8 @@ class Reporter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.context.step = state.global_step
         self.advance()
+        if watch.stop_agreed():
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in (logs or {}):

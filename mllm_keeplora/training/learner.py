@@ -10,7 +10,7 @@ import shutil
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import distributed, files
+from mllm_keeplora import distributed, files, watch
 from mllm_keeplora.adapters import Adapters, Branch, Factors, adapters_for
 from mllm_keeplora.adapters.stored import kept_of, parts_of, past_of, save_growth, write_manifest
 from mllm_keeplora.config import RunConfig, result_defining
@@ -118,15 +118,15 @@ class Learner:
             "train": result_defining(settings),
         }
         self._log_plan(unit, len(records), epochs, arguments)
-        facts = fit_domain(
-            self.strategy, context, settings, epochs, arguments, self.run.path / "metrics.jsonl", identity
-        )
-        factors, full = self.adapters.read(), self.adapters.read_full()
-        if distributed.is_main():
-            factors.save(folder.adapter, self.config.adapters.dropout)
-            if full:
-                files.write_tensors(folder.projector, full)
-            write_manifest(folder, self.strategy.combine, self.strategy.start_from)
+        metrics = self.run.path / "metrics.jsonl"
+        with watch.until_saved(), distributed.keeping_step(self.config.distributed_timeout_s):
+            facts = fit_domain(self.strategy, context, settings, epochs, arguments, metrics, identity)
+            factors, full = self.adapters.read(), self.adapters.read_full()
+            if distributed.is_main():
+                factors.save(folder.adapter, self.config.adapters.dropout)
+                if full:
+                    files.write_tensors(folder.projector, full)
+                write_manifest(folder, self.strategy.combine, self.strategy.start_from)
         return facts
 
     def consolidate(self, unit: Unit) -> dict[str, Any]:
