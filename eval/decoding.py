@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mllm_keeplora.models.partition import keeps_step
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,7 +33,8 @@ def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: I
     import torch
 
     marks = torch.tensor(sorted(ends), device=batch["input_ids"].device)
-    share = ENDED_SHARE if _rows_may_leave(model, batch) else 1.0
+    in_step = keeps_step(model)
+    share = ENDED_SHARE if _rows_may_leave(model, batch) and not in_step else 1.0
     found = batch["input_ids"].new_full((len(batch["input_ids"]), max_new_tokens), pad)
     rows, done, inputs = torch.arange(len(found), device=found.device), 0, dict(batch)
     while True:
@@ -44,6 +47,7 @@ def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: I
             eos_token_id=marks.tolist(),
             pad_token_id=pad,
             stopping_criteria=[watched],
+            synced_gpus=in_step,
             return_dict_in_generate=True,
         )
         new = result.sequences[:, inputs["input_ids"].shape[1] :]
@@ -87,8 +91,7 @@ def _continued(model: Any, inputs: Mapping[str, Tensor], result: Any, going: Ten
 
 
 def _rows_may_leave(model: Any, batch: Mapping[str, Tensor]) -> bool:
-    """Whether every layer caches rows that can be picked, and no process waits for another within a step."""
+    """Whether every layer caches rows that can be picked."""
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or KEPT_BY_ROW
-    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    return KEPT_BY_ROW.issuperset(kinds) and "cross_attention_mask" not in batch and not is_partitioned
+    return KEPT_BY_ROW.issuperset(kinds) and "cross_attention_mask" not in batch

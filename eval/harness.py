@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from mllm_keeplora.data.images import images_of
 from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
 from mllm_keeplora.models import Base
+from mllm_keeplora.models.partition import keeps_step
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.runs import DomainDir
 
@@ -66,13 +68,15 @@ def evaluate_set(
     identity = _identity(base, records, part, batch_size, tokens, asked_of)
     journal = Journal(predictions.with_name(f"{predictions.name}.rank{distributed.rank()}.part"), identity)
     own = range(distributed.rank(), len(plan), distributed.world_size())
+    left = [number for number in own if number not in journal.answers]
     with progress_bar(title, sum(len(plan[number]) for number in own)) as advance:
-        for number in own:
-            if number not in journal.answers:
-                batch = [records[index] for index in plan[number]]
-                answers = generate(base, model, batch, [part.suffix_for(record) for record in batch], tokens)
+        advance(sum(len(plan[number]) for number in own if number not in left))
+        for number in left + _idle(model, len(left)):
+            batch = [records[index] for index in plan[number or 0]]
+            answers = generate(base, model, batch, [part.suffix_for(record) for record in batch], tokens)
+            if number is not None:
                 journal.add(number, dict(zip(plan[number], answers, strict=True)))
-            advance(len(plan[number]))
+                advance(len(plan[number]))
     answered = {index: answer for share in distributed.gather(journal.by_index()) for index, answer in share.items()}
     texts = [answered[index].text for index in range(len(records))]
     graded = grade_set(part, records, texts)
@@ -146,10 +150,19 @@ class Journal:
         return json.dumps({"batch": number, "answers": self.answers[number]})  # ASCII: a cut line can still be read
 
 
+def _idle(model: Any, left: int) -> list[None]:
+    """So many batches a process asks for nothing, where processes answer in step and others have more left."""
+    return [None] * (max(distributed.gather(left)) - left) if keeps_step(model) else []
+
+
 def _plan(base: Base, records: Sequence[Record], batch_size: int) -> list[list[int]]:
-    """Places of the records in batches of questions of about the same length."""
+    """Places of the records in batches of questions of about the same length; several processes get as many each."""
     lengths = [base.prompt.length(record) for record in records]
     order = sorted(range(len(records)), key=lambda index: (lengths[index], index))
+    world = distributed.world_size()
+    if world > 1:
+        rounds = math.ceil(len(order) / (batch_size * world))
+        batch_size = math.ceil(len(order) / (rounds * world))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 

@@ -13,6 +13,7 @@ from mllm_keeplora.eval.grading import grade_set
 from mllm_keeplora.eval.harness import evaluate_set
 from mllm_keeplora.metrics import UNGRADED, BlindAnswerer
 from mllm_keeplora.models import Base
+from mllm_keeplora.models.partition import answering
 from mllm_keeplora.runs import DomainDir, Unit
 
 
@@ -38,17 +39,18 @@ def evaluate_named(
     """Grade one domain or suite with the model as it is now; facts for the ledger. `journal`: as in `evaluate_set`."""
     records = asked_records(benchmark, name, config)
     part = benchmark.graded(name)
-    percent = evaluate_set(
-        base,
-        model,
-        records,
-        part,
-        folder.predictions(name),
-        title=f"{folder.path.name}: {name}",
-        batch_size=config.eval.batch_size,
-        max_new_tokens=config.eval.max_new_tokens,
-        **journal,
-    )
+    with answering(model, config.eval.weights):
+        percent = evaluate_set(
+            base,
+            model,
+            records,
+            part,
+            folder.predictions(name),
+            title=f"{folder.path.name}: {name}",
+            batch_size=config.eval.batch_size,
+            max_new_tokens=config.eval.max_new_tokens,
+            **journal,
+        )
     return {"score": percent, "questions": len(records)}
 
 

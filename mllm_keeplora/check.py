@@ -23,7 +23,7 @@ from mllm_keeplora.models.parts import name_parts, summary_of
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.record_check import load_prompt, token_faults
 from mllm_keeplora.strategies import Strategy, build_strategy
-from mllm_keeplora.training.deepspeed import deepspeed_file
+from mllm_keeplora.training.deepspeed import zero_stage
 
 
 @dataclass
@@ -98,7 +98,12 @@ def check_run(
             "allowed: auto, factors"
         )
     parts = (collect(lambda: _target_layers(config, location)) if location is not None else None) or []
-    collect(lambda: deepspeed_file(config.deepspeed))
+    stage = collect(lambda: zero_stage(config.deepspeed))
+    if stage == 3 and config.base.quantization is not None:
+        faults.append(
+            f"base.quantization {config.base.quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
+            "quantised weights; deepspeed may be null, zero1 or zero2"
+        )
     collect(lambda: _training_settings(config))
     benchmark = collect(lambda: load_benchmark(config, _drawing()))
     counts: dict[str, dict[str, int]] = {}
@@ -221,10 +226,25 @@ def _look_inside(
     parts = [*trained.values(), *graded.values()]
     with progress_bar("check images", sum(map(len, parts))) as advance:
         faults += unreadable_images(chain.from_iterable(parts), advance)
+    if zero_stage(config.deepspeed) == 3:
+        faults += _mixed_sets({**trained, **graded})
     for name, records in graded.items():
         collect(lambda name=name, records=records: faults.extend(_gold_faults(benchmark.graded(name), records)))
     if location is not None:
         collect(lambda: faults.extend(_token_faults(config, location, trained)))
+
+
+def _mixed_sets(sets: dict[str, Sequence[Record]]) -> list[str]:
+    """Sets of which only some records have images: under ZeRO-3 processes wait for each other in the vision tower."""
+    faults = []
+    for name, records in sets.items():
+        kinds = {bool(record.media): record.origin for record in records}
+        if len(kinds) == 2:
+            faults.append(
+                f"{name} mixes records with images ({kinds[True]}) and without ({kinds[False]}): under ZeRO-3 "
+                "processes with unlike batches wait for each other for ever; split the domain, or take zero2"
+            )
+    return faults
 
 
 def _drawing() -> Callable[[int, int], None]:

@@ -83,7 +83,10 @@ class DomainOverride(Section):
 
 
 class EvalConfig(Section):
-    """`split: validation` grades the validation questions instead, and no suite: for choosing settings."""
+    """`split: validation` grades the validation questions instead, and no suite: for choosing settings.
+
+    `weights` is for ZeRO-3: whole on every process (`gathered`) or fetched block by block (`divided`).
+    """
 
     domains: Literal["seen", "all"] = "seen"
     split: Literal["test", "validation"] = "test"
@@ -91,6 +94,7 @@ class EvalConfig(Section):
     max_new_tokens: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
     suite_limit: int | None = Field(None, ge=1)
+    weights: Literal["auto", "gathered", "divided"] = runtime("auto")
     zero_shot: bool = True
 
 

@@ -40,6 +40,17 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
+def free_bytes() -> int:
+    """Memory that is free on this process's GPU or, on a CPU, available on the host for each of its processes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device())[0]
+    import psutil
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextmanager
 def process_group(timeout_s: int = 600, deepspeed: bool = False) -> Iterator[None]:
     """Open the process group for the time of a run; nothing to do in a single process without DeepSpeed.

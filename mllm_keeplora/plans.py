@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from mllm_keeplora import distributed
 from mllm_keeplora.log import log
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ class GradientPlan:
     memory_gb: float | None = None
     following: bool = False
 
-    def exact(self, sizes: dict[str, tuple[int, int]], device: torch.device) -> bool:
+    def exact(self, sizes: dict[str, tuple[int, int]]) -> bool:
         """Whether gradients of these layers, (d_out, d_in) each, are summed exactly."""
         needed = FLOAT32 * sum(d_out * d_in for d_out, d_in in sizes.values())
-        return _is_exact("gradients", self.statistic, needed, self.memory_gb, device)
+        return _is_exact("gradients", self.statistic, needed, self.memory_gb)
 
     def accumulator(
         self, d_out: int, d_in: int, exact: bool, device: torch.device
@@ -79,7 +80,7 @@ class FeaturePlan:
     def exact(self, widths: list[int], device: torch.device) -> bool:
         """Whether features of these widths (one for each distinct input) get exact moments."""
         needed = _moments_dtype(device).itemsize * sum(d_in * d_in for d_in in widths)
-        return _is_exact("features", self.statistic, needed, self.memory_gb, device)
+        return _is_exact("features", self.statistic, needed, self.memory_gb)
 
     def accumulator(self, d_in: int, exact: bool, device: torch.device) -> MomentAccumulator | FrequentDirections:
         from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
@@ -99,24 +100,13 @@ def _moments_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if torch.device(device).type == "cpu" else torch.float32
 
 
-def _is_exact(what: str, statistic: Statistic, needed: int, memory_gb: float | None, device: torch.device) -> bool:
+def _is_exact(what: str, statistic: Statistic, needed: int, memory_gb: float | None) -> bool:
     if statistic != "auto":
         return statistic == "exact"
-    allowed = memory_gb * 1e9 if memory_gb is not None else SHARE_OF_FREE * _free_bytes(device)
+    allowed = memory_gb * 1e9 if memory_gb is not None else SHARE_OF_FREE * distributed.free_bytes()
     exact = needed <= allowed
     if not exact:
         log.info(
             "%s are summed as sketches: exact sums take %.2f GB of %.2f GB allowed", what, needed / 1e9, allowed / 1e9
         )
     return exact
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory that is free on a GPU or, for a CPU, available on the host."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available

@@ -83,7 +83,7 @@ def collect_mean_gradients(
     """
     sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     device = next(iter(layers.values())).weight.device
-    exact = distributed.from_main(plan.exact(sizes, device))
+    exact = distributed.from_main(plan.exact(sizes))
     gradients = {name: plan.accumulator(*size, exact, device) for name, size in sizes.items()}
     reached: set[str] = set()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .accumulators import GradientSketch, _gradient_rows, _test_matrix
 from .checks import full_precision
 
+RENEWED_AFTER = 6  # times the width, in rows since the last time: renewing costs as much as summing about so many
 FRESH = 3  # one of so many directions is given up for a new one at every update
 ROUNDING = 2e-2  # of a column: less than that outside others, orthonormal up to bfloat16, is not there
 RIDGE = 1e-4  # on the diagonal of a Gram matrix of unit columns; float32 rounding stays below it
@@ -36,17 +39,27 @@ class GradientRange(GradientSketch):
     def __init__(self, d_out: int, d_in: int, width: int, seed: int, device: torch.device | str = "cpu") -> None:
         super().__init__(d_out, d_in, width, seed, torch.float32, device)
         self._test_matrix = torch.zeros(d_out, width, dtype=torch.bfloat16, device=device)
-        self._is_begun = False
+        self._is_begun, self._fresh_rows = False, 0
 
     def update(self, grad_output: Tensor, inputs: Tensor) -> None:
         """Take in rows grad_output (n, d_out) and inputs (n, d_in); ValueError if a value is not finite."""
-        grad_output, inputs = _gradient_rows(grad_output, inputs, self.d_out, self.d_in)
-        grad_output, inputs = (rows.to(self._sketch) for rows in (grad_output, inputs))
+        grad_output, inputs = self._rows(grad_output, inputs)
+        self._fresh_rows += len(inputs)
         with full_precision(inputs.device):
-            held = self._renewed(grad_output, inputs)
+            if self._fresh_rows < RENEWED_AFTER * self.width and self._is_begun:
+                held = self._test_matrix.to(self._sketch)
+            else:
+                held = self._renewed(grad_output, inputs)
+                self._test_matrix.copy_(held)
+                self._fresh_rows, self._is_begun = 0, True
             self._sketch.addmm_(inputs.mT, grad_output @ held)
-        self._test_matrix.copy_(held)
-        self._is_begun = True
+        if not math.isfinite(self._sketch.sum()):  # a twentieth of looking at the rows themselves
+            raise ValueError("grad_output and inputs must be finite, got NaN or infinite values")
+
+    def _rows(self, grad_output: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        if grad_output.shape != (len(inputs), self.d_out) or inputs.shape != (len(inputs), self.d_in):
+            _gradient_rows(grad_output, inputs, self.d_out, self.d_in)  # tells what is wrong
+        return grad_output.to(self._sketch), inputs.to(self._sketch)
 
     def _renewed(self, grad_output: Tensor, inputs: Tensor) -> Tensor:
         """Omega (d_out, width) float32 for the old and these rows; Y is brought along."""

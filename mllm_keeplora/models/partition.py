@@ -7,6 +7,7 @@ partitioned all of it does nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from mllm_keeplora import distributed
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
+
+SHARE_OF_FREE = 0.5  # that whole weights may take during an evaluation
 
 
 class IdleBatch(dict):
@@ -39,7 +42,7 @@ def whole(parameters: Iterable[Parameter], edited: bool = False) -> Iterator[Non
     if not divided:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     with GatheredParameters(divided, modifier_rank=0 if edited else None):
         yield
@@ -55,6 +58,26 @@ def assign(parameter: Parameter, values: Tensor) -> None:
     """Set all values of a parameter, cast to its dtype; every process must give the same."""
     with whole([parameter], edited=True):
         parameter.data.copy_(values)
+
+
+@contextmanager
+def answering(model: Module, weights: str) -> Iterator[None]:
+    """For the time of an evaluation: whole weights on every process, or divided ones that are fetched block by block.
+
+    Args:
+        model: what answers.
+        weights: `gathered`, `divided`, or `auto`: gathered where they take less than half of the free memory.
+    """
+    if weights == "auto":
+        weights = "gathered" if _size_of(model) < SHARE_OF_FREE * distributed.free_bytes() else "divided"
+        weights = distributed.from_main(weights)
+    with whole(model.parameters()) if weights == "gathered" else streamed(model):
+        yield
+
+
+def keeps_step(model: Module) -> bool:
+    """Whether a forward pass needs every process at once: weights are divided and not here."""
+    return not all(map(_is_here, model.parameters()))
 
 
 class Kept:
@@ -76,7 +99,7 @@ def streamed(model: Module) -> Iterator[None]:
     At most two blocks are whole at a time, beside the parameters that DeepSpeed never divides. No gradient of a weight
     is computed.
     """
-    if not is_partitioned(model) or all(map(_is_here, model.parameters())):
+    if not keeps_step(model):
         yield
         return
     blocks, loose = _divided(model)
@@ -152,3 +175,7 @@ def _has_own(module: Module) -> bool:
 
 def _is_here(parameter: Parameter) -> bool:
     return not hasattr(parameter, "ds_id") or parameter.numel() > 0
+
+
+def _size_of(model: Module) -> int:
+    return sum(math.prod(shape_of(each)) * each.element_size() for each in model.parameters())

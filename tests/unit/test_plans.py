@@ -136,8 +136,8 @@ def test_memory_decides_by_the_size_of_all_moments_together():
     assert not FeaturePlan("auto", memory_gb=0.9 * needed_gb).exact(widths, cpu)
     assert FeaturePlan("auto", memory_gb=1.2 * needed_gb).exact(widths, cpu)
     sizes = {str(number): (1000, 1000) for number in range(10)}
-    assert not GradientPlan("auto", memory_gb=0.45 * needed_gb).exact(sizes, cpu)
-    assert GradientPlan("auto", memory_gb=0.6 * needed_gb).exact(sizes, cpu)
+    assert not GradientPlan("auto", memory_gb=0.45 * needed_gb).exact(sizes)
+    assert GradientPlan("auto", memory_gb=0.6 * needed_gb).exact(sizes)
 
 
 # -- sketches of gradients -------------------------------------------------------------------------------------------
