@@ -51,6 +51,10 @@ class Record:
     kind: str = ""  # question type, where a test record names one
     origin: str = field(default="", compare=False)
 
+    def untrained(self) -> Record:
+        """The same conversation, of which no answer is trained: it fills a batch up."""
+        return replace(self, turns=tuple(replace(turn, trained=False) for turn in self.turns))
+
     @property
     def question(self) -> str:
         """Text of the first user turn, without image marks."""

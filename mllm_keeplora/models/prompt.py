@@ -70,8 +70,10 @@ class ChatPrompt:
             widened = self._widened(record, [picture.size for picture in images[row]], texts[row], length)
             for start, stop in self._answer_spans(record, texts[row], widened):
                 labels[row, start:stop] = batch["input_ids"][row, start:stop]
-        if bool((labels != IGNORED).any(dim=1).logical_not().any()):
-            silent = [r.origin for r, row in zip(records, labels, strict=True) if bool((row == IGNORED).all())]
+        trains = [any(turn.trained for turn in record.turns) for record in records]  # one that fills up does not
+        is_silent = (labels == IGNORED).all(dim=1).tolist()
+        silent = [r.origin for r, wanted, none in zip(records, trains, is_silent, strict=True) if wanted and none]
+        if silent:
             raise UserError(f"{silent[0]}: no token of the answer carries loss; does the chat template fit the base?")
         batch["labels"] = labels
         return batch

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mllm_keeplora import distributed, files, watch
 from mllm_keeplora.config import TrainConfig
-from mllm_keeplora.data.schema import Record
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.hooks import supervised_logits
 from mllm_keeplora.models.partition import assign, copy_of
@@ -25,6 +23,7 @@ from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import release_from_engine
+from mllm_keeplora.training.order import FilledSampler, Records
 
 WEIGHTS, COMPLETE = "trained.safetensors", "complete.json"
 
@@ -149,19 +148,6 @@ def last_checkpoint(folder: Path, identity: dict[str, Any]) -> str | None:
     return max(found)[1] if found else None
 
 
-class Records(torch.utils.data.Dataset):
-    """Records by index; images are decoded by the collator."""
-
-    def __init__(self, records: Sequence[Record]):
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.records[index]
-
-
 def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     """Cross entropy of the answers' tokens: their mean over all that one optimizer step sees."""
     losses = token_losses(outputs.logits, labels)
@@ -188,6 +174,13 @@ class DomainTrainer(Trainer):
             where = f"{self.context.domain.name}, optimizer step {self.state.global_step}"
             raise RuntimeError(f"the loss is {loss.item()} in domain {where}; lower train.lr or look at the data")
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        world = distributed.world_size()
+        if world == 1:
+            return super()._get_train_sampler(train_dataset)
+        at_once = self.args.per_device_train_batch_size * world
+        return FilledSampler(self.train_dataset, self.args.data_seed, at_once, lambda: int(self.state.epoch or 0))
 
     def create_optimizer(self, model=None):
         """AdamW over the trained parameters; those trained in full may have a rate of their own."""

@@ -1,10 +1,12 @@
-"""Two CPU processes under every ZeRO stage finish a short sequence and agree with a single process."""
+"""Two CPU processes under every ZeRO stage finish a short sequence and agree with a single one; killed, they resume.
+
+Four processes do, too, with records that four do not divide.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,77 +16,111 @@ import torch
 import yaml
 
 from mllm_keeplora.files import read_tensors
-from tests.integration.processes import leftovers, results, stages
+from tests.integration.processes import free_port, killed, leftovers, results, run_in_child, run_on_two, stages
+from tests.support.tiny import tiny_benchmark, write_tiny_data
 
 UNITS = ("01_Alpha", "02_Beta")
+STEPS = 6  # optimizer steps of a domain
 ENGINES = {
-    "zero1": [],
-    "zero2": [],
-    "zero3": ["eval.weights=divided"],
-    "zero3_offload": ["eval.weights=gathered"],
+    "zero1": "auto",
+    "zero2": "auto",
+    "zero3": "divided",
+    "zero3_offload": "gathered",
 }
+FAST = [pytest.param(name, marks=[] if name in ("zero2", "zero3") else pytest.mark.slow) for name in ENGINES]
 
 
-def launch(words: list[str], processes: int) -> subprocess.CompletedProcess:
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    start += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*start, "-m", "mllm_keeplora", *words], env=environment, capture_output=True, text=True, timeout=500
-    )
+@pytest.fixture(scope="module", params=FAST)
+def engine(request) -> str:
+    return request.param
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def zero(request, settings, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def zero(engine, settings, tmp_path_factory) -> Path:
     """The run of the fixture `two`, by two processes: the same global batch, half of it each."""
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings(folder / "run")))
-    words = ["run", str(folder / "run.yaml"), f"deepspeed={request.param}", *ENGINES[request.param]]
-    done = launch(words, 2)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("strategy keeplora") == 1, "the main process alone prints"
+    folder = tmp_path_factory.mktemp(engine)
+    finish(config_of(engine, settings, folder / "run"), folder)
     return folder / "run"
 
 
-def test_every_stage_is_done_once_and_nothing_unfinished_is_left(zero, two):
+def config_of(engine: str, settings, output: Path) -> dict:
+    values = settings(output, deepspeed=engine, train={"checkpoint_steps": 2})
+    return {**values, "eval": {**values["eval"], "weights": ENGINES[engine]}}
+
+
+def finish(values: dict, folder: Path) -> None:
+    assert [(end.code, end.err[-4000:] if end.code else "") for end in run_on_two(values, folder)] == [(0, "")] * 2
+
+
+def spans(run: Path, name: str) -> dict[str, torch.Tensor]:
+    stored = read_tensors(run / name)
+    return {key: tensor.mT if name.endswith("init.safetensors") else tensor for key, tensor in stored.items()}
+
+
+def assert_same_spans(first: Path, second: Path) -> None:
+    """Kept bases and A of every domain, to a projector difference of 1e-3."""
+    for name in ["prepare/basis", *(f"domains/{unit}/{part}" for unit in UNITS for part in ("init", "basis"))]:
+        one, other = (spans(run, f"{name}.safetensors") for run in (first, second))
+        assert one.keys() == other.keys() and one
+        for layer, columns in one.items():
+            assert columns.shape == other[layer].shape
+            assert (columns @ columns.mT - other[layer] @ other[layer].mT).norm() < 1e-3, (name, layer)
+
+
+def losses(run: Path) -> dict[tuple[int, int], float]:
+    """By domain and step; a step that was repeated after a stop counts as it was last."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(row["domain_index"], row["optimizer_step"]): row["loss"] for row in rows}
+
+
+def answers(run: Path) -> list[str]:
+    paths = sorted((run / "domains").glob("*/predictions/*.jsonl"))
+    return [json.loads(line)["prediction"] for path in paths for line in path.read_text().splitlines()]
+
+
+def assert_agree(first: Path, second: Path, questions: int) -> None:
+    assert_same_spans(first, second)
+    assert len(losses(first)) == 2 * STEPS
+    assert losses(second) == pytest.approx(losses(first), rel=1e-3)
+    one, other = answers(first), answers(second)
+    assert len(one) == len(other) == questions
+    assert sum(a == b for a, b in zip(one, other, strict=True)) >= 0.99 * len(one)
+
+
+def test_a_sequence_agrees_with_that_of_one_process_at_the_same_global_batch(zero, two):
     assert stages(zero) == stages(two)
     assert leftovers(zero) == []
-
-
-def test_kept_bases_and_starts_span_what_those_of_one_process_do(zero, two):
-    def spans(run: Path, name: str) -> dict[str, torch.Tensor]:
-        stored = read_tensors(run / name)
-        return {key: tensor.mT if name.endswith("init.safetensors") else tensor for key, tensor in stored.items()}
-
-    files = ["prepare/basis", *(f"domains/{unit}/{part}" for unit in UNITS for part in ("init", "basis"))]
-    for name in files:
-        one, both = (spans(run, f"{name}.safetensors") for run in (two, zero))
-        assert one.keys() == both.keys() and one
-        for layer, columns in one.items():
-            assert columns.shape == both[layer].shape
-            assert (columns @ columns.mT - both[layer] @ both[layer].mT).norm() < 1e-3, (name, layer)
-
-
-def test_losses_are_those_of_one_process_at_the_same_global_batch(zero, two):
-    def losses(run: Path) -> list[float]:
-        return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-    assert len(losses(two)) == 12
-    assert losses(zero) == pytest.approx(losses(two), rel=1e-3)
-
-
-def test_answers_are_those_of_one_process(zero, two):
-    def answers(run: Path) -> list[str]:
-        paths = sorted((run / "domains").glob("*/predictions/*.jsonl"))
-        return [json.loads(line)["prediction"] for path in paths for line in path.read_text().splitlines()]
-
-    one, both = answers(two), answers(zero)
-    assert len(one) == len(both) == 9 * 8
-    assert sum(a == b for a, b in zip(one, both, strict=True)) >= 0.99 * len(one)
+    assert_agree(two, zero, questions=9 * 8)
     assert results(zero)["domains"] == results(two)["domains"]
+
+
+def test_a_run_killed_inside_a_training_ends_as_one_that_was_not(engine, zero, settings, tmp_path):
+    """The process that is killed has saved two checkpoints; the tolerance is that of one process against two."""
+    values = config_of(engine, settings, tmp_path / "run")
+    acts = {1: ("mllm_keeplora.training.fit:Reporter.on_step_end", STEPS + 5, killed)}
+    ends = run_on_two(values, tmp_path / "first", acts)
+    assert ends[1].code < 0 and ends[0].code == 1
+    assert (tmp_path / "run/domains/02_Beta/checkpoints/checkpoint-4/complete.json").is_file()
+    finish(values, tmp_path / "again")
+    assert stages(tmp_path / "run") == stages(zero)
+    assert leftovers(tmp_path / "run") == []
+    assert_agree(zero, tmp_path / "run", questions=9 * 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_of_four", [None, "zero2", "zero3"])
+def test_four_processes_share_records_that_they_do_not_divide(engine_of_four, settings, tmp_path):
+    data = write_tiny_data(tmp_path / "data", train=10, test=7)
+    changes = {"benchmark": tiny_benchmark(data), "train": {"batch_size": 4}, "strategy": {"grad_samples": 9}}
+    one, four = (settings(tmp_path / name, **changes) for name in ("one", "four"))
+    assert run_in_child(one) == 0
+    (tmp_path / "four.yaml").write_text(yaml.safe_dump({**four, "deepspeed": engine_of_four}))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4"]
+    launch += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    words = [*launch, "-m", "mllm_keeplora", "run", str(tmp_path / "four.yaml")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("strategy keeplora") == 1, "the main process alone prints"
+    assert_same_spans(tmp_path / "one", tmp_path / "four")
+    assert len(answers(tmp_path / "four")) == len(answers(tmp_path / "one"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from mllm_keeplora.strategies.keeplora import KeepLoRAOptions
 from tests.oracles import subspace

@@ -1,0 +1,52 @@
+"""The order of a training's records: the same for any number of processes, whether or not they divide the records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import Dataset, Sampler
+
+from mllm_keeplora.data.schema import Record
+
+IDLE = -1
+
+
+class Records(Dataset):
+    """Records by index, images decoded by the collator; `IDLE` is one of which nothing is learnt."""
+
+    def __init__(self, records: Sequence[Record]):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[0].untrained() if index == IDLE else self.records[index]
+
+
+class FilledSampler(Sampler):
+    """Random order over a dataset, ended by idle records up to a multiple of what the processes take at once.
+
+    Otherwise a data loader gives some records twice to fill the last step of an epoch, and what is learnt depends on
+    the number of processes.
+
+    Args:
+        dataset: what is sampled.
+        seed: of the order, as the data loader of a single process takes it.
+        multiple: records that all processes together take at once.
+        epoch: gives the epoch that begins; a data loader that skips batches of a resumed one tells no sampler.
+    """
+
+    def __init__(self, dataset: Records, seed: int, multiple: int, epoch: Callable[[], int]):
+        self.order = SeedableRandomSampler(dataset, data_seed=seed)
+        self.idle = -len(dataset) % multiple
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.order) + self.idle
+
+    def __iter__(self) -> Iterator[int]:
+        self.order.set_epoch(self.epoch())
+        yield from self.order
+        yield from [IDLE] * self.idle
