@@ -132,6 +132,7 @@ def test_a_process_that_hangs_in_a_training_is_not_waited_for_but_one_that_works
     assert [each.code for each in ended] == [1, 1] and max(each.after for each in ended) < 5, ended
     assert f"rank 0 of 2 on {socket.gethostname()} failed in stage 01_Alpha/train: " in ended[0].err
     assert f"rank 0 of 2 on {socket.gethostname()} failed in stage 01_Alpha/train: " in ended[1].err
+    assert "2000ms" in ended[0].err and "2000ms" in ended[1].err
     assert "Traceback" in ended[0].err and "Traceback" not in ended[1].err
     assert stages(run)[-1] == "01_Alpha/gradient"
 

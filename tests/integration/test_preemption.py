@@ -67,7 +67,9 @@ def test_a_run_stopped_in_another_stage_ends_as_if_uninterrupted(place, settings
     _stopped_and_continued(settings, two, tmp_path / "run", number, *MORE_PLACES[place])
 
 
-@pytest.mark.parametrize("deepspeed", [None, pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "deepspeed", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+)
 def test_one_of_two_processes_told_to_stop_stops_both_with_a_checkpoint(deepspeed, settings, tmp_path):
     values = settings(tmp_path / "run", ("Alpha",), deepspeed=deepspeed)
     act = partial(told, signal.SIGTERM)
