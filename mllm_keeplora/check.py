@@ -98,12 +98,7 @@ def check_run(
             "allowed: auto, factors"
         )
     parts = (collect(lambda: _target_layers(config, location)) if location is not None else None) or []
-    stage = collect(lambda: zero_stage(config.deepspeed))
-    if stage == 3 and config.base.quantization is not None:
-        faults.append(
-            f"base.quantization {config.base.quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
-            "quantised weights; deepspeed may be null, zero1 or zero2"
-        )
+    collect(lambda: _engine(config))
     collect(lambda: _training_settings(config))
     benchmark = collect(lambda: load_benchmark(config, _drawing()))
     counts: dict[str, dict[str, int]] = {}
@@ -121,6 +116,14 @@ def check_run(
     if faults:
         raise several(faults, more=uncounted)
     return Checked(strategy, benchmark, location, base_fingerprint, counts, parts)
+
+
+def _engine(config: RunConfig) -> None:
+    if zero_stage(config.deepspeed) == 3 and config.base.quantization is not None:
+        raise UserError(
+            f"base.quantization {config.base.quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
+            "quantised weights; deepspeed may be null, zero1 or zero2"
+        )
 
 
 def _target_layers(config: RunConfig, location: str) -> list[str]:

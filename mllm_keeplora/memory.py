@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ADAM, GRADIENT, MASTER = 8, 4, 4  # bytes of a trained number: two moments, its gradient, itself; all float32
 QUANTISED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a number: a float32 scale for each 64, for each row
-SKETCH = 6  # sketch columns for each direction wanted, where the options name no width
+SKETCH = 3  # sketch columns for each direction wanted, where the options name no width
 LONGEST_ANSWER = 128
 DOUBLES = 4  # float64 matrices of the largest width alive in a decomposition: moments, rotated, vectors, work
 
@@ -75,7 +75,7 @@ def estimate(
     states, moved = _states(config, options, model, parts, layers, stage, world, offloaded)
     common = {
         "weights": 0.0 if host else weights / (world if stage == 3 else 1),  # offloaded ones come layer by layer
-        "past domains": _past(config, options, layers, item, domains),
+        "past domains": _past(config, options, layers, item, domains, world if stage == 3 else 1),
         "kept bases": 4 * sum(layer.in_features**2 for layer in layers) // 2,  # half of every space
     }
     widest, outputs = (max(each) for each in zip(*((m.in_features, m.out_features) for m in layers), strict=True))
@@ -95,7 +95,7 @@ def estimate(
     stages = {
         "prepare": {**common, "decomposition": decomposition},
         "gradient": {**common, "graph": graph(probe, 0), "sketches": _sketches(options, layers),
-                     "layer inputs": item * tokens * probe * sum(traced.input_widths)},
+                     "layer inputs": min(item, 2) * tokens * probe * sum(traced.input_widths)},
         "train": {**common, "graph": graph(micro, _rank(options)), "branch and optimizer": states},
         "consolidate": {**common, "moments": (4 if on_gpu else 8) * sum(d * d for d in traced.input_widths),
                         "decomposition": decomposition, "forward": forward * probe},
@@ -109,12 +109,14 @@ def _rank(options: StrategyOptions) -> int:
     return getattr(options, "rank", 0)
 
 
-def _past(config: RunConfig, options: StrategyOptions, layers: list, item: int, domains: int) -> float:
-    """Merged: pristine copies of the target weights. Factors: those of all domains, or dense past the break-even."""
+def _past(
+    config: RunConfig, options: StrategyOptions, layers: list, item: int, domains: int, shares: int
+) -> float:  # fmt: skip
+    """Merged: pristine copies of the target weights, divided as they are. Factors: of all domains, or dense ones."""
     numel = sum(layer.weight.numel() for layer in layers)
     merged_by_itself = config.adapters.history == "auto" and config.base.quantization is None and item == 4
     if config.adapters.history == "merged" or merged_by_itself:
-        return numel * item
+        return numel * item / shares
     return min(4 * _rank(options) * domains * sum(m.in_features + m.out_features for m in layers), 4 * numel)
 
 

@@ -41,6 +41,12 @@ class GradientPlan:
         needed = FLOAT32 * sum(d_out * d_in for d_out, d_in in sizes.values())
         return _is_exact("gradients", self.statistic, needed, self.memory_gb)
 
+    def inputs_dtype(self, exact: bool) -> torch.dtype | None:
+        """What inputs are rounded to while they wait for their gradients: half the memory of a pass that sketches."""
+        import torch
+
+        return None if exact else torch.bfloat16
+
     def accumulator(
         self, d_out: int, d_in: int, exact: bool, device: torch.device
     ) -> GradientAccumulator | GradientSketch:

@@ -92,7 +92,7 @@ def collect_mean_gradients(
         gradients[name].update(grad_output, inputs)
 
     for batch in batches:
-        _backward(model, _counted(layers, batch), batch, add)
+        _backward(model, _counted(layers, batch), batch, add, plan.inputs_dtype(exact))
         for accumulator in () if isinstance(batch, IdleBatch) else gradients.values():
             accumulator.count_samples(batch["labels"].shape[0])
     _refuse_missing(layers, distributed.from_main(sorted(reached)), "received no gradient")
@@ -193,12 +193,26 @@ def _input_hooks(layers: dict[str, Any], into: dict[str, Any], rows: ChosenRows,
         yield
 
 
-def _backward(model: Any, layers: dict[str, Any], batch: dict, add: Callable[[str, Tensor, Tensor], None]) -> None:
-    """One pass of a batch; while it runs backward, `add` gets name, output gradients and inputs of every layer."""
+def _backward(
+    model: Any, layers: dict[str, Any], batch: dict, add: Callable[[str, Tensor, Tensor], None], kept_in: Any = None
+) -> None:
+    """One pass of a batch; while it runs backward, `add` gets name, output gradients and inputs of every layer.
+
+    Inputs wait for their gradients; in the dtype `kept_in`, where it is given. Layers with one input share it.
+    """
+    latest: list[tuple[Any, Tensor]] = []  # holds the tensor itself, so that identity cannot be reused
+
+    def kept(tensor: Tensor) -> Tensor:
+        found = next((rows for given, rows in latest if given is tensor), None)
+        if found is None:
+            found = as_rows(tensor.detach())
+            found = found if kept_in is None else found.to(kept_in)
+            latest[:] = [*latest[-1:], (tensor, found)]
+        return found
 
     def keep(name: str):
         def hook(module: Any, args: tuple, output: Tensor) -> None:
-            rows = as_rows(args[0].detach())
+            rows = kept(args[0])
             output.register_hook(lambda gradient: _named(name, partial(add, name), as_rows(gradient), rows))
 
         return hook

@@ -58,7 +58,7 @@ def compared(name: str) -> list[dict[str, Any]]:
     records = evenly_spaced(load_benchmark(config).train_records("RS"), BATCH)
     batch = TrainCollator(base.prompt, None)(records)
     layers = {layer: base.model.get_submodule(layer) for layer in base.parts.target_layers}
-    plan = GradientPlan("sketch", 6 * RANK, following=True)
+    plan = GradientPlan("sketch", 3 * RANK, following=True)
     measured = {
         "gradient": peak_bytes(lambda: collect_mean_gradients(base.model, layers, [batch], plan)),
         "consolidate": peak_bytes(lambda: collect_moments(base.model, layers, [batch])),

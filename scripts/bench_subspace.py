@@ -84,13 +84,13 @@ def weights(model: Any, batches: list, options: argparse.Namespace) -> Iterator[
 def gradients(model: Any, batches: list, options: argparse.Namespace) -> Iterator[Line]:
     """The gradient pass: sketches and exact sums against input gradients alone, and against two copies of `.grad`.
 
-    By batches of 8 samples, and sample by sample as the published pass goes: hooks keep the layers' inputs for the
-    backward pass, so the memory beyond the sums grows with the tokens of a batch.
+    By batches of 8 and of 4 samples, and sample by sample as the published pass goes: hooks keep the layers' inputs for
+    the backward pass, so the memory beyond the sums grows with the tokens of a batch.
     """
     layers = adapted_layers(model)
-    sketch, exact = GradientPlan("sketch", 6 * RANK, following=True), GradientPlan("exact")
-    singles = [{key: value[row : row + 1] for key, value in each.items()} for each in batches for row in range(BATCH)]
-    cases = {"8": batches, "1": singles[: max(BATCH, len(singles) // 2)]}
+    sketch, exact = GradientPlan("sketch", 3 * RANK, following=True), GradientPlan("exact")
+    singles, fours = parts_of(batches, 1), parts_of(batches, 4)
+    cases = {"8": batches, "4": fours, "1": singles[: max(BATCH, len(singles) // 2)]}
     for size, given in cases.items():
         for name, plan in (("sketch", sketch), ("exact", exact)):
             yield pass_line(
@@ -99,6 +99,12 @@ def gradients(model: Any, batches: list, options: argparse.Namespace) -> Iterato
     yield pass_line(model, layers, batches, options, "sketch, batch 8 / two copies", sketch, two_copies)
     for size, given in cases.items():
         yield captured(model, layers, given, sketch, f"captured, sketch / exact, batch {size} (second pass)")
+
+
+def parts_of(batches: list, size: int) -> list:
+    """Batches cut into smaller ones."""
+    rows = [slice(start, start + size) for start in range(0, BATCH, size)]
+    return [{key: value[part] for key, value in each.items()} for each in batches for part in rows]
 
 
 def pass_line(

@@ -12,8 +12,7 @@ from .checks import full_precision
 
 RENEWED_AFTER = 6  # times the width, in rows since the last time: renewing costs as much as summing about so many
 FRESH = 3  # one of so many directions is given up for a new one at every update
-ROUNDING = 2e-2  # of a column: less than that outside others, orthonormal up to bfloat16, is not there
-RIDGE = 1e-4  # on the diagonal of a Gram matrix of unit columns; float32 rounding stays below it
+STANDS_OUT = 0.5  # length outside the kept directions that a new one of length 1 must have: less is their rounding
 
 
 class GradientRange(GradientSketch):
@@ -53,8 +52,7 @@ class GradientRange(GradientSketch):
                 self._test_matrix.copy_(held)
                 self._fresh_rows, self._is_begun = 0, True
             self._sketch.addmm_(inputs.mT, grad_output @ held)
-        if not math.isfinite(self._sketch.sum()):  # a twentieth of looking at the rows themselves
-            raise ValueError("grad_output and inputs must be finite, got NaN or infinite values")
+        _refuse_non_finite(self._sketch)
 
     def _rows(self, grad_output: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         if grad_output.shape != (len(inputs), self.d_out) or inputs.shape != (len(inputs), self.d_in):
@@ -64,30 +62,34 @@ class GradientRange(GradientSketch):
     def _renewed(self, grad_output: Tensor, inputs: Tensor) -> Tensor:
         """Omega (d_out, width) float32 for the old and these rows; Y is brought along."""
         if not self._is_begun:
-            return _rounded(_orthonormal(grad_output.mT @ (inputs @ self._drawn())))
+            brought = grad_output.mT @ (inputs @ self._drawn(self.width))
+            _refuse_non_finite(brought)
+            return _rounded(torch.linalg.qr(brought)[0])
         fresh, before = self.width // FRESH, self._test_matrix.to(self._sketch)
         strength = torch.linalg.eigh(self._sketch.mT @ self._sketch).eigenvectors  # weakest first
         rotation = 1.5 * strength - 0.5 * (before.mT @ before) @ strength  # and a Newton step: rounding would pile up
         held = before @ rotation
         self._sketch.copy_(self._sketch @ rotation)
-        kept, weak = held[:, fresh:], held[:, :fresh]
-        brought = grad_output.mT @ (inputs @ self._drawn()[:, :fresh])
-        outside = brought - kept @ (kept.mT @ brought)
-        is_new = _lengths(outside) > ROUNDING * _lengths(brought)
-        new = _orthonormal(outside * is_new)
+        weak, kept = held.tensor_split([fresh], dim=1)
+        brought = grad_output.mT @ (inputs @ self._drawn(fresh))
+        _refuse_non_finite(brought)
+        new = torch.linalg.qr(brought - kept @ (kept.mT @ brought))[0]
+        new = new - kept @ (kept.mT @ new)
+        new *= torch.linalg.vector_norm(new, dim=0) > STANDS_OUT
         self._sketch[:, :fresh] = self._sketch[:, :fresh] @ (weak.mT @ new)
-        return _rounded(torch.cat([new, kept], dim=1))
+        held[:, :fresh] = new
+        return _rounded(held)
 
     def reach(self) -> Tensor:
         """(d_out, width) float32: what is held of G times the random matrix."""
         with full_precision(self._sketch.device):
-            return self._test_matrix.to(self._sketch) @ (self._sketch.mT @ self._drawn())
+            return self._test_matrix.to(self._sketch) @ (self._sketch.mT @ self._drawn(self.width))
 
     def turn(self, reach: Tensor) -> None:
         """Let Omega span what `reach` does, and carry over what lies within."""
         before = self._test_matrix.to(self._sketch)
         with full_precision(self._sketch.device):
-            self._test_matrix = _orthonormal(reach).to(torch.bfloat16)
+            self._test_matrix = torch.linalg.qr(reach)[0].to(torch.bfloat16)
             self._sketch.copy_(self._sketch @ (before.mT @ self._test_matrix.to(self._sketch)))
         self._is_begun = True
 
@@ -103,29 +105,16 @@ class GradientRange(GradientSketch):
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.add_(theirs.to(mine.device))
 
-    def _drawn(self) -> Tensor:
-        return _test_matrix(self.d_in, self.width, self.seed, torch.float32, self._sketch.device)
+    def _drawn(self, width: int) -> Tensor:
+        return _test_matrix(self.d_in, width, self.seed, torch.float32, self._sketch.device)
+
+
+def _refuse_non_finite(product: Tensor) -> None:
+    """What is wrong with the rows shows in every product of them, which is smaller."""
+    if not math.isfinite(product.sum()):
+        raise ValueError("grad_output and inputs must be finite, got NaN or infinite values")
 
 
 def _rounded(columns: Tensor) -> Tensor:
     """As they are kept, so that the sums are along the very same."""
     return columns.to(torch.bfloat16).to(columns.dtype)
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Columns (d, k) that span the same, orthonormal; by Cholesky twice, which is faster than Householder's QR.
-
-    Columns of zeros stay zeros; directions ten thousand times weaker than others come out shorter than one.
-    """
-    for _ in range(2):
-        scaled = columns / _lengths(columns).clamp(min=torch.finfo(columns.dtype).tiny)
-        gram = (scaled.mT @ scaled).double()
-        gram.diagonal().add_(RIDGE)
-        factor = torch.linalg.cholesky(gram).to(columns.dtype)
-        columns = torch.linalg.solve_triangular(factor, scaled.mT, upper=False).mT
-    return columns
-
-
-def _lengths(columns: Tensor) -> Tensor:
-    """(1, k) norms of columns (d, k)."""
-    return torch.linalg.vector_norm(columns, dim=0, keepdim=True)
