@@ -76,8 +76,9 @@ def estimate(
     common = {
         "weights": 0.0 if host else weights / (world if stage == 3 else 1),  # offloaded ones come layer by layer
         "past domains": _past(config, options, layers, item, domains, world if stage == 3 else 1),
-        "kept bases": 4 * sum(layer.in_features**2 for layer in layers) // 2,  # half of every space
     }
+    kept = {"kept bases": 4 * sum(layer.in_features**2 for layer in layers) // 2}  # half of every space
+    common |= {} if on_gpu else kept  # beside a GPU they are on the host
     widest, outputs = (max(each) for each in zip(*((m.in_features, m.out_features) for m in layers), strict=True))
     decomposition = DOUBLES * 8 * widest**2
     forward = item * tokens * (4 * widest + 3 * outputs)  # what one record's layers hold for a moment
@@ -97,12 +98,12 @@ def estimate(
         "gradient": {**common, "graph": graph(probe, 0), "sketches": _sketches(options, layers),
                      "layer inputs": min(item, 2) * tokens * probe * sum(traced.input_widths)},
         "train": {**common, "graph": graph(micro, _rank(options)), "branch and optimizer": states},
-        "consolidate": {**common, "moments": (4 if on_gpu else 8) * sum(d * d for d in traced.input_widths),
+        "consolidate": {**common, "moments": _moments(options, traced.input_widths, 4 if on_gpu else 8),
                         "decomposition": decomposition, "forward": forward * probe},
         "evaluate": {**common, "keys and values": cache * asked, "forward": forward * asked},
     }  # fmt: skip
     where = f"{'GPU' if on_gpu else 'CPU'}, {str(dtype).removeprefix('torch.')}, records of {tokens} tokens"
-    return Estimate(stages, host + moved, where)
+    return Estimate(stages, host + moved + (sum(kept.values()) if on_gpu else 0.0), where)
 
 
 def _rank(options: StrategyOptions) -> int:
@@ -118,6 +119,14 @@ def _past(
     if config.adapters.history == "merged" or merged_by_itself:
         return numel * item / shares
     return min(4 * _rank(options) * domains * sum(m.in_features + m.out_features for m in layers), 4 * numel)
+
+
+def _moments(options: StrategyOptions, widths: tuple[int, ...], item: int) -> float:
+    """Exact moments of every distinct input, or sketches of twice their size in rows, where they are asked for."""
+    rows = 2 * getattr(options, "feature_sketch_size", 0)
+    if getattr(options, "feature_statistic", "exact") != "sketch":
+        return item * sum(width * width for width in widths)
+    return sum(4 * rows * width if rows < width else item * width * width for width in widths)
 
 
 def _sketches(options: StrategyOptions, layers: list) -> float:

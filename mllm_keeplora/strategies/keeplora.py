@@ -40,7 +40,9 @@ class KeepLoRA(Strategy):
         self.options.refuse_idle_patterns(context.target_layers)
 
         def principal(layer: str, weight: Tensor) -> Tensor:
-            return principal_subspace(weight, self.options.threshold("energy_weights", layer), self.options.rank_rule)
+            energy = self.options.threshold("energy_weights", layer)
+            columns = principal_subspace(weight, energy, self.options.rank_rule)
+            return columns.cpu()  # those of all layers would take much of a GPU
 
         for layer, columns in context.divided(context.weight, principal).items():
             context.kept[layer] = Basis.from_columns(columns)
