@@ -42,10 +42,10 @@ class GradientPlan:
         return _is_exact("gradients", self.statistic, needed, self.memory_gb)
 
     def inputs_dtype(self, exact: bool) -> torch.dtype | None:
-        """What inputs are rounded to while they wait for their gradients: half the memory of a pass that sketches."""
+        """What inputs are rounded to while they wait for their gradients: half the memory, where sums are not exact."""
         import torch
 
-        return None if exact else torch.bfloat16
+        return torch.bfloat16 if self.following and not exact else None
 
     def accumulator(
         self, d_out: int, d_in: int, exact: bool, device: torch.device

@@ -27,7 +27,7 @@ ENGINES = {
     "zero3": "divided",
     "zero3_offload": "gathered",
 }
-FAST = [pytest.param(name, marks=[] if name in ("zero2", "zero3") else pytest.mark.slow) for name in ENGINES]
+FAST = [pytest.param(name, marks=[] if name == "zero3" else pytest.mark.slow) for name in ENGINES]
 
 
 @pytest.fixture(scope="module", params=FAST)
