@@ -232,7 +232,7 @@ def _look_inside(
         faults += unreadable_images(chain.from_iterable(parts), advance)
     with suppress(UserError):  # of a name that is not known, told already
         if zero_stage(config.deepspeed) == 3:
-            faults += _mixed_sets({**trained, **graded})
+            faults += [*_mixed_sets(trained), *_mixed_sets(graded)]
     for name, records in graded.items():
         collect(lambda name=name, records=records: faults.extend(_gold_faults(benchmark.graded(name), records)))
     if location is not None:
