@@ -18,8 +18,9 @@ STANDS_OUT = 0.5  # length outside the kept directions that a new one of length 
 class GradientRange(GradientSketch):
     """Streamed form Omega Y^T of a weight gradient G; Omega (d_out, width) is about the leading range of G so far.
 
-    An update gives up the third of the directions along which least was held, takes the leading ones of the new rows
-    outside the others instead, and adds inputs^T (grad_output Omega) to Y. What falls out of the range is lost, so the
+    An update, once six times as many rows have come as there are directions, gives up the third of them along which
+    least was held and takes the leading ones of the new rows outside the others instead; every update adds
+    inputs^T (grad_output Omega) to Y. What falls out of the range is lost, so the
     energy held is at most G's. It captures more of G's leading part than fixed directions, which know a first batch at
     best, at half their width.
 

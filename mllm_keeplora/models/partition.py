@@ -96,8 +96,7 @@ class Kept:
 def streamed(model: Module) -> Iterator[None]:
     """Let a model run forward and backward outside a training: each block's weights are fetched when it runs.
 
-    At most two blocks are whole at a time, beside the parameters that DeepSpeed never divides. No gradient of a weight
-    is computed.
+    One block is whole at a time, beside the few parameters that belong to none. No gradient of a weight is computed.
     """
     if not keeps_step(model):
         yield
@@ -111,8 +110,8 @@ def streamed(model: Module) -> Iterator[None]:
     try:
         with whole(loose):
             yield
-            running.release()
     finally:
+        running.release()
         for handle in handles:
             handle.remove()
 
