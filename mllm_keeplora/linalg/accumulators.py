@@ -149,7 +149,7 @@ class GradientSketch:
         self.d_in = as_count(d_in, "d_in", 1)
         self.width = as_count(width, "width", 1)
         self.seed = as_count(seed, "seed", 0)
-        self._test_matrix = _test_matrix(d_out, width, seed, _sum_dtype(dtype), torch.device(device))
+        self._test_matrix = self._first_directions(_sum_dtype(dtype), torch.device(device))
         self._sketch = torch.zeros(d_in, width, dtype=dtype, device=device)
         self._samples = torch.zeros(1, dtype=torch.float64, device=device)
 
@@ -157,6 +157,9 @@ class GradientSketch:
     def test_matrix(self) -> Tensor:
         """(d_out, width) Omega."""
         return self._test_matrix
+
+    def _first_directions(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _test_matrix(self.d_out, self.width, self.seed, dtype, device)
 
     def update(self, grad_output: Tensor, inputs: Tensor) -> None:
         """Add inputs^T (grad_output Omega) for rows grad_output (n, d_out) and inputs (n, d_in)."""

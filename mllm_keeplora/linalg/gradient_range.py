@@ -38,20 +38,26 @@ class GradientRange(GradientSketch):
 
     def __init__(self, d_out: int, d_in: int, width: int, seed: int, device: torch.device | str = "cpu") -> None:
         super().__init__(d_out, d_in, width, seed, torch.float32, device)
-        self._test_matrix = torch.zeros(d_out, width, dtype=torch.bfloat16, device=device)
-        self._is_begun, self._fresh_rows = False, 0
+        self._is_begun, self._rows_since = False, 0
+        self._fresh = max(1, width // FRESH)
+        # Held here, as they are shared by layers of one width for as long as one of them holds them.
+        self._drawn = _test_matrix(d_in, width, seed, torch.float32, self._sketch.device)
+        self._drawn_fresh = _test_matrix(d_in, self._fresh, seed, torch.float32, self._sketch.device)
+
+    def _first_directions(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(self.d_out, self.width, dtype=torch.bfloat16, device=device)
 
     def update(self, grad_output: Tensor, inputs: Tensor) -> None:
         """Take in rows grad_output (n, d_out) and inputs (n, d_in); ValueError if a value is not finite."""
         grad_output, inputs = self._rows(grad_output, inputs)
-        self._fresh_rows += len(inputs)
+        self._rows_since += len(inputs)
         with full_precision(inputs.device):
-            if self._fresh_rows < RENEWED_AFTER * self.width and self._is_begun:
+            if self._rows_since < RENEWED_AFTER * self.width and self._is_begun:
                 held = self._test_matrix.to(self._sketch)
             else:
                 held = self._renewed(grad_output, inputs)
                 self._test_matrix.copy_(held)
-                self._fresh_rows, self._is_begun = 0, True
+                self._rows_since, self._is_begun = 0, True
             self._sketch.addmm_(inputs.mT, grad_output @ held)
         _refuse_non_finite(self._sketch)
 
@@ -63,16 +69,16 @@ class GradientRange(GradientSketch):
     def _renewed(self, grad_output: Tensor, inputs: Tensor) -> Tensor:
         """Omega (d_out, width) float32 for the old and these rows; Y is brought along."""
         if not self._is_begun:
-            brought = grad_output.mT @ (inputs @ self._drawn(self.width))
+            brought = grad_output.mT @ (inputs @ self._drawn)
             _refuse_non_finite(brought)
             return _rounded(torch.linalg.qr(brought)[0])
-        fresh, before = self.width // FRESH, self._test_matrix.to(self._sketch)
+        fresh, before = self._fresh, self._test_matrix.to(self._sketch)
         strength = torch.linalg.eigh(self._sketch.mT @ self._sketch).eigenvectors  # weakest first
         rotation = 1.5 * strength - 0.5 * (before.mT @ before) @ strength  # and a Newton step: rounding would pile up
         held = before @ rotation
         self._sketch.copy_(self._sketch @ rotation)
         weak, kept = held.tensor_split([fresh], dim=1)
-        brought = grad_output.mT @ (inputs @ self._drawn(fresh))
+        brought = grad_output.mT @ (inputs @ self._drawn_fresh)
         _refuse_non_finite(brought)
         new = torch.linalg.qr(brought - kept @ (kept.mT @ brought))[0]
         new = new - kept @ (kept.mT @ new)
@@ -84,7 +90,7 @@ class GradientRange(GradientSketch):
     def reach(self) -> Tensor:
         """(d_out, width) float32: what is held of G times the random matrix."""
         with full_precision(self._sketch.device):
-            return self._test_matrix.to(self._sketch) @ (self._sketch.mT @ self._drawn(self.width))
+            return self._test_matrix.to(self._sketch) @ (self._sketch.mT @ self._drawn)
 
     def turn(self, reach: Tensor) -> None:
         """Let Omega span what `reach` does, and carry over what lies within."""
@@ -105,9 +111,6 @@ class GradientRange(GradientSketch):
         other.turn(reach.to(other._sketch.device))
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.add_(theirs.to(mine.device))
-
-    def _drawn(self, width: int) -> Tensor:
-        return _test_matrix(self.d_in, width, self.seed, torch.float32, self._sketch.device)
 
 
 def _refuse_non_finite(product: Tensor) -> None:

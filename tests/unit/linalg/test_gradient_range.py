@@ -105,6 +105,12 @@ def test_one_that_saw_nothing_merges_as_nothing():
     )
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_the_narrowest_sketches_hold_the_leading_direction(width):
+    rows = stream(3, 6, rank=1)
+    assert captured(sketched(rows, width), exact(rows), 1) > 0.95
+
+
 def test_gradients_that_are_zero_give_zeros():
     sketch = GradientRange(D_OUT, D_IN, 12, seed=0)
     for _ in range(3):
