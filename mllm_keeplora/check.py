@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -99,7 +98,8 @@ def check_run(
             "allowed: auto, factors"
         )
     parts = (collect(lambda: _target_layers(config, location)) if location is not None else None) or []
-    collect(lambda: _engine(config))
+    stage = collect(lambda: zero_stage(config.deepspeed))
+    collect(lambda: _refuse_quantised(config, stage))
     collect(lambda: _training_settings(config))
     benchmark = collect(lambda: load_benchmark(config, _drawing()))
     counts: dict[str, dict[str, int]] = {}
@@ -110,6 +110,8 @@ def check_run(
             trained[f"anchors of {name}"] = [record.first_exchange() for record in records]
         if look_inside:
             rank, world = share
+            if stage == 3 and rank == 0:  # over whole sets: a share may be of one kind
+                faults += [fault for sets in (trained, graded) for fault in _mixed_sets(sets, seen)]
             new = [{n: records[rank::world] for n, records in p.items() if n not in seen} for p in (trained, graded)]
             _look_inside(config, benchmark, location, *new, faults, collect)
     if strategy is not None and strategy.stream == "none":
@@ -119,8 +121,8 @@ def check_run(
     return Checked(strategy, benchmark, location, base_fingerprint, counts, parts)
 
 
-def _engine(config: RunConfig) -> None:
-    if zero_stage(config.deepspeed) == 3 and config.base.quantization is not None:
+def _refuse_quantised(config: RunConfig, stage: int | None) -> None:
+    if stage == 3 and config.base.quantization is not None:
         raise UserError(
             f"base.quantization {config.base.quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
             "quantised weights; deepspeed may be null, zero1 or zero2"
@@ -230,19 +232,18 @@ def _look_inside(
     parts = [*trained.values(), *graded.values()]
     with progress_bar("check images", sum(map(len, parts))) as advance:
         faults += unreadable_images(chain.from_iterable(parts), advance)
-    with suppress(UserError):  # of a name that is not known, told already
-        if zero_stage(config.deepspeed) == 3:
-            faults += [*_mixed_sets(trained), *_mixed_sets(graded)]
     for name, records in graded.items():
         collect(lambda name=name, records=records: faults.extend(_gold_faults(benchmark.graded(name), records)))
     if location is not None:
         collect(lambda: faults.extend(_token_faults(config, location, trained)))
 
 
-def _mixed_sets(sets: dict[str, Sequence[Record]]) -> list[str]:
+def _mixed_sets(sets: dict[str, Sequence[Record]], seen: Collection[str]) -> list[str]:
     """Sets of which only some records have images: under ZeRO-3 processes wait for each other in the vision tower."""
     faults = []
     for name, records in sets.items():
+        if name in seen:
+            continue
         kinds = {bool(record.media): record.origin for record in records}
         if len(kinds) == 2:
             faults.append(

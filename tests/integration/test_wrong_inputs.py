@@ -190,6 +190,8 @@ def test_several_faults_are_told_at_once(desk, command):
 
 def test_what_zero3_cannot_do_is_told_before_a_run(desk, command):
     desk.change("train", lambda row: (row.pop("image"), row["conversations"][0].update(value="is it red ?")))
+    said = command("check", desk.write(), "deepspeed=zero3")
+    assert_refused(said, "Alpha mixes records with images", "zero2")
     said = command("check", desk.write(), "deepspeed=zero3", "base.quantization=nf4")
     assert_refused(said, "2 faults:", "'nf4'", "does not divide quantised weights", "Alpha mixes records with images")
     assert command("check", desk.write(), "deepspeed=zero2").code == 0
