@@ -24,6 +24,7 @@ def ask(
     after: int | None = None,
     base: str | None = None,
     max_new_tokens: int = 128,
+    domain: str | None = None,
 ) -> str:
     """Greedy answer to a question about pictures, put as it is: no prompt suffix of a benchmark is added.
 
@@ -34,6 +35,7 @@ def ask(
         after: of a run: number of learnt units; None for all.
         base: of an adapter that does not name its own.
         max_new_tokens: longest answer.
+        domain: whose branch answers, of a run where each domain has its own.
 
     Raises:
         UserError: an unreadable picture, marks that do not fit the pictures, a checkpoint that cannot be loaded.
@@ -44,15 +46,16 @@ def ask(
     if not question.strip():
         raise UserError("the question is empty")
     is_run = (Path(target) / "run.json").is_file()
-    if not is_run and after is not None:
-        raise UserError(f"{target} is not a run, for which there is no --after")
+    for option, given in (("--after", after), ("--domain", domain)):
+        if not is_run and given is not None:
+            raise UserError(f"{target} is not a run, for which there is no {option}")
     if is_run and base is not None:
         raise UserError(f"{target} is a run, for which there is no --base")
     pad = "pad" in _image_modes(Path(target))
     media = tuple(Media("image", Path(image), pad=pad) for image in images)
     for each in media:
         read_image(each)  # before a model is loaded
-    opened, model = _opened(target, after, base)
+    opened, model = _opened(target, after, base, domain)
     record = Record("question", media, (Turn("user", question),), origin="the question")
     return generate(opened, model, [record], [""], max_new_tokens)[0].text
 
@@ -64,9 +67,9 @@ def _image_modes(target: Path) -> set[str]:
     return set(files.read_json(target / NOTES)["image_modes"]) if (target / NOTES).is_file() else set()
 
 
-def _opened(target: str | Path, after: int | None, base: str | None) -> tuple[Base, Any]:
+def _opened(target: str | Path, after: int | None, base: str | None, domain: str | None) -> tuple[Base, Any]:
     if (Path(target) / "run.json").is_file():
         saved = load_run(target)
-        return saved.base, saved.restore(len(saved.run.finished_units) if after is None else after)
+        return saved.base, saved.restore(len(saved.run.finished_units) if after is None else after, domain)
     checkpoint = Checkpoint.named(target, base)
     return checkpoint.load(checkpoint.config("mini_dcl", Path("runs/ask")))  # neither data nor folder is touched

@@ -79,12 +79,17 @@ def _continued(model: Any, inputs: Mapping[str, Tensor], result: Any, going: Ten
     """Inputs of the rows that go on: their tokens so far and what is cached of them, pictures included."""
     import torch
 
+    from mllm_keeplora.adapters.mixing import mixer_of
+
     name = "cache" if "cache" in result else "past_key_values"  # as transformers called it until 5.24
     kept = going.nonzero().flatten()
     result[name].batch_select_indices(kept)
     for module in model.modules():
         if hasattr(getattr(module, "rope_deltas", None), "shape"):  # what pictures add to positions, by row (Qwen-VL)
             module.rope_deltas = module.rope_deltas[kept]
+    mixer = mixer_of(model)
+    if mixer is not None:
+        mixer.keep_rows(kept)
     new = result.sequences.shape[1] - inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"][kept], (0, new), value=1)
     return {"input_ids": result.sequences[kept], "attention_mask": mask, name: result[name]}

@@ -25,7 +25,9 @@ FORMS = ("merged", "adapter")
 PREFIX = "base_model.model."
 
 
-def export(run: str | Path | SavedRun, form: str, folder: Path, after: int | None = None) -> None:
+def export(
+    run: str | Path | SavedRun, form: str, folder: Path, after: int | None = None, domain: str | None = None
+) -> None:
     """Write what a run has learnt as a checkpoint that plain transformers or peft loads.
 
     `merged` holds all weights in the dtype that the base is stored in, summed in float32 before the one cast, with
@@ -37,9 +39,10 @@ def export(run: str | Path | SavedRun, form: str, folder: Path, after: int | Non
         form: `merged` or `adapter`.
         folder: written whole or not at all; must not exist yet.
         after: number of learnt units; None for all that are finished.
+        domain: the one to answer, of a run where each has a branch of its own.
 
     Raises:
-        UserError: unknown form, a folder that exists, an unfinished unit.
+        UserError: unknown form, a folder that exists, an unfinished unit; a run whose branches combine by the question.
     """
     saved = run if isinstance(run, SavedRun) else load_run(run)
     if form not in FORMS:
@@ -47,12 +50,15 @@ def export(run: str | Path | SavedRun, form: str, folder: Path, after: int | Non
     if folder.exists():
         raise UserError(f"{folder} exists already; export writes a new folder")
     after = len(saved.run.finished_units) if after is None else after
-    _whole_folder(folder, lambda part: (_merged if form == "merged" else _adapter)(saved, after, part))
+    past = past_of(saved.run, saved.first(after), domain)
+    learnt = past.merged("a merged checkpoint" if form == "merged" else "an adapter for plain peft")
+    write = _merged if form == "merged" else _adapter
+    _whole_folder(folder, lambda part: write(saved, after, *learnt, part))
 
 
-def _merged(saved: SavedRun, after: int, folder: Path) -> None:
+def _merged(saved: SavedRun, after: int, past: list[Factors], full: list[dict[str, Tensor]], folder: Path) -> None:
     base = _stored_base(saved)
-    merge_for_good(base.model, *past_of(saved.run, saved.first(after)))
+    merge_for_good(base.model, past, full)
     base.model.save_pretrained(folder)
     base.processor.save_pretrained(folder)
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
@@ -60,8 +66,7 @@ def _merged(saved: SavedRun, after: int, folder: Path) -> None:
     _refuse_broken(folder, base.model.state_dict())
 
 
-def _adapter(saved: SavedRun, after: int, folder: Path) -> None:
-    past, full = past_of(saved.run, saved.first(after))
+def _adapter(saved: SavedRun, after: int, past: list[Factors], full: list[dict[str, Tensor]], folder: Path) -> None:
     if not past:
         raise UserError(
             f"{saved.run.path}: after 0 domains there is nothing to put into an adapter; use the base itself"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import distributed, files
+from mllm_keeplora.adapters.mixing import look_at
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.data.images import images_of
 from mllm_keeplora.eval.decoding import greedy
@@ -112,6 +113,7 @@ def generate(
     batch = prompt.question_batch(records, [images_of(record, prompt.background) for record in records], suffixes)
     batch = {key: _to(value, parameter) for key, value in batch.items()}
     with torch.inference_mode():
+        look_at(base.model, batch)
         tokens = greedy(model, batch, max_new_tokens, prompt.ends, prompt.tokenizer.pad_token_id)
     ends = torch.tensor(sorted(prompt.ends), device=tokens.device)
     ended = torch.isin(tokens, ends).any(dim=1).tolist()

@@ -10,7 +10,7 @@ from typing import Any
 
 from mllm_keeplora import distributed
 from mllm_keeplora.adapters import Adapters, adapters_for, merge_for_good
-from mllm_keeplora.adapters.stored import past_of
+from mllm_keeplora.adapters.stored import is_oracle, past_of
 from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
 from mllm_keeplora.errors import UserError, known
@@ -29,6 +29,7 @@ class SavedRun:
 
     run: RunDir
     config: RunConfig
+    place: tuple | None = None  # what the adapters hold
 
     @cached_property
     def base(self) -> Base:
@@ -47,25 +48,40 @@ class SavedRun:
         split = self.config.eval.split
         return Benchmark(name=record["benchmark"], domains=domains, suites=suites, split=split)
 
-    def load(self, after: int | None = None) -> tuple[Any, Any]:
+    def load(self, after: int | None = None, domain: str | None = None) -> tuple[Any, Any]:
         """Plain transformers model with everything learnt by the first `after` units merged, and its processor.
 
         Of a run on quantised weights: the same update on the weights before they were quantised.
 
         Args:
             after: number of units; None for all that are finished, 0 for the base.
+            domain: the one to answer, of a run where each has a branch of its own.
+
+        Raises:
+            UserError: no single weight stands for the run, because its branches combine by the question.
         """
         config = self.config.base.model_copy(update={"quantization": None})
         base = self.load_base(config)  # a fresh one: what was handed out before stays as it is
-        merge_for_good(base.model, *past_of(self.run, self.first(after)))
+        past = past_of(self.run, self.first(after), domain)
+        merge_for_good(base.model, *past.merged("a merged model"))
         return base.model, base.processor
 
     def folder(self, after: int) -> DomainDir:
         return self.run.folder(self.run.units[after - 1] if after else BASE_UNIT)
 
-    def restore(self, after: int) -> Any:
-        """The model as the run itself would ask it after so many units."""
-        self.adapters.restore(*past_of(self.run, self.first(after)))
+    def restore(self, after: int, asked: str | None = None) -> Any:
+        """The model as the run itself would ask it after so many units.
+
+        Args:
+            after: number of units.
+            asked: the domain or suite that is asked, which matters where each domain has a branch of its own.
+        """
+        units = self.first(after)
+        place = (after, asked if is_oracle(self.run, units) else None)
+        if place != self.place:
+            past = past_of(self.run, units, asked)
+            self.adapters.restore(past.factors, past.full, past.mixer)
+            self.place = place
         return self.adapters.model
 
     def load_base(self, config: BaseConfig) -> Base:
@@ -123,7 +139,6 @@ def evaluate(
     """
     saved = run if isinstance(run, SavedRun) else load_run(run)
     after = len(saved.run.finished_units) if after is None else after
-    model = None
     benchmark, names = _sets(saved, domains, suite)
     config = saved.config
     if batch_size is not None:
@@ -131,7 +146,7 @@ def evaluate(
     scores = {}
     with saved.run.locked():
         for name in names:
-            model = saved.restore(after) if model is None else model
+            model = saved.restore(after, asked=name)
             facts = evaluate_named(saved.base, model, benchmark, name, config, saved.folder(after), keep_journal=True)
             scores[name] = facts["score"]
         forget_journals(saved.folder(after), names)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import distributed
+from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, TestSet, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
@@ -114,11 +115,34 @@ def check_run(
                 faults += [fault for sets in (trained, graded) for fault in _mixed_sets(sets, seen)]
             new = [{n: records[rank::world] for n, records in p.items() if n not in seen} for p in (trained, graded)]
             _look_inside(config, benchmark, location, *new, faults, collect)
+    if strategy is not None:
+        faults += _unfit_for(config, strategy, stage)
     if strategy is not None and strategy.stream == "none":
         faults.append(f"strategy {config.strategy.name} trains nothing")
     if faults:
         raise several(faults, more=uncounted)
     return Checked(strategy, benchmark, location, base_fingerprint, counts, parts)
+
+
+def _unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list[str]:
+    """What a strategy cannot do under a run's DeepSpeed, or with a projector that is trained in full."""
+    faults, name = [], config.strategy.name
+    if "gradients" in strategy.needs and config.deepspeed is not None:
+        faults.append(
+            f"deepspeed {config.deepspeed!r}: strategy {name} needs the gradients between backward and step, which "
+            "DeepSpeed does not give; deepspeed may be null"
+        )
+    elif "parameters" in strategy.needs and stage == 3:
+        faults.append(
+            f"deepspeed {config.deepspeed!r}: strategy {name} needs its trained parameters whole, which ZeRO-3 "
+            "divides; deepspeed may be null, zero1 or zero2"
+        )
+    if config.adapters.projector == "full" and strategy.combine in LIVE:
+        faults.append(
+            f"adapters.projector is full: strategy {name} weighs its branches by the question, which a projector "
+            "trained in full has none of; allowed: keeplora, frozen"
+        )
+    return faults
 
 
 def _refuse_quantised(config: RunConfig, stage: int | None) -> None:

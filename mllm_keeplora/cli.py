@@ -88,6 +88,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that does not exist yet")],
     to: Annotated[str, typer.Option(help="merged: a whole model for transformers; adapter: one for peft")] = "merged",
     after: Annotated[int | None, typer.Option(help="after so many domains; default: all that are learnt")] = None,
+    domain: Annotated[str | None, typer.Option(help="of a run with a branch for each domain: whose")] = None,
 ) -> None:
     """Write what a run has learnt as a checkpoint that plain transformers or peft loads.
 
@@ -95,7 +96,7 @@ def export(
     """
     from mllm_keeplora.eval.exporting import export as export_run
 
-    export_run(run, to, folder, after)
+    export_run(run, to, folder, after, domain)
     typer.echo(f"written  {folder}")
 
 

@@ -96,6 +96,7 @@ def ask(
     after: Annotated[int | None, typer.Option(help="of a run: after so many domains; 0 is the base model")] = None,
     base: Annotated[str | None, typer.Option(help="of an adapter: its base, where it names none")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
+    domain: Annotated[str | None, typer.Option(help="of a run with a branch for each domain: which to ask")] = None,
 ) -> None:
     """Ask a saved run, a model or an adapter one question.
 
@@ -105,7 +106,7 @@ def ask(
     from mllm_keeplora.log import start_logging
 
     start_logging()
-    typer.echo(ask_one(target, question, image or (), after, base, max_new_tokens))
+    typer.echo(ask_one(target, question, image or (), after, base, max_new_tokens, domain))
 
 
 def rescore(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:

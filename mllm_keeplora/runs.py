@@ -61,6 +61,14 @@ class DomainDir:
         return self.path / "strategy.safetensors"
 
     @property
+    def mixer(self) -> Path:
+        return self.path / "mixer.safetensors"
+
+    @property
+    def trained_mixer(self) -> Path:
+        return self.adapter / "mixer.safetensors"
+
+    @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 

@@ -85,7 +85,7 @@ def evaluate(learner: Learner, unit: Unit) -> None:
     config, run, benchmark = learner.config, learner.run, learner.benchmark
 
     def ask(name: str) -> dict[str, Any]:
-        learner.bring_to(unit.index)
+        learner.bring_to(unit.index, asked=name)
         return evaluate_named(learner.base, learner.adapters.model, benchmark, name, config, run.folder(unit))
 
     names = sets_after(unit, run.units, benchmark, config)

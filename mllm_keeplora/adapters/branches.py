@@ -5,18 +5,20 @@ A thin layer over peft. The plan of what trains is stated here once (`trainable`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters.dense import DenseDeltas, split_at_break_even
 from mllm_keeplora.adapters.factors import Branch, Factors, concatenate, peft_settings
 from mllm_keeplora.adapters.history import PristineWeights, choose_history, weight_of
+from mllm_keeplora.hooks import evaluating
 from mllm_keeplora.models.partition import assign, copy_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.adapters.mixing import Mixer, Mixing
     from mllm_keeplora.models import Base
 
 OPEN, PAST, OFFSET = "domain", "history", "offset"
@@ -43,7 +45,9 @@ class Adapters:
         self.branch: Branch | None = None
         self.past: list[Factors] = []
         self.past_full: list[dict[str, Tensor]] = []
+        self.past_mixer: Mixer | None = None
         self._dense: DenseDeltas | None = None
+        self._mixing: Mixing | None = None
         self._pristine = PristineWeights(model, layers if self.mode == "merged" else (), full)
 
     @property
@@ -51,12 +55,20 @@ class Adapters:
         """What runs: the base model, wrapped by peft while a branch is open or the past is one."""
         return self.base if self.peft is None else self.peft
 
-    def restore(self, past: list[Factors], past_full: list[dict[str, Tensor]]) -> None:
-        """Put the model where it was after `past` (in order); closes an open branch without keeping it."""
+    def restore(self, past: list[Factors], past_full: list[dict[str, Tensor]], mixer: Mixer | None = None) -> None:
+        """Put the model where it was after `past` (in order); closes an open branch without keeping it.
+
+        Args:
+            past, past_full: branches, and deltas of parameters trained in full.
+            mixer: weighs the branches, which then run live; None where they are summed.
+        """
         self._unload()
-        self.past, self.past_full = list(past), list(past_full)
+        self.past, self.past_full, self.past_mixer = list(past), list(past_full), mixer
         self._pristine.shift(self.past_full)
-        if self.mode == "merged":
+        if mixer is not None:
+            self._pristine.merge([])
+            self._run_live(mixer)
+        elif self.mode == "merged":
             self._pristine.merge(self.past)
         elif self.past:
             together, dense = split_at_break_even(concatenate(self.past))
@@ -68,27 +80,54 @@ class Adapters:
     def open(self, branch: Branch) -> None:
         """Open a branch for training, A and B as given. The function of the model does not change.
 
-        Where B does not start at zero, a frozen branch of -B beside it stands for the reduced base weight.
+        Where B does not start at zero, a frozen branch of -B beside it stands for the reduced base weight; a carried
+        branch stands in place of the past; beside one with a mixer the past runs live.
         """
         assert self.branch is None, "a branch is open already"
+        past, full, past_mixer = self.past, self.past_full, self.past_mixer
+        if branch.carried or branch.mixer is not None:
+            self.restore([], full)
+            self.past, self.past_mixer = past, past_mixer
+        if branch.mixer is not None:
+            self._run_live(branch.mixer, branch)
         self.branch = branch
         self._add(OPEN, branch.A, branch.alpha)
         self._fill(OPEN, branch.A, branch.B or None)
-        if branch.B:
+        if branch.mixer is not None:
+            self._weigh_open(branch)
+        elif branch.B and not branch.carried:
             self._add(OFFSET, branch.A, branch.alpha)
             self._fill(OFFSET, branch.A, {layer: -B for layer, B in branch.B.items()})
         self._freeze()
+
+    @property
+    def mixer(self) -> Mixer | None:
+        """What weighs the live branches now, trained or restored."""
+        return self._mixing.mixer if self._mixing is not None else None
+
+    def look_at(self, batch: Mapping[str, Tensor]) -> None:
+        """To be called before the model runs on a batch: live branches are weighed by its questions."""
+        if self._mixing is not None:
+            from mllm_keeplora.adapters.mixing import look_at
+
+            look_at(self.base, batch)
 
     def trainable(self) -> dict[str, Any]:
         """Parameters that train now, by their name within `model`: of the open branch, and those trained in full."""
         if self.branch is None:
             return {}
+        mixed = set(self._mixing.names) if self._mixing is not None else set()
         chosen = {}
         for name, parameter in self.model.named_parameters():
+            plain = name.removeprefix("base_model.model.")
             in_branch = any(f".lora_{part}.{OPEN}." in name for part in self.branch.train)
-            if in_branch or name.removeprefix("base_model.model.") in self.full:
+            if in_branch or plain in self.full or plain in mixed:
                 chosen[name] = parameter
         return chosen
+
+    def is_full(self, name: str) -> bool:
+        """Whether a name of `trainable` is a parameter of the base that is trained in full."""
+        return name.removeprefix("base_model.model.") in self.full
 
     def read(self) -> Factors:
         """The open branch's factors, copied to float32 on the CPU; a frozen A is the one it was opened with."""
@@ -101,6 +140,8 @@ class Adapters:
             trained = "A" in self.branch.train
             B[layer] = copy_of(module.lora_B[OPEN].weight).float().cpu()
             A[layer] = copy_of(module.lora_A[OPEN].weight).float().cpu() if trained else self.branch.A[layer]
+            if self.branch.carried:
+                continue
             if self.branch.B and not trained:
                 B[layer] -= self.branch.B[layer].cpu()
             elif self.branch.B:  # B A - B0 A0 has no common A: both pairs are kept
@@ -116,11 +157,11 @@ class Adapters:
     def load(self, factors: Factors, full: dict[str, Tensor]) -> None:
         """Set the open branch to trained factors (a run continued after training)."""
         A, B = factors.A, factors.B
-        if self.branch.B and "A" in self.branch.train:
+        if self.branch.B and not self.branch.carried and "A" in self.branch.train:
             ranks = self.branch.ranks
             A = {layer: each[: ranks[layer]] for layer, each in A.items()}
             B = {layer: each[:, : ranks[layer]] for layer, each in B.items()}
-        elif self.branch.B:
+        elif self.branch.B and not self.branch.carried:
             B = {layer: each + self.branch.B[layer] for layer, each in B.items()}
         self._fill(OPEN, A, B)
         self._pristine.shift([*self.past_full, full] if full else self.past_full)
@@ -142,23 +183,24 @@ class Adapters:
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """The model as it was before the open branch: for teachers. The trained set is the same afterwards."""
+        """The model as it was before the open branch: for teachers. What trains, and how, is the same afterwards."""
         assert self.branch is not None, "no branch is open"
-        past = [name for name in self.peft.peft_config if name not in (OPEN, OFFSET)]
-        full = {name: copy_of(self.base.get_parameter(name)) for name in self.full}
+        assert self._mixing is None, "a model with live branches has no closed state"
+        full = {name: self.base.get_parameter(name) for name in self.full}
+        if self.branch.carried:  # its start is the past
+            for part, start in (("A", self.branch.A), ("B", self.branch.B)):
+                full |= {(part, layer): self._factor(part, layer) for layer in start}
+        trained = {key: copy_of(parameter) for key, parameter in full.items()}
         self._pristine.shift(self.past_full)
-        if past:
-            self.peft.base_model.set_adapter(past)
-        else:
-            self.peft.base_model.disable_adapter_layers()
+        if self.branch.carried:
+            self._fill(OPEN, self.branch.A, self.branch.B or None)
+        others = [name for name in self.peft.peft_config if name not in (OPEN, OFFSET) or self.branch.carried]
         try:
-            yield
+            with evaluating(self.model), self._active(others):
+                yield
         finally:
-            self.peft.base_model.enable_adapter_layers()
-            self.peft.base_model.set_adapter(list(self.peft.peft_config))
-            for name, value in full.items():
-                assign(self.base.get_parameter(name), value)
-            self._freeze()
+            for key, values in trained.items():
+                assign(full[key], values)
 
     @contextmanager
     def plan_kept(self) -> Iterator[None]:
@@ -201,6 +243,48 @@ class Adapters:
             assign(module.lora_A[name].weight, tensor)
             assign(module.lora_B[name].weight, torch.zeros(()) if B is None else B[layer])
 
+    @contextmanager
+    def _active(self, names: list[str]) -> Iterator[None]:
+        """Run some of peft's branches alone; where there are none, the base."""
+        wanted = self.trainable()
+        if names:
+            self.peft.base_model.set_adapter(names)
+        else:
+            self.peft.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.peft.base_model.enable_adapter_layers()
+            self.peft.base_model.set_adapter(list(self.peft.peft_config))
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in wanted)
+
+    def _run_live(self, mixer: Mixer, branch: Branch | None = None) -> None:
+        """Past branches as one whose rank coordinates the mixer weighs."""
+        from mllm_keeplora.adapters.mixing import Mixing
+
+        self._mixing = Mixing(self.base, mixer)
+        past = [] if branch is not None and branch.carried else [factors.unweighted() for factors in self.past]
+        if not past:
+            return
+        together = concatenate(past)
+        self._add(PAST, together.A, together.alpha)
+        self._fill(PAST, together.A, together.B)
+        for layer in together.A:
+            ranks = [factors.A[layer].shape[0] if layer in factors.A else 0 for factors in past]
+            if mixer.shares is not None:
+                ranks = [sum(ranks) // mixer.shares] * mixer.shares
+            self._mixing.apply(layer, self._module(layer).lora_A[PAST], 0, ranks)
+
+    def _weigh_open(self, branch: Branch) -> None:
+        shares = branch.mixer.shares or 1
+        first = 0 if branch.carried else len(self.past)
+        for layer, rank in branch.ranks.items():
+            self._mixing.apply(layer, self._module(layer).lora_A[OPEN], first, [rank // shares] * shares)
+
+    def _factor(self, part: str, layer: str) -> Any:
+        return getattr(self._module(layer), f"lora_{part}")[OPEN].weight
+
     def _freeze(self) -> None:
         wanted = self.trainable()
         for name, parameter in self.model.named_parameters():
@@ -209,6 +293,9 @@ class Adapters:
 
     def _unload(self) -> None:
         self.branch = None
+        if self._mixing is not None:
+            self._mixing.remove()
+            self._mixing = None
         if self._dense is not None:
             self._dense.remove()
             self._dense = None

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm_keeplora import files
+from mllm_keeplora.adapters.mixers import rebuilt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.adapters.mixing import Mixer
+
 PREFIX = "base_model.model."
+MIXER = "mixer|"
 
 
 @dataclass
@@ -25,17 +29,24 @@ class Branch:
     B starts at zero, or at `B[layer]` (d_out, rank), whose product is then taken off the base: opening a branch leaves
     the model's function as it was. `A[layer]` is (rank, d_in) float32; a layer without room for a direction has no
     entry. `alpha[layer]` is peft's: scaling = alpha / rank, with any layer scale g_l already inside.
+
+    Attributes:
+        carried: A and B are those of the domain before, trained on: the branch stands in place of the whole past.
+        mixer: weighs this branch and those of the past, which then stay live; None where they are merged or summed.
     """
 
     A: dict[str, Tensor]
     alpha: dict[str, float]
     train: tuple[str, ...] = ("B",)
     B: dict[str, Tensor] = field(default_factory=dict)
+    carried: bool = False
+    mixer: Mixer | None = None
 
     def __post_init__(self):
         assert self.A.keys() == self.alpha.keys(), "every layer of a branch needs A and alpha"
         assert not self.B or self.B.keys() == self.A.keys(), "B is given for every layer of a branch or for none"
         assert set(self.train) <= {"A", "B"} and self.train, self.train
+        assert self.mixer is None or self.carried or not self.B, "a live branch begins with B = 0, or is carried"
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -43,8 +54,11 @@ class Branch:
 
     def save(self, path: Path) -> None:
         tensors = {f"{layer}.A": A for layer, A in self.A.items()} | {f"{layer}.B": B for layer, B in self.B.items()}
-        facts = json.dumps({"alpha": self.alpha, "train": self.train})  # one key: safetensors keeps no order of keys
-        files.write_tensors(path, tensors, {"branch": facts})
+        facts = {"alpha": self.alpha, "train": self.train, "carried": self.carried, "mixer": None}
+        if self.mixer is not None:
+            facts["mixer"], stored = self.mixer.stored()
+            tensors |= {f"{MIXER}{name}": tensor for name, tensor in stored.items()}
+        files.write_tensors(path, tensors, {"branch": json.dumps(facts)})  # safetensors keeps no order of keys
 
     @classmethod
     def load(cls, path: Path) -> Branch:
@@ -55,19 +69,37 @@ class Branch:
             facts = json.loads(stored.metadata()["branch"])
         A = {layer: tensors[f"{layer}.A"] for layer in facts["alpha"]}
         B = {layer: tensors[f"{layer}.B"] for layer in facts["alpha"] if f"{layer}.B" in tensors}
-        return cls(A, facts["alpha"], tuple(facts["train"]), B)
+        mixer = None
+        if facts.get("mixer") is not None:
+            own = {name.removeprefix(MIXER): each for name, each in tensors.items() if name.startswith(MIXER)}
+            mixer = rebuilt(facts["mixer"], own)
+        return cls(A, facts["alpha"], tuple(facts["train"]), B, facts.get("carried", False), mixer)
 
 
 @dataclass
 class Factors:
-    """A trained branch: A (rank, d_in), B (d_out, rank), both float32 on the CPU, and alpha, per layer."""
+    """A trained branch: A (rank, d_in), B (d_out, rank), both float32 on the CPU, and alpha, per layer.
+
+    `weight` is what a later domain made of the branch's share, by layer where it is not 1 (SD-LoRA's magnitudes).
+    """
 
     A: dict[str, Tensor]
     B: dict[str, Tensor]
     alpha: dict[str, float]
+    weight: dict[str, float] = field(default_factory=dict)
 
     def scaling(self, layer: str) -> float:
-        return self.alpha[layer] / self.A[layer].shape[0]
+        return self.alpha[layer] / self.A[layer].shape[0] * self.weight.get(layer, 1.0)
+
+    def unweighted(self) -> Factors:
+        """The branch as it was trained."""
+        return Factors(self.A, self.B, self.alpha)
+
+    def less(self, other: Factors) -> Factors:
+        """A branch whose delta is this one's less the other's."""
+        return concatenate(
+            [self, Factors(other.A, {layer: -B for layer, B in other.B.items()}, other.alpha, other.weight)]
+        )
 
     def delta(self, layer: str) -> Tensor:
         """Delta weight (d_out, d_in) in float32."""

@@ -2,51 +2,126 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import files
 from mllm_keeplora.adapters.factors import Factors
+from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.runs import DomainDir, RunDir, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.adapters.mixing import Mixer
     from mllm_keeplora.linalg import Basis
 
-COMBINE = ("merge",)
+COMBINE = ("merge", "sum", "gate", "route", "oracle")
+LIVE = ("gate", "route")  # weighed by the question: such branches cannot be merged
 FORGOTTEN = "|forgotten"  # after a layer's name: which of its earlier columns were given up
 
 
-def write_manifest(unit: DomainDir, combine: str, start_from: str) -> None:
+@dataclass
+class Past:
+    """What makes a model of the pristine base.
+
+    Attributes:
+        factors: branches in order.
+        full: deltas of parameters trained in full, in order.
+        mixer: weighs the branches by the question; None where they are summed.
+    """
+
+    factors: list[Factors] = field(default_factory=list)
+    full: list[dict[str, Tensor]] = field(default_factory=list)
+    mixer: Mixer | None = None
+
+    def merged(self, purpose: str) -> tuple[list[Factors], list[dict[str, Tensor]]]:
+        """Branches and deltas, for a purpose that needs one weight for all questions.
+
+        Raises:
+            UserError: how the branches combine depends on the question.
+        """
+        if self.mixer is not None:
+            raise UserError(
+                f"{purpose} cannot exist: how this run's branches combine depends on the question "
+                f"({self.mixer.kind}), and no single weight stands for that; use eval and ask on the run itself"
+            )
+        return self.factors, self.full
+
+
+def write_manifest(unit: DomainDir, combine: str, start_from: str, carried: bool, mixer: Mixer | None) -> None:
     """State how this unit's branch combines with the earlier ones at answering time, and which files hold it."""
     manifest: dict[str, Any] = {"combine": combine, "start_from": start_from, "adapter": unit.adapter.name}
+    if carried:
+        manifest["carried"] = True
     if unit.projector.is_file():
         manifest["projector"] = unit.projector.name
+    if mixer is not None:
+        save_mixer(unit.mixer, mixer)
+        manifest["mixer"] = unit.mixer.name
     files.write_json(unit.manifest, manifest)
 
 
-def past_of(run: RunDir, units: list[Unit]) -> tuple[list[Factors], list[dict[str, Tensor]]]:
-    """Factors and full-parameter deltas that make the model after the given units, in order.
+def past_of(run: RunDir, units: list[Unit], asked: str | None = None) -> Past:
+    """What makes the model after the given units.
+
+    Args:
+        run, units: units in order, from the first.
+        asked: the domain whose questions the model is to answer, where each is answered by its own branch (oracle);
+            one that was not learnt, or a suite, is answered by the base.
 
     Raises:
-        UserError: a unit is not finished, or combines in a way that this version does not know.
+        UserError: a unit is not finished; each domain has its own branch and `asked` is None.
     """
-    factors: list[Factors] = []
-    full: list[dict[str, Tensor]] = []
+    past = Past()
+    manifest: dict[str, Any] = {}
     for unit in units:
         folder = run.folder(unit)
-        if not folder.manifest.is_file():
-            raise UserError(f"{run.path} has not finished {unit.name}: {folder.manifest.name} is missing")
-        manifest = files.read_json(folder.manifest)
-        if manifest["combine"] not in COMBINE:
-            raise UserError(f"{folder.manifest}: combine {manifest['combine']!r} is not one of {', '.join(COMBINE)}")
-        if manifest["start_from"] == "base":
-            factors, full = [], []
-        factors.append(Factors.load(folder.adapter))
+        manifest = _manifest(run, unit)
+        if manifest["combine"] == "oracle" and unit.domains != (asked,):
+            continue
+        if manifest.get("carried"):
+            past.factors = []
+        elif manifest["combine"] == "merge" and manifest["start_from"] == "base":
+            past = Past()
+        past.factors.append(Factors.load(folder.adapter))
         if "projector" in manifest:
-            full.append(files.read_tensors(folder.projector))
-    return factors, full
+            past.full.append(files.read_tensors(folder.projector))
+    if manifest.get("combine") == "oracle" and asked is None:
+        names = ", ".join(name for unit in units for name in unit.domains)
+        raise UserError(f"{run.path} answers every domain by a branch of its own; name one with --domain: {names}")
+    if "mixer" in manifest:
+        mixer = load_mixer(run.folder(units[-1]).mixer)
+        past = mixer.summed(past) if manifest["combine"] == "sum" else replace(past, mixer=mixer)
+    return past
+
+
+def is_oracle(run: RunDir, units: list[Unit]) -> bool:
+    """Whether the model after the given units depends on which domain is asked."""
+    return bool(units) and _manifest(run, units[-1])["combine"] == "oracle"
+
+
+def updates_of(run: RunDir, units: list[Unit]) -> list[Factors]:
+    """What each unit added by itself; of a carried branch, its change."""
+    found: list[Factors] = []
+    before: Factors | None = None
+    for unit in units:
+        factors = Factors.load(run.folder(unit).adapter)
+        is_carried = _manifest(run, unit).get("carried") and before is not None
+        found.append(factors.less(before) if is_carried else factors)
+        before = factors
+    return found
+
+
+def _manifest(run: RunDir, unit: Unit) -> dict[str, Any]:
+    path = run.folder(unit).manifest
+    if not path.is_file():
+        raise UserError(f"{run.path} has not finished {unit.name}: {path.name} is missing")
+    manifest = files.read_json(path)
+    if manifest["combine"] not in COMBINE:
+        raise UserError(f"{path}: combine {manifest['combine']!r} is not one of {', '.join(COMBINE)}")
+    return manifest
 
 
 def save_growth(

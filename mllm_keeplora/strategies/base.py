@@ -5,7 +5,7 @@ Every hook is a no-op by default, so a strategy states only its differences. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters import Adapters
+    from mllm_keeplora.adapters.mixing import Mixer
     from mllm_keeplora.linalg import (
         Basis,
         FrequentDirections,
@@ -44,10 +45,11 @@ class StrategyOptions(BaseModel):
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """The domain being learnt: its 0-based place in the sequence and its name."""
+    """The domain being learnt: its 0-based place in the sequence, its name, and how many the run has so far."""
 
     index: int
     name: str
+    total: int = 1
 
 
 class Context(Protocol):
@@ -94,7 +96,41 @@ class Context(Protocol):
         """Give up columns of a layer's kept basis. The only way to do so: what earlier domains kept is on disk."""
 
     def teacher_forward(self, batch: Mapping[str, Any]) -> Any:
-        """Outputs of the model as it was before this domain, without gradient."""
+        """Outputs of the model as it was before this domain, without gradient; logits as in `extra_loss`."""
+
+    @property
+    def num_records(self) -> int:
+        """Training records of this domain."""
+
+    def drawn(self, population: int, count: int) -> list[int]:
+        """Numbers below `population`, drawn with replacement for this optimizer step: this micro-batch's part.
+
+        `count` are drawn for the whole step, whatever its processes and micro-batches.
+        """
+
+    def batch_of(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Model inputs of training records by reference: (place of the domain, number of the record)."""
+
+    def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Two batches as one."""
+
+    def loss_gradients(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradient of a batch's mean loss over answer tokens by trained parameter, over all processes' batches."""
+
+    def record_gradients(self, samples: int | float) -> Iterator[dict[str, Tensor]]:
+        """Gradient of -log p(answer) by trained parameter, one of so many evenly spaced records after the other.
+
+        Each process has its share of the records.
+        """
+
+    def prompt_features(self, samples: int | float, pictures: bool = True) -> Tensor:
+        """What frozen parts see in the questions of evenly spaced records, (n, d): this process's share.
+
+        `adapters.features.prompt_features` says what; without `pictures` it is text alone.
+        """
+
+    def answer_with(self, mixer: Mixer) -> None:
+        """Let a mixer weigh the branches when questions are answered after this domain."""
 
     def reduce(self, tensors: list[Tensor]) -> None:
         """Sum tensors over processes, in place."""
@@ -125,6 +161,15 @@ class Strategy:
     def __init__(self, options: StrategyOptions):
         self.options = options
 
+    @property
+    def needs(self) -> frozenset[Literal["gradients", "parameters"]]:
+        """What DeepSpeed takes away, and a run with it is refused for.
+
+        `gradients`: whole ones between backward and step (no DeepSpeed at all). `parameters`: whole trained ones
+        outside of the model's forward (no ZeRO-3).
+        """
+        return frozenset()
+
     def prepare(self, context: Context) -> None:
         """Once, before the first domain, with the untouched base; `context.domain` has index -1."""
 
@@ -132,11 +177,18 @@ class Strategy:
         """Open the branch that this domain trains, possibly after a pass over its data."""
 
     def batch(self, context: Context, batch: dict[str, Any]) -> dict[str, Any]:
-        """Change a training batch (replay)."""
+        """Change a training batch (replay), before its answers' tokens are counted."""
         return batch
 
     def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any) -> Tensor | float:
-        """A term added to the task loss."""
+        """A term added to the task loss.
+
+        Args:
+            context: of the domain.
+            batch: model inputs with labels.
+            outputs: the model's; `logits` (1, n, vocabulary) are those of the supervised positions alone, in the order
+                of `tokens.supervised_positions`.
+        """
         return 0.0
 
     def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mllm_keeplora import distributed, watch
-from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced
+from mllm_keeplora.adapters.mixing import look_at
+from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced, joined
 from mllm_keeplora.data.schema import Record, Turn
+from mllm_keeplora.hooks import evaluating, supervised_logits
 from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, is_partitioned
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments, shared_inputs
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import DomainInfo
+from mllm_keeplora.tokens import token_losses
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from mllm_keeplora.adapters import Adapters
+    from mllm_keeplora.adapters.mixing import Mixer
     from mllm_keeplora.linalg import (
         Basis,
         FrequentDirections,
@@ -30,6 +36,21 @@ if TYPE_CHECKING:
     from mllm_keeplora.models import Base
 
 S, T = TypeVar("S"), TypeVar("T")
+
+
+@dataclass
+class Sources:
+    """Where records are that the domain itself does not have.
+
+    Attributes:
+        anchors: gives the records of an anchor set by its name.
+        trained: gives the training records of a domain by its name.
+        names: of the units of the sequence, in order.
+    """
+
+    anchors: Callable[[str], Sequence[Record]] | None = None
+    trained: Callable[[str], Sequence[Record]] | None = None
+    names: Sequence[str] = ()
 
 
 class RunContext:
@@ -44,7 +65,8 @@ class RunContext:
         collator: turns records into model inputs.
         rng: generator seeded from seed, domain and stage.
         probe_batch_size: records per forward of a data pass.
-        anchors: gives the records of an anchor set by its name.
+        sources: gives the records of anchor sets and of earlier domains.
+        seed: of the stage, for draws that depend on the step alone.
     """
 
     def __init__(
@@ -57,7 +79,8 @@ class RunContext:
         collator: TrainCollator,
         rng: torch.Generator,
         probe_batch_size: int,
-        anchors: Callable[[str], Sequence[Record]] | None = None,
+        sources: Sources | None = None,
+        seed: int = 0,
     ):
         self.base = base
         self.branches = branches
@@ -67,7 +90,10 @@ class RunContext:
         self.collator = collator
         self.rng = rng
         self.probe_batch_size = probe_batch_size
-        self.anchors = anchors
+        self.sources = sources or Sources()
+        self.seed = seed
+        self.share = (distributed.rank(), distributed.world_size())  # of a draw; the training counts its micro-batches
+        self.answering: Mixer | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.step = 0
         self.facts: dict[str, Any] = {}
@@ -103,7 +129,7 @@ class RunContext:
     ) -> dict[str, MomentAccumulator | FrequentDirections]:
         records = self.records
         if of:  # answers of anchors are not used: the first question of each, whose tokens see no answer
-            records = [record.first_exchange() for name in of for record in self.anchors(name)]
+            records = [record.first_exchange() for name in of for record in self.sources.anchors(name)]
             plan = plan.of_questions()
         batches = self._pass(records, samples, "anchors" if of else "features")
         return collect_moments(self.branches.model, self._modules(layers), batches, plan)
@@ -123,8 +149,59 @@ class RunContext:
     def teacher_forward(self, batch: Mapping[str, Any]) -> Any:
         import torch
 
-        with torch.no_grad(), self.branches.closed():
-            return self.branches.model(**{key: value for key, value in batch.items() if key != "labels"})
+        model = self.branches.model
+        with torch.no_grad(), self.branches.closed(), supervised_logits(self.branches.base, batch["labels"]):
+            return model(**{key: value for key, value in batch.items() if key != "labels"})
+
+    @property
+    def num_records(self) -> int:
+        return len(self.records)
+
+    def drawn(self, population: int, count: int) -> list[int]:
+        """This micro-batch's part of `count` draws with replacement, made anew for every optimizer step."""
+        draws = random.Random(f"{self.seed} {self.step}")
+        place, places = self.share
+        return [draws.randrange(population) for _ in range(count)][place::places]
+
+    def batch_of(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        records = [self._of_domain(domain)[index] for domain, index in references]
+        device = next(self.branches.base.parameters()).device
+        return {key: value.to(device) for key, value in self.collator(records).items()}
+
+    def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return joined(first, second, self.collator.prompt.tokenizer.pad_token_id)
+
+    def loss_gradients(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the mean loss over the answers' tokens of all processes' batches."""
+        import torch
+
+        sums, tokens = self._gradients(batch)
+        count = torch.tensor([float(tokens)], device=batch["labels"].device)
+        distributed.all_reduce([*sums.values(), count])
+        return {name: each / count.item() for name, each in sums.items()}
+
+    def record_gradients(self, samples: int | float) -> Iterator[dict[str, Tensor]]:
+        chosen = self._chosen(self.records, samples)
+        with progress_bar(f"{self.domain.name}: gradients", len(chosen) // distributed.world_size()) as advance:
+            for batch in own_batches(self.branches.base, self.collator, chosen, 1):
+                yield self._gradients(batch)[0]
+                advance()
+
+    def prompt_features(self, samples: int | float, pictures: bool = True) -> Tensor:
+        import torch
+
+        from mllm_keeplora.adapters.features import prompt_features
+
+        with torch.no_grad():
+            found = [
+                prompt_features(batch, self.branches.base, pictures).cpu()
+                for batch in self._pass(self.records, samples, "questions")
+                if not isinstance(batch, IdleBatch)
+            ]
+        return torch.cat(found) if found else torch.zeros(0)
+
+    def answer_with(self, mixer: Mixer) -> None:
+        self.answering = mixer
 
     def reduce(self, tensors: list[Tensor]) -> None:
         distributed.all_reduce(tensors)
@@ -154,12 +231,31 @@ class RunContext:
 
     def _pass(self, records: Sequence[Record], samples: int | float, title: str) -> Iterator[dict]:
         """Model inputs over evenly spaced records; each process takes its share."""
-        count = samples if samples >= 1 else max(1, round(samples * len(records)))
-        chosen = evenly_spaced(records, int(count))
+        chosen = self._chosen(records, samples)
         with progress_bar(f"{self.domain.name}: {title}", len(chosen) // distributed.world_size()) as advance:
             for batch in own_batches(self.branches.base, self.collator, chosen, self.probe_batch_size):
                 yield batch
                 advance(0 if isinstance(batch, IdleBatch) else len(batch["labels"]))
+
+    def _chosen(self, records: Sequence[Record], samples: int | float) -> Sequence[Record]:
+        count = samples if samples >= 1 else max(1, round(samples * len(records)))
+        return evenly_spaced(records, int(count))
+
+    def _of_domain(self, index: int) -> Sequence[Record]:
+        return self.records if index == self.domain.index else self.sources.trained(self.sources.names[index])
+
+    def _gradients(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """Gradient of the summed loss over the answers' tokens by trained parameter, and how many tokens they are."""
+        import torch
+
+        trained = self.branches.trainable()
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        self.branches.look_at(batch)
+        with evaluating(self.branches.model), supervised_logits(self.branches.base, batch["labels"]):
+            losses = token_losses(self.branches.model(**inputs).logits, batch["labels"])
+        found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+        pairs = zip(trained.items(), found, strict=True)
+        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}, losses.numel()
 
 
 def own_batches(model: Any, collator: TrainCollator, records: Sequence[Record], size: int) -> Iterator[dict]:
@@ -169,9 +265,13 @@ def own_batches(model: Any, collator: TrainCollator, records: Sequence[Record], 
     """
     device, world = next(model.parameters()).device, distributed.world_size()
     for part in batches(records[distributed.rank() :: world], size):
-        yield {key: value.to(device) for key, value in collator(part).items()}
+        batch = {key: value.to(device) for key, value in collator(part).items()}
+        look_at(model, batch)
+        yield batch
         watch.stop_here()
     if is_partitioned(model) and world > 1:
         most, own = (math.ceil(len(records[rank::world]) / size) for rank in (0, distributed.rank()))
         for _ in range(most - own):
-            yield IdleBatch({key: value.to(device) for key, value in collator(records[:1]).items()})
+            batch = IdleBatch({key: value.to(device) for key, value in collator(records[:1]).items()})
+            look_at(model, batch)
+            yield batch

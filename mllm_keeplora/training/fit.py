@@ -6,6 +6,7 @@ Only the parameters that the adapters declare are trained, saved in checkpoints 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -165,15 +166,24 @@ class DomainTrainer(Trainer):
         self.lr_full: float | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        batch = self.strategy.batch(self.context, inputs)
-        with supervised_logits(self.context.branches.base, batch["labels"]):
-            loss, outputs = super().compute_loss(model, {**batch}, True, num_items_in_batch)
-        extra = self.strategy.extra_loss(self.context, batch, outputs)
+        self.context.branches.look_at(inputs)
+        with supervised_logits(self.context.branches.base, inputs["labels"]):
+            loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
+        extra = self.strategy.extra_loss(self.context, inputs, outputs)
         loss = loss + extra / self.current_gradient_accumulation_steps
         if not torch.isfinite(loss):
             where = f"{self.context.domain.name}, optimizer step {self.state.global_step}"
             raise RuntimeError(f"the loss is {loss.item()} in domain {where}; lower train.lr or look at the data")
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, changed by the strategy before their tokens are counted."""
+        taken = list(itertools.islice(epoch_iterator, num_batches))
+        rank, world = distributed.rank(), distributed.world_size()
+        for number, batch in enumerate(taken):
+            self.context.share = (number * world + rank, len(taken) * world)
+            taken[number] = self.strategy.batch(self.context, batch)
+        return taken, self._get_num_items_in_batch(taken, device)
 
     def _get_train_sampler(self, train_dataset=None):
         world = distributed.world_size()
@@ -188,7 +198,8 @@ class DomainTrainer(Trainer):
             cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups: dict[float, list] = {}
             for name, parameter in self.context.branches.trainable().items():
-                rate = self.args.learning_rate if ".lora_" in name else (self.lr_full or self.args.learning_rate)
+                is_full = self.context.branches.is_full(name)
+                rate = (self.lr_full if is_full else None) or self.args.learning_rate
                 groups.setdefault(rate, []).append(parameter)
             decay = self.args.weight_decay
             self.optimizer = cls([{"params": p, "lr": r, "weight_decay": decay} for r, p in groups.items()], **keywords)
@@ -235,6 +246,10 @@ class Reporter(TrainerCallback):
         self.context.optimizer = optimizer
         self.context.step = state.global_step
         self.advance(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not args.max_grad_norm:  # otherwise the strategy was asked before clipping
+            self.strategy.around_step(self.context, "grad")
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.strategy.around_step(self.context, "post")

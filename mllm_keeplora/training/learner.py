@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed, files, watch
 from mllm_keeplora.adapters import Adapters, Branch, Factors, adapters_for
-from mllm_keeplora.adapters.stored import kept_of, parts_of, past_of, save_growth, write_manifest
+from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
+from mllm_keeplora.adapters.stored import is_oracle, kept_of, parts_of, past_of, save_growth, updates_of, write_manifest
 from mllm_keeplora.config import RunConfig, result_defining
 from mllm_keeplora.data import Benchmark
 from mllm_keeplora.data.collate import TrainCollator
@@ -21,7 +22,7 @@ from mllm_keeplora.models import Base, cache_tower, load_base
 from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.strategies import DomainInfo, Strategy
-from mllm_keeplora.training.context import RunContext
+from mllm_keeplora.training.context import RunContext, Sources
 from mllm_keeplora.training.deepspeed import deepspeed_file, divided_loading
 from mllm_keeplora.training.diagnose import capacity_of, changes_of, inputs_of, sets_to_look_at, slices_of
 from mllm_keeplora.training.seeds import seed_everything, stage_seed
@@ -45,7 +46,7 @@ class Learner:
         self.strategy = strategy
         self.units = run.units
         self.kept: dict[str, Basis] = {}
-        self.learnt: int | None = None  # units that the adapters hold now
+        self.place: tuple | None = None  # what the adapters, and all that is kept, hold now: see `bring_to`
         self.open_unit: Unit | None = None
 
     @cached_property
@@ -77,12 +78,12 @@ class Learner:
         if distributed.is_main():
             files.write_tensors(self.run.kept_by_prepare, {name: basis.columns for name, basis in self.kept.items()})
         distributed.barrier()
-        self.learnt = None  # the next stage reads the file, the same whether the run was interrupted or not
+        self.place = None  # the next stage reads the file, the same whether the run was interrupted or not
         return {"target_layers": len(self.base.parts.target_layers), **_ranks(self.kept)}
 
     def gradient(self, unit: Unit) -> dict[str, Any]:
         """Open the unit's branch (for KeepLoRA after a gradient pass) and keep its start on disk."""
-        self.bring_to(self._before(unit))
+        self._start(unit)
         context = self._context(unit, "gradient")
         self.strategy.before_domain(context)
         branch = self.adapters.branch
@@ -101,7 +102,7 @@ class Learner:
 
         folder = self.folder(unit)
         if self.open_unit != unit:
-            self.bring_to(self._before(unit))
+            self._start(unit)
             self._reopen(unit, trained=False)
         seed = stage_seed(self.config.seed, unit.key, "train")
         settings = self.config.train_of(unit.domains[0]) if len(unit.domains) == 1 else self.config.train
@@ -126,19 +127,22 @@ class Learner:
                 factors.save(folder.adapter, self.config.adapters.dropout)
                 if full:
                     files.write_tensors(folder.projector, full)
-                write_manifest(folder, self.strategy.combine, self.strategy.start_from)
+                if self.adapters.mixer is not None:
+                    save_mixer(folder.trained_mixer, self.adapters.mixer)
         return facts
 
     def consolidate(self, unit: Unit) -> dict[str, Any]:
         """Grow what is kept, with the finished branch still active; then merge from pristine base and all factors."""
         folder = self.folder(unit)
         if self.open_unit != unit:
-            self.bring_to(self._before(unit))
+            self._start(unit)
             self._reopen(unit, trained=True)
         context = self._context(unit, "consolidate")
         before = {layer: basis.rank for layer, basis in self.kept.items()}
         self.strategy.after_domain(context)
         if distributed.is_main():
+            mixer, carried = context.answering or self.adapters.mixer, self.adapters.branch.carried
+            write_manifest(folder, self.strategy.combine, self.strategy.start_from, carried, mixer)
             save_growth(folder, self.kept, before, context.forgotten)
             state = self.strategy.state_dict()
             if state:
@@ -147,7 +151,7 @@ class Learner:
             files.write_json(folder.gradient, {**facts, **context.facts})
         distributed.barrier()
         self.open_unit = None
-        self.learnt = None  # forces the merge from files, the same whether the run was interrupted or not
+        self.place = None  # forces the merge from files, the same whether the run was interrupted or not
         self.bring_to(unit.index)
         if distributed.is_main():
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
@@ -156,15 +160,16 @@ class Learner:
     def diagnose(self, unit: Unit) -> dict[str, Any]:
         """Measure what the unit did to the model, on a few records of every set; nothing is changed."""
         folder, done = self.folder(unit), self.units[: unit.index]
-        self.bring_to(unit.index)
+        self.bring_to(unit.index, asked=unit.domains[0])
         parts, before = parts_of(self.run, done), kept_of(self.run, done[:-1])
-        history, _ = past_of(self.run, done)
+        history = updates_of(self.run, done)
+        earlier = history[:-1] if self.strategy.start_from == "previous" else []
         merged = self.adapters.mode == "merged"
         dtype = next(self.base.model.parameters()).dtype if merged else None
         everything, samples = self.config.eval.domains == "all", self.config.diagnostics.samples
         facts = {
             "capacity": capacity_of(parts, self.kept),
-            "changes": changes_of(history[-1], history[:-1], self.adapters.pristine, before, dtype),
+            "changes": changes_of(history[-1], earlier, self.adapters.pristine, before, dtype),
             "inputs": {
                 name: inputs_of(
                     self.adapters.model, self.base, records, history[-1], slices_of(self.kept, parts),
@@ -179,22 +184,31 @@ class Learner:
 
     # -- where the model is --------------------------------------------------------------------------------------
 
-    def bring_to(self, learnt: int) -> None:
-        """Put model, kept bases and strategy to the end of unit number `learnt` (0: the untouched base)."""
-        if self.learnt == learnt and self.open_unit is None:
+    def bring_to(self, learnt: int, known: int | None = None, asked: str | None = None) -> None:
+        """Put model, kept bases and strategy to the end of a unit.
+
+        Args:
+            learnt: units that the model has learnt; 0 is the untouched base.
+            known: units that kept bases and strategy know of; None for as many.
+            asked: the domain or suite that is to be answered, where each domain has its own branch.
+        """
+        known, done = learnt if known is None else known, self.units[:learnt]
+        place = (learnt, known, asked if is_oracle(self.run, done) else None)
+        if self.place == place and self.open_unit is None:
             return
-        done = self.units[:learnt]
-        self.adapters.restore(*past_of(self.run, done))
-        self.kept = kept_of(self.run, done)
-        if done and self.folder(done[-1]).strategy.is_file():
-            self.strategy.load_state_dict(files.read_tensors(self.folder(done[-1]).strategy))
-        self.learnt, self.open_unit = learnt, None
+        past = past_of(self.run, done, asked)
+        self.adapters.restore(past.factors, past.full, past.mixer)
+        self.kept = kept_of(self.run, self.units[:known])
+        state = self.folder(self.units[known - 1]).strategy if known else None
+        self.strategy.load_state_dict(files.read_tensors(state) if state is not None and state.is_file() else {})
+        self.place, self.open_unit = place, None
 
     def folder(self, unit: Unit) -> DomainDir:
         return self.run.folder(unit)
 
-    def _before(self, unit: Unit) -> int:
-        return 0 if self.strategy.start_from == "base" else unit.index - 1
+    def _start(self, unit: Unit) -> None:
+        """Where the unit's training starts: its model may be the base, but what is known of earlier units is kept."""
+        self.bring_to(0 if self.strategy.start_from == "base" else unit.index - 1, known=unit.index - 1)
 
     def _reopen(self, unit: Unit, trained: bool) -> None:
         folder = self.folder(unit)
@@ -202,6 +216,8 @@ class Learner:
         if trained:
             full = files.read_tensors(folder.projector) if folder.projector.is_file() else {}
             self.adapters.load(Factors.load(folder.adapter), full)
+            if self.adapters.mixer is not None:
+                self.adapters.mixer.load_state_dict(load_mixer(folder.trained_mixer).state_dict())
         self.open_unit = unit
 
     def _same_start_everywhere(self, folder: DomainDir) -> None:
@@ -209,7 +225,7 @@ class Learner:
         if distributed.world_size() > 1:
             distributed.barrier()
             unit, self.open_unit = self.open_unit, None
-            self.adapters.restore(self.adapters.past, self.adapters.past_full)
+            self.adapters.restore(self.adapters.past, self.adapters.past_full, self.adapters.past_mixer)
             self.adapters.open(Branch.load(folder.init))
             self.open_unit = unit
 
@@ -222,10 +238,13 @@ class Learner:
             records, _ = training_records(unit, self.benchmark, self.config)
         collator = TrainCollator(self.base.prompt, self.config.train.max_length)
         rng = torch.Generator().manual_seed(seed)
-        info = DomainInfo(unit.index - 1, unit.name)
+        info = DomainInfo(unit.index - 1, unit.name, len(self.units))
         size = self.config.train.probe_batch_size
-        anchors = self.benchmark.anchor_records
-        return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, size, anchors)
+        sources = Sources(self.benchmark.anchor_records, self.benchmark.train_records, self._names())
+        return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, size, sources, seed)
+
+    def _names(self) -> list[str]:
+        return [unit.name for unit in self.units]
 
     def _log_plan(self, unit: Unit, num_records: int, epochs: float, arguments: Any) -> None:
         trained = self.adapters.trainable()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mllm_keeplora.tokens import supervised_positions
 from mllm_keeplora.training.context import RunContext
 from tests.unit.adapters.conftest import (
     ABSENT,
@@ -159,5 +160,14 @@ def test_teacher_forward_gives_the_outputs_before_the_branch_without_a_graph(bas
     adapters.load(random_factors(base, 8), {})
     context = RunContext(base, adapters, {}, None, [], None, None, 4)
     outputs = context.teacher_forward(batch)
-    assert torch.equal(outputs.logits, before) and not outputs.logits.requires_grad
+    supervised = before[supervised_positions(batch["labels"])]
+    assert torch.allclose(outputs.logits[0], supervised, atol=1e-5) and not outputs.logits.requires_grad
     adapters.assert_plan()
+
+
+def test_a_teacher_leaves_a_training_model_in_training(base, batch):
+    adapters = adapt(base)
+    adapters.open(random_branch(base, 7))
+    adapters.model.train()
+    RunContext(base, adapters, {}, None, [], None, None, 4).teacher_forward(batch)
+    assert all(module.training for module in adapters.model.modules())

@@ -1,0 +1,91 @@
+"""What the frozen parts of a base see in a question: the same in training, for the first token and for the last.
+
+Gates and routers look at this alone. Nothing that is trained touches it (embeddings and vision tower are frozen), nor
+does an answer, so that what was learnt to be silent on a question stays so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_keeplora.hooks import removed_afterwards
+from mllm_keeplora.models.parts import projectors_of
+
+TEXT = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "position_ids")
+
+
+def prompt_features(batch: Mapping[str, Tensor], model: Any, pictures: bool = True) -> Tensor:
+    """Mean embedding of a question's words, beside the mean of what the vision tower gives for its pictures.
+
+    Args:
+        batch: model inputs (b, t), padded on either side; with `labels`, words from the first answer on do not count.
+        model: the base model.
+        pictures: False leaves the pictures out.
+
+    Returns:
+        (b, d) float32, d the embedding's size, plus the tower's where there are pictures; zeros there for a question
+        without any.
+    """
+    words = _mean_of_words(batch, model)
+    if not pictures:
+        return words
+    seen = _mean_of_pictures(batch, model)
+    return torch.cat([words, seen], dim=1)
+
+
+def words_of_questions(batch: Mapping[str, Tensor], image_token: int | None) -> Tensor:
+    """(b, t) bool: tokens of the instruction, without padding, pictures, and everything from the first answer on."""
+    tokens = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(tokens)).bool()
+    if image_token is not None:
+        mask &= tokens != image_token
+    if "labels" in batch:
+        mask &= (batch["labels"] != -100).cumsum(dim=1) == 0
+    return mask
+
+
+def _mean_of_words(batch: Mapping[str, Tensor], model: Any) -> Tensor:
+    token = getattr(model.config, "image_token_id", None)
+    mask = words_of_questions(batch, token)
+    ids = batch["input_ids"].masked_fill(~mask, 0)
+    embedded = model.get_input_embeddings()(ids).detach().float()
+    return (embedded * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+class _Seen(Exception):
+    """Ends the pass at the projector."""
+
+
+def _mean_of_pictures(batch: Mapping[str, Tensor], model: Any) -> Tensor:
+    """Mean tower feature of each question's pictures, (b, d)."""
+    count = len(batch["input_ids"])
+    projector = projectors_of(model)[0]
+    given = {name: value for name, value in batch.items() if name not in TEXT and value is not None}
+    if "pixel_values" not in given:
+        return torch.zeros(count, _width(projector), device=batch["input_ids"].device)
+    caught: list[Tensor] = []
+
+    def catch(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        caught.append(next(each for each in (*args, *kwargs.values()) if torch.is_tensor(each)))
+        raise _Seen
+
+    handle = projector.register_forward_pre_hook(catch, with_kwargs=True)
+    with torch.no_grad(), removed_afterwards([handle]), contextlib.suppress(_Seen):
+        model.get_image_features(**given)
+    rows = caught[0].reshape(-1, caught[0].shape[-1]).float()
+    spans = (batch["input_ids"] == model.config.image_token_id).sum(dim=1)
+    if int(spans.sum()) == 0 or len(rows) % int(spans.sum()):
+        raise RuntimeError(f"{len(rows)} picture features cannot be dealt out to {count} questions")
+    owner = torch.arange(count, device=rows.device).repeat_interleave(spans * (len(rows) // int(spans.sum())))
+    summed = rows.new_zeros(count, rows.shape[1]).index_add_(0, owner, rows)
+    return summed / owner.bincount(minlength=count).clamp(min=1).unsqueeze(1)
+
+
+def _width(projector: Any) -> int:
+    """Size of what the tower gives, by the projector's first linear layer."""
+    return next(module.in_features for module in projector.modules() if isinstance(module, torch.nn.Linear))

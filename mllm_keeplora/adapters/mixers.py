@@ -1,0 +1,38 @@
+"""The mixers that there are, by the kind that files name; a class is imported when it is needed."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora import files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mllm_keeplora.adapters.mixing import Mixer
+
+MIXERS = {}
+
+
+def rebuilt(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Mixer:
+    """The mixer that `Mixer.stored` told of."""
+    module, name = MIXERS[facts["kind"]].split(":")
+    mixer = getattr(import_module(module), name)(**facts["settings"])
+    mixer.load_state_dict(tensors)
+    return mixer
+
+
+def save_mixer(path: Path, mixer: Mixer) -> None:
+    facts, tensors = mixer.stored()
+    files.write_tensors(path, tensors, {"mixer": json.dumps(facts)})
+
+
+def load_mixer(path: Path) -> Mixer:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as stored:
+        facts = json.loads(stored.metadata()["mixer"])
+    return rebuilt(facts, files.read_tensors(path))

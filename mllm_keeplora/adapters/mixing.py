@@ -1,0 +1,155 @@
+"""How live branches combine: a weight for every rank coordinate, applied between A and B.
+
+A branch that is merged answers alike to every question. A mixer keeps the branches of past domains live beside the base
+weights and weighs them: by a number (magnitudes), by the question (gates, a router), or token by token (experts).
+It runs the same in training, in data passes and in generation, where its weights are found once per question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mllm_keeplora.models.parts import projector_names
+
+NAME = "branch_mixer"  # the mixer's place within the base model
+
+
+class Mixer(nn.Module):
+    """Weighs the parts of the live branches: one part for each unit of the sequence, or equal shares of one branch.
+
+    Its parameters that require a gradient when the branch is opened train with it. The keywords in `settings` (plain
+    JSON values) and the state dict together are all that is stored of it.
+
+    Attributes:
+        kind: its name in `adapters.mixers`.
+        shares: into how many equal parts a single, carried branch is divided; None where each unit's branch is a part.
+        weights: (b, parts) of the questions last looked at, or (parts,) where all are answered alike.
+    """
+
+    kind: ClassVar[str]
+    shares: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: Tensor | None = None
+        self._asked: Tensor | None = None
+        self._spans: Tensor | None = None
+        self.projectors: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """Keywords of the constructor."""
+        return {}
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Facts and tensors that `mixers.rebuilt` makes it of again."""
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
+        return {"kind": self.kind, "settings": self.settings()}, tensors
+
+    def weigh(self, batch: Mapping[str, Tensor], model: Any) -> Tensor | None:
+        """Weights of a batch of questions: (b, parts), (parts,), or None where `of` finds them by itself.
+
+        Args:
+            batch: model inputs, with `labels` where there are answers; what is answered must not change the weights.
+            model: the base model, which a mixer may run parts of (its frozen tower).
+        """
+        raise NotImplementedError
+
+    def of(self, layer: str, x: Tensor) -> Tensor:
+        """Weights of the parts for a layer's input x (..., d_in): to be broadcast over x's rows, (..., parts)."""
+        assert self.weights is not None, "a mixer is asked before it has looked at a batch"
+        return self.weights if self.weights.ndim == 1 else self._by_row(layer, x.shape[:-1])
+
+    def look_at(self, batch: Mapping[str, Tensor], model: Any) -> None:
+        """Find the weights of a batch before the model runs on it."""
+        self._asked = batch["input_ids"]
+        token = getattr(model.config, "image_token_id", None)
+        self._spans = None if token is None else (self._asked == token).sum(dim=1)
+        self.weights = self.weigh(batch, model)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with some rows of the batch: the answers of the others have ended."""
+        if self.weights is not None and self.weights.ndim == 2:
+            self.weights = self.weights[rows]
+
+    def trained(self) -> tuple[str, ...]:
+        """Names of the parameters that require a gradient."""
+        return tuple(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    def _by_row(self, layer: str, lead: torch.Size) -> Tensor:
+        """The weights of each question at its rows: its tokens, or in a projector those of its pictures."""
+        weights = self.weights
+        spans = torch.ones(len(weights), dtype=torch.long, device=weights.device)
+        if layer.startswith(self.projectors) and self._spans is not None:
+            spans = self._spans.to(weights.device)
+        elif lead[0] == len(weights):
+            return weights.view(len(weights), *[1] * (len(lead) - 1), -1)
+        rows, marked = lead.numel(), int(spans.sum())
+        if marked == 0 or rows % marked:
+            raise RuntimeError(f"{layer}: {tuple(lead)} rows cannot be dealt out to {len(weights)} questions")
+        return weights.repeat_interleave(spans * (rows // marked), dim=0).view(*lead, -1)
+
+    def refuse_unseen(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the base model: weights of other questions are never used."""
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if tokens is None or (cache is not None and cache.get_seq_length() > 0):
+            return  # a later token of an answer
+        if self._asked is not tokens and (self._asked is None or not torch.equal(self._asked, tokens)):
+            raise RuntimeError("the model runs on a batch that its mixer of branches has not looked at")
+
+
+def mixer_of(model: Any) -> Mixer | None:
+    """The mixer of a model's live branches, if it has any."""
+    return getattr(model, NAME, None)
+
+
+def look_at(model: Any, batch: Mapping[str, Tensor]) -> None:
+    """Let a model with live branches look at a batch; to be called before each run on one."""
+    mixer = mixer_of(model)
+    if mixer is not None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(mixer.trained())):
+            mixer.look_at(batch, model)
+
+
+class Mixing:
+    """A mixer in its place within a model, and the hooks that apply its weights; all gone after `remove`.
+
+    Args:
+        model: the base model, not wrapped.
+        mixer: moved to the model's device.
+    """
+
+    def __init__(self, model: Any, mixer: Mixer):
+        self.model = model
+        self.mixer = mixer.to(next(model.parameters()).device)
+        self.names = [f"{NAME}.{name}" for name in mixer.trained()]  # in `model`; peft will take the marks off
+        mixer.projectors = tuple(f"{name}." for name in projector_names(model))
+        model.add_module(NAME, self.mixer)
+        self._handles = [model.register_forward_pre_hook(mixer.refuse_unseen, with_kwargs=True)]
+
+    def apply(self, layer: str, down: Any, first: int, ranks: Sequence[int]) -> None:
+        """Weigh the output of one `lora_A`, (..., sum of ranks).
+
+        Args:
+            layer: exact name of the target layer.
+            down: the module.
+            first: number of the first part that it holds.
+            ranks: rank of each part that it holds, from there on.
+        """
+        mixer, parts = self.mixer, slice(first, first + len(ranks))
+        repeats = torch.tensor(ranks, device=down.weight.device)
+
+        def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
+            weights = mixer.of(layer, args[0])[..., parts].repeat_interleave(repeats, dim=-1)
+            return output * weights.to(output.dtype)
+
+        self._handles.append(down.register_forward_hook(hook))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        delattr(self.model, NAME)
