@@ -13,11 +13,13 @@ from mllm_keeplora.config import StrategyConfig, validation_faults
 from mllm_keeplora.errors import UserError, known, several
 from mllm_keeplora.strategies.base import Context, DomainInfo, Strategy, StrategyOptions
 from mllm_keeplora.strategies.finetune import Finetune
+from mllm_keeplora.strategies.independent import Independent
 from mllm_keeplora.strategies.joint import Joint
 from mllm_keeplora.strategies.keeplora import KeepLoRA
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "finetune": Finetune,
+    "independent": Independent,
     "joint": Joint,
     "keeplora": KeepLoRA,
 }

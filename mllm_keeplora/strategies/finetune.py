@@ -7,14 +7,10 @@ Source: the baselines of O-LoRA (arXiv 2310.14152) and of MCITlib (LoRA-FT).
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
-
-if TYPE_CHECKING:
-    from mllm_keeplora.adapters import Branch
+from mllm_keeplora.strategies.plain import carried_branch, fresh_branch
 
 
 class FinetuneOptions(StrategyOptions):
@@ -32,27 +28,3 @@ class Finetune(Strategy):
             context.branches.open(carried_branch(context, self.options))
         else:
             context.branches.open(fresh_branch(context, self.options))
-
-
-def fresh_branch(context: Context, options: StrategyOptions) -> Branch:
-    """A branch as plain LoRA begins: A uniform within 1 / sqrt(d_in), B zero, both trained."""
-    import torch
-
-    from mllm_keeplora.adapters import Branch
-
-    A = {}
-    for layer in context.target_layers:
-        d_in = context.d_in(layer)
-        bound = 1 / math.sqrt(d_in)
-        A[layer] = (torch.rand(options.rank, d_in, generator=context.rng) * 2 - 1) * bound
-    return Branch(A, dict.fromkeys(A, options.alpha), train=("A", "B"))
-
-
-def carried_branch(context: Context, options: StrategyOptions) -> Branch:
-    """The branch of the domain before, to be trained on; a fresh one for the first domain."""
-    from mllm_keeplora.adapters import Branch
-
-    if not context.branches.past:
-        return replace(fresh_branch(context, options), carried=True)
-    last = context.branches.past[-1]
-    return Branch(last.A, last.alpha, ("A", "B"), last.B, carried=True)

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from mllm_keeplora.strategies.finetune import Finetune
+from mllm_keeplora.strategies.base import Context, Strategy
+from mllm_keeplora.strategies.plain import fresh_branch
 
 
-class Joint(Finetune):
+class Joint(Strategy):
     stream: ClassVar[Literal["union"]] = "union"
+
+    def before_domain(self, context: Context) -> None:
+        context.branches.open(fresh_branch(context, self.options))

@@ -152,7 +152,7 @@ class Learner:
         distributed.barrier()
         self.open_unit = None
         self.place = None  # forces the merge from files, the same whether the run was interrupted or not
-        self.bring_to(unit.index)
+        self.bring_to(unit.index, asked=unit.domains[0])
         if distributed.is_main():
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return _ranks(self.kept)

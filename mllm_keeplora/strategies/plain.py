@@ -1,0 +1,36 @@
+"""How a branch of plain LoRA begins, which most strategies share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mllm_keeplora.strategies.base import Context, StrategyOptions
+
+if TYPE_CHECKING:
+    from mllm_keeplora.adapters import Branch
+
+
+def fresh_branch(context: Context, options: StrategyOptions) -> Branch:
+    """A branch as plain LoRA begins: A uniform within 1 / sqrt(d_in), B zero, both trained."""
+    import torch
+
+    from mllm_keeplora.adapters import Branch
+
+    A = {}
+    for layer in context.target_layers:
+        d_in = context.d_in(layer)
+        bound = 1 / math.sqrt(d_in)
+        A[layer] = (torch.rand(options.rank, d_in, generator=context.rng) * 2 - 1) * bound
+    return Branch(A, dict.fromkeys(A, options.alpha), train=("A", "B"))
+
+
+def carried_branch(context: Context, options: StrategyOptions) -> Branch:
+    """The branch of the domain before, to be trained on; a fresh one for the first domain."""
+    from mllm_keeplora.adapters import Branch
+
+    if not context.branches.past:
+        return replace(fresh_branch(context, options), carried=True)
+    last = context.branches.past[-1]
+    return Branch(last.A, last.alpha, ("A", "B"), last.B, carried=True)
