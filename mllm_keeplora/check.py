@@ -117,8 +117,6 @@ def check_run(
             _look_inside(config, benchmark, location, *new, faults, collect)
     if strategy is not None:
         faults += _unfit_for(config, strategy, stage)
-    if strategy is not None and strategy.stream == "none":
-        faults.append(f"strategy {config.strategy.name} trains nothing")
     if faults:
         raise several(faults, more=uncounted)
     return Checked(strategy, benchmark, location, base_fingerprint, counts, parts)
@@ -127,6 +125,8 @@ def check_run(
 def _unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list[str]:
     """What a strategy cannot do under a run's DeepSpeed, or with a projector that is trained in full."""
     faults, name = [], config.strategy.name
+    if strategy.stream == "none":
+        faults.append(f"strategy {name} trains nothing")
     if "gradients" in strategy.needs and config.deepspeed is not None:
         faults.append(
             f"deepspeed {config.deepspeed!r}: strategy {name} needs the gradients between backward and step, which "

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters.dense import DenseDeltas, split_at_break_even
-from mllm_keeplora.adapters.factors import Branch, Factors, concatenate, peft_settings
+from mllm_keeplora.adapters.factors import Branch, Factors, concatenate
 from mllm_keeplora.adapters.history import PristineWeights, choose_history, weight_of
+from mllm_keeplora.adapters.peft_branches import PeftBranches
 from mllm_keeplora.hooks import evaluating
 from mllm_keeplora.models.partition import assign, copy_of
 
@@ -36,12 +37,11 @@ class Adapters:
     """
 
     def __init__(self, model: Any, layers: tuple[str, ...], history: str, dropout: float, full: tuple[str, ...] = ()):
-        self.base = model
+        self._peft = PeftBranches(model)
         self.layers = layers
         self.mode = choose_history(history, model)
         self.dropout = dropout
         self.full = full
-        self.peft: Any = None
         self.branch: Branch | None = None
         self.past: list[Factors] = []
         self.past_full: list[dict[str, Tensor]] = []
@@ -54,6 +54,16 @@ class Adapters:
     def model(self) -> Any:
         """What runs: the base model, wrapped by peft while a branch is open or the past is one."""
         return self.base if self.peft is None else self.peft
+
+    @property
+    def base(self) -> Any:
+        """The base model itself, whose target layers peft may have wrapped."""
+        return self._peft.base
+
+    @property
+    def peft(self) -> Any:
+        """peft's model while a branch is open or the past runs as one; else None."""
+        return self._peft.peft
 
     def restore(self, past: list[Factors], past_full: list[dict[str, Tensor]], mixer: Mixer | None = None) -> None:
         """Put the model where it was after `past` (in order); closes an open branch without keeping it.
@@ -73,8 +83,8 @@ class Adapters:
         elif self.past:
             together, dense = split_at_break_even(concatenate(self.past))
             self._dense = DenseDeltas(self.base, dense)
-            self._add(PAST, together.A, together.alpha)
-            self._fill(PAST, together.A, together.B)
+            self._peft.add(PAST, together.A, together.alpha)
+            self._peft.fill(PAST, together.A, together.B)
         self._freeze()
 
     def open(self, branch: Branch) -> None:
@@ -91,13 +101,13 @@ class Adapters:
         if branch.mixer is not None:
             self._run_live(branch.mixer, branch)
         self.branch = branch
-        self._add(OPEN, branch.A, branch.alpha)
-        self._fill(OPEN, branch.A, branch.B or None)
+        self._peft.add(OPEN, branch.A, branch.alpha, self.dropout)
+        self._peft.fill(OPEN, branch.A, branch.B or None)
         if branch.mixer is not None:
             self._weigh_open(branch)
         elif branch.B and not branch.carried:
-            self._add(OFFSET, branch.A, branch.alpha)
-            self._fill(OFFSET, branch.A, {layer: -B for layer, B in branch.B.items()})
+            self._peft.add(OFFSET, branch.A, branch.alpha)
+            self._peft.fill(OFFSET, branch.A, {layer: -B for layer, B in branch.B.items()})
         self._freeze()
 
     @property
@@ -136,7 +146,7 @@ class Adapters:
         assert self.branch is not None, "no branch is open"
         A, B, alpha = {}, {}, dict(self.branch.alpha)
         for layer in self.branch.A:
-            module = self._module(layer)
+            module = self._peft.module(layer)
             trained = "A" in self.branch.train
             B[layer] = copy_of(module.lora_B[OPEN].weight).float().cpu()
             A[layer] = copy_of(module.lora_A[OPEN].weight).float().cpu() if trained else self.branch.A[layer]
@@ -163,7 +173,7 @@ class Adapters:
             B = {layer: each[:, : ranks[layer]] for layer, each in B.items()}
         elif self.branch.B and not self.branch.carried:
             B = {layer: each + self.branch.B[layer] for layer, each in B.items()}
-        self._fill(OPEN, A, B)
+        self._peft.fill(OPEN, A, B)
         self._pristine.shift([*self.past_full, full] if full else self.past_full)
 
     def weight(self, layer: str) -> Tensor:
@@ -189,14 +199,14 @@ class Adapters:
         full = {name: self.base.get_parameter(name) for name in self.full}
         if self.branch.carried:  # its start is the past
             for part, start in (("A", self.branch.A), ("B", self.branch.B)):
-                full |= {(part, layer): self._factor(part, layer) for layer in start}
+                full |= {(part, layer): self._peft.factor(OPEN, part, layer) for layer in start}
         trained = {key: copy_of(parameter) for key, parameter in full.items()}
         self._pristine.shift(self.past_full)
         if self.branch.carried:
-            self._fill(OPEN, self.branch.A, self.branch.B or None)
+            self._peft.fill(OPEN, self.branch.A, self.branch.B or None)
         others = [name for name in self.peft.peft_config if name not in (OPEN, OFFSET) or self.branch.carried]
         try:
-            with evaluating(self.model), self._active(others):
+            with evaluating(self.model), self._peft.only(others):
                 yield
         finally:
             for key, values in trained.items():
@@ -214,50 +224,7 @@ class Adapters:
         found = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         assert wanted == found, f"trained but not planned: {sorted(found - wanted)}, missing: {sorted(wanted - found)}"
 
-    # -- peft ----------------------------------------------------------------------------------------------------
-
-    def _add(self, name: str, A: dict[str, Tensor], alpha: dict[str, float]) -> None:
-        from peft import LoraConfig, PeftModel
-
-        if not A:
-            return
-        ranks = {layer: tensor.shape[0] for layer, tensor in A.items()}
-        settings = peft_settings(ranks, alpha, self.dropout if name == OPEN else 0.0)
-        config = LoraConfig(**{k: v for k, v in settings.items() if k not in {"peft_type", "inference_mode"}})
-        if self.peft is None:
-            self.peft = PeftModel(self.base, config, adapter_name=name)
-        else:
-            self.peft.add_adapter(name, config)
-        device = next(self.base.parameters()).device
-        for layer in ranks:
-            module = self._module(layer)
-            module.lora_A[name].float().to(device)
-            module.lora_B[name].float().to(device)
-        self.peft.base_model.set_adapter(list(self.peft.peft_config))
-
-    def _fill(self, name: str, A: dict[str, Tensor], B: dict[str, Tensor] | None) -> None:
-        import torch
-
-        for layer, tensor in A.items():
-            module = self._module(layer)
-            assign(module.lora_A[name].weight, tensor)
-            assign(module.lora_B[name].weight, torch.zeros(()) if B is None else B[layer])
-
-    @contextmanager
-    def _active(self, names: list[str]) -> Iterator[None]:
-        """Run some of peft's branches alone; where there are none, the base."""
-        wanted = self.trainable()
-        if names:
-            self.peft.base_model.set_adapter(names)
-        else:
-            self.peft.base_model.disable_adapter_layers()
-        try:
-            yield
-        finally:
-            self.peft.base_model.enable_adapter_layers()
-            self.peft.base_model.set_adapter(list(self.peft.peft_config))
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name in wanted)
+    # -- parts of the above ---------------------------------------------------------------------------------------
 
     def _run_live(self, mixer: Mixer, branch: Branch | None = None) -> None:
         """Past branches as one whose rank coordinates the mixer weighs."""
@@ -268,22 +235,19 @@ class Adapters:
         if not past:
             return
         together = concatenate(past)
-        self._add(PAST, together.A, together.alpha)
-        self._fill(PAST, together.A, together.B)
+        self._peft.add(PAST, together.A, together.alpha)
+        self._peft.fill(PAST, together.A, together.B)
         for layer in together.A:
             ranks = [factors.A[layer].shape[0] if layer in factors.A else 0 for factors in past]
             if mixer.shares is not None:
                 ranks = [sum(ranks) // mixer.shares] * mixer.shares
-            self._mixing.apply(layer, self._module(layer).lora_A[PAST], 0, ranks)
+            self._mixing.apply(layer, self._peft.module(layer).lora_A[PAST], 0, ranks)
 
     def _weigh_open(self, branch: Branch) -> None:
         shares = branch.mixer.shares or 1
         first = 0 if branch.carried else len(self.past)
         for layer, rank in branch.ranks.items():
-            self._mixing.apply(layer, self._module(layer).lora_A[OPEN], first, [rank // shares] * shares)
-
-    def _factor(self, part: str, layer: str) -> Any:
-        return getattr(self._module(layer), f"lora_{part}")[OPEN].weight
+            self._mixing.apply(layer, self._peft.module(layer).lora_A[OPEN], first, [rank // shares] * shares)
 
     def _freeze(self) -> None:
         wanted = self.trainable()
@@ -299,13 +263,7 @@ class Adapters:
         if self._dense is not None:
             self._dense.remove()
             self._dense = None
-        if self.peft is not None:
-            self.base = self.peft.unload()
-            self._pristine.model = self.base
-            self.peft = None
-
-    def _module(self, layer: str) -> Any:
-        return self.base.get_submodule(layer)
+        self._peft.unload()
 
 
 def adapters_for(base: Base, projector: str, history: str, dropout: float = 0.0) -> Adapters:
