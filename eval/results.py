@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import files
+from mllm_keeplora.adapters.stored import stored_files
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import PATHS, Benchmark
 from mllm_keeplora.errors import UserError
@@ -59,6 +60,8 @@ class Results:
     errors: dict[str, dict[str, int]] = field(default_factory=dict)
     strict: dict[str, float] = field(default_factory=dict)
     grading: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trained_parameters: list[int] = field(default_factory=list)
+    stored_bytes: dict[str, int] = field(default_factory=dict)
     complete: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, str | None] = field(default_factory=dict)
@@ -142,6 +145,13 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         errors={name: found for name, rows in last.items() if (found := errors_of(rows, benchmark.graded(name)))},
         strict={name: percent for name, rows in last.items() if (percent := strict_percent(rows)) is not None},
         grading={name: _grading(benchmark, run, name) for name in [*domains, *suites]},
+        trained_parameters=[
+            run.record["stages"][f"{unit.key}/train"].get("trained_parameters", 0) for unit in run.finished_units
+        ],
+        stored_bytes={
+            use: sum(path.stat().st_size for path in paths)
+            for use, paths in stored_files(run, run.finished_units).items()
+        },
         complete=_is_complete(run, benchmark, config),
         settings=settings_of(record),
         identity={

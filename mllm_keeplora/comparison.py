@@ -13,6 +13,7 @@ from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report import (
     Group,
     as_markdown,
+    costs,
     exported,
     finals,
     group_runs,
@@ -89,6 +90,8 @@ def write_comparison(
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / PAGE, page)
     tables = [("Comparison", summary(groups, settings)), ("Final score by domain", finals(groups))]
+    if (spent := costs(groups)) is not None:
+        tables.append(("Cost", spent))
     if (differences := paired(groups)) is not None:
         tables.append(("Difference to sequential LoRA, seed by seed", differences))
     if tuning is not None:

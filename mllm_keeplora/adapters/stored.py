@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import files
@@ -112,6 +113,34 @@ def updates_of(run: RunDir, units: list[Unit]) -> list[Factors]:
         found.append(factors.less(before) if is_carried else factors)
         before = factors
     return found
+
+
+def stored_files(run: RunDir, units: list[Unit]) -> dict[str, list[Path]]:
+    """Files that the state after the given units needs: `answering`, and besides that `learning` a further domain.
+
+    What only `--after` an earlier unit, or an interrupted one, needs is not among them.
+    """
+    adapters: list[Path] = []
+    projectors: list[Path] = []
+    bases = [run.kept_by_prepare]
+    for unit in units:
+        folder, manifest = run.folder(unit), _manifest(run, unit)
+        stands_alone = manifest["combine"] == "merge" and manifest["start_from"] == "base"
+        if manifest.get("carried") or stands_alone:
+            adapters = []
+        if stands_alone:
+            projectors = []
+        adapters += [folder.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        projectors.append(folder.projector)
+        bases.append(folder.basis)
+    last = [run.folder(unit) for unit in units[-1:]]
+    if not run.kept_by_prepare.is_file():
+        bases = []
+    found = {
+        "answering": adapters + projectors + [folder.mixer for folder in last],
+        "learning": bases + [folder.strategy for folder in last],
+    }
+    return {use: [path for path in paths if path.is_file()] for use, paths in found.items()}
 
 
 def _manifest(run: RunDir, unit: Unit) -> dict[str, Any]:

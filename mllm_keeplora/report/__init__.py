@@ -1,6 +1,7 @@
 """Renders the results of runs for a terminal, a figure or a page. Reads results dicts; opens no run and no model."""
 
 from mllm_keeplora.report.comparison import finals, heat_maps, paired, render_comparison, summary
+from mllm_keeplora.report.costs import costs
 from mllm_keeplora.report.diagnostics import UnitFacts
 from mllm_keeplora.report.export import Table, as_markdown, exported, run_tables
 from mllm_keeplora.report.figures import data_uri, domain_curves_figure, save_png, score_matrix_figure
@@ -17,6 +18,7 @@ __all__ = [
     "WrongAnswer",
     "as_markdown",
     "compare_table",
+    "costs",
     "data_uri",
     "domain_curves_figure",
     "exported",

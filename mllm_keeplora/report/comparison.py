@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from mllm_keeplora.report.costs import costs
 from mllm_keeplora.report.export import Table
 from mllm_keeplora.report.figures import score_matrix_figure
 from mllm_keeplora.report.groups import (
@@ -116,6 +117,9 @@ def render_comparison(
     """
     parts = [f"<h1>{escape(title)}</h1>", _measured(groups, notes)]
     parts.append(section("Comparison", html_table(summary(groups, settings or {})) + _meanings() + _how_sure(groups)))
+    spent = costs(groups)
+    if spent is not None:
+        parts.append(section("Cost", html_table(spent) + _cost_note()))
     differences = paired(groups)
     if differences is not None:
         parts.append(section("Difference to sequential LoRA, seed by seed", html_table(differences)))
@@ -138,6 +142,14 @@ def render_comparison(
         parts.append(section("Settings that were tried", html_table(tuning) + note))
     parts.append(_types(groups))
     return document(title, parts)
+
+
+def _cost_note() -> str:
+    note = (
+        "Trained parameters: the most of any domain. Stored: what the state after the last domain needs to answer, and "
+        "besides to learn a further domain. Times are relative to sequential LoRA's, on whatever else the machine did."
+    )
+    return f'<p class="note">{note}</p>'
 
 
 def _measured(groups: Sequence[Group], notes: Sequence[str]) -> str:

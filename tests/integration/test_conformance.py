@@ -1,0 +1,194 @@
+"""What every registered strategy has to keep, whatever it learns: one tiny run each, interrupted once and once not.
+
+A new strategy is found here by its row in the registry; what it needs to run on a tiny model it states in TINY.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from mllm_keeplora import files
+from mllm_keeplora.adapters.mixing import look_at
+from mllm_keeplora.adapters.stored import LIVE, stored_files
+from mllm_keeplora.config import parse_config
+from mllm_keeplora.data.collate import TrainCollator
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval.exporting import export
+from mllm_keeplora.eval.harness import generate
+from mllm_keeplora.eval.rows import asked_records
+from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.sequence import run_sequence
+from mllm_keeplora.strategies import STRATEGIES
+from mllm_keeplora.training.fit import DomainTrainer, Reporter
+from tests.integration.conftest import TRAIN
+from tests.integration.processes import differing, leftovers, results
+
+TINY = {"keeplora": {"grad_samples": TRAIN, "feature_samples": TRAIN}}
+
+
+@dataclass
+class Seen:
+    """What trainings of a run did to the model's parameters."""
+
+    output: Path
+    strategy: str
+    steps: list[tuple[set[str], set[str]]] = field(default_factory=list)  # with a gradient, declared
+    changed: set[str] = field(default_factory=set)  # frozen, and not what they were
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def seen(request, settings, tmp_path_factory) -> Seen:
+    """A run of a strategy over two domains, its trainings watched."""
+    watched = Seen(tmp_path_factory.mktemp(request.param) / "run", request.param)
+    step, train = DomainTrainer.training_step, DomainTrainer.train
+
+    def training_step(self, *args, **keywords):
+        loss = step(self, *args, **keywords)
+        named = self.context.branches.model.named_parameters()
+        with_gradient = {name for name, parameter in named if parameter.grad is not None}
+        watched.steps.append((with_gradient, set(self.context.branches.trainable())))
+        return loss
+
+    def training(self, *args, **keywords):
+        branches = self.context.branches
+        frozen = {n: p.clone() for n, p in branches.model.named_parameters() if n not in branches.trainable()}
+        outcome = train(self, *args, **keywords)
+        after = dict(branches.model.named_parameters())
+        watched.changed |= {name for name, values in frozen.items() if not torch.equal(values, after[name])}
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DomainTrainer, "training_step", training_step)
+        patch.setattr(DomainTrainer, "train", training)
+        _run(settings, watched.output, request.param)
+    return watched
+
+
+def _run(settings, output: Path, strategy: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mllm_keeplora.eval.page.render_html", lambda *args, **keywords: "left out")
+        values = settings(output)
+        values["strategy"] = {"name": strategy, "rank": 4, "alpha": 8, **TINY.get(strategy, {})}
+        run_sequence(parse_config(values, origin="test"))
+
+
+def _conversations(saved, count=3):
+    """Training records of the run's last domain, and their model inputs."""
+    name = list(saved.benchmark.domains)[-1]
+    records = [saved.benchmark.train_records(name)[index].first_exchange() for index in range(count)]
+    return records, TrainCollator(saved.base.prompt)(records)
+
+
+def _logits(model, batch) -> torch.Tensor:
+    look_at(model, batch)
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+
+def _asked(saved) -> str | None:
+    return list(saved.benchmark.domains)[-1] if STRATEGIES[saved.config.strategy.name].needs_domain_id else None
+
+
+def test_what_is_not_declared_to_train_stays_bit_equal(seen):
+    assert seen.steps and not seen.changed
+
+
+def test_exactly_what_is_declared_gets_a_gradient(seen):
+    for with_gradient, declared in seen.steps:
+        assert with_gradient == declared and declared
+
+
+def test_a_run_stopped_inside_a_training_goes_on_to_the_same_bytes(seen, settings, tmp_path):
+    on_step_end, steps = Reporter.on_step_end, []
+
+    def stop_at_the_ninth(self, *args, **keywords):
+        on_step_end(self, *args, **keywords)
+        steps.append(self.context.domain.name)
+        if len(steps) == 9:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Reporter, "on_step_end", stop_at_the_ninth)
+        _run(settings, tmp_path / "run", seen.strategy)
+    _run(settings, tmp_path / "run", seen.strategy)
+    assert differing(seen.output, tmp_path / "run") == [] and leftovers(tmp_path / "run") == []
+
+
+def test_a_saved_run_answers_as_the_run_did(seen):
+    """Questions of the last row again, from the files alone."""
+    saved, name = load_run(seen.output), "Alpha"
+    records, part = asked_records(saved.benchmark, name, saved.config)[:4], saved.benchmark.graded(name)
+    model = saved.restore(len(saved.run.finished_units), asked=name)
+    answers = generate(saved.base, model, records, [part.suffix_for(record) for record in records], 8)
+    rows = files.read_json_lines(saved.run.folder(saved.run.finished_units[-1]).predictions(name))
+    told = {row["id"]: row["prediction"] for row in rows}
+    assert [answer.text for answer in answers] == [told[record.id] for record in records]
+
+
+def test_teacher_forced_logits_are_those_of_step_by_step_answers_with_a_cache(seen):
+    saved = load_run(seen.output)
+    model = saved.restore(len(saved.run.finished_units), asked=_asked(saved))
+    for record in _conversations(saved)[0]:
+        batch = TrainCollator(saved.base.prompt)([record])
+        whole = _logits(model, batch)[0]
+        start = int((batch["labels"][0] != -100).nonzero()[0])
+        tokens = batch["input_ids"][:, :start]
+        prompt = {key: value for key, value in batch.items() if key not in ("labels", "input_ids", "attention_mask")}
+        look_at(model, {**prompt, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+        with torch.no_grad():
+            found = model(input_ids=tokens, **prompt, use_cache=True)
+            stepped = [found.logits[0, -1]]
+            for place in range(start, whole.shape[0] - 1):
+                cache = {"past_key_values": found.past_key_values}
+                found = model(input_ids=batch["input_ids"][:, place : place + 1], use_cache=True, **cache)
+                stepped.append(found.logits[0, -1])
+        assert torch.allclose(torch.stack(stepped), whole[start - 1 : -1], atol=1e-4)
+
+
+def test_merged_and_live_branches_agree_or_a_merge_is_refused_in_a_sentence(seen, tmp_path):
+    saved = load_run(seen.output)
+    asked = _asked(saved)
+    batch = _conversations(saved)[1]
+    live = _logits(saved.restore(len(saved.run.finished_units), asked=asked), batch)
+    if STRATEGIES[seen.strategy].combine in LIVE:
+        with pytest.raises(UserError, match="depends on the question"):
+            saved.load(domain=asked)
+        for form in ("merged", "adapter"):
+            with pytest.raises(UserError, match="depends on the question"):
+                export(saved, form, tmp_path / form, domain=asked)
+            assert not (tmp_path / form).exists()
+        return
+    merged, _ = saved.load(domain=asked)
+    factors = load_run(seen.output)
+    factors.config = factors.config.model_copy(
+        update={"adapters": factors.config.adapters.model_copy(update={"history": "factors"})}
+    )
+    unmerged = _logits(factors.restore(len(saved.run.finished_units), asked=asked), batch)
+    assert torch.allclose(_logits(merged, batch), live, atol=1e-4)
+    assert torch.allclose(unmerged, live, atol=1e-3)
+    export(saved, "adapter", tmp_path / "adapter", domain=asked)
+
+
+def test_reported_storage_is_what_a_saved_run_needs_to_answer(seen, tmp_path):
+    saved = load_run(seen.output)
+    last, asked, batch = len(saved.run.finished_units), _asked(saved), _conversations(saved)[1]
+    needed = stored_files(saved.run, saved.run.finished_units)
+    reported = results(seen.output)["stored_bytes"]
+    assert reported == {use: sum(path.stat().st_size for path in paths) for use, paths in needed.items()}
+    bare = tmp_path / "bare"
+    shutil.copytree(seen.output, bare)
+    kept = {path.relative_to(seen.output) for path in needed["answering"]}
+    for path in bare.rglob("*.safetensors"):
+        if path.relative_to(bare) not in kept:
+            path.unlink()
+    found = _logits(load_run(bare).restore(last, asked=asked), batch)
+    assert torch.equal(found, _logits(saved.restore(last, asked=asked), batch))
