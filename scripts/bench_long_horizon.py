@@ -2,7 +2,7 @@
 
     python scripts/bench_long_horizon.py                       both rules, one after the other (an hour on two cores)
     python scripts/bench_long_horizon.py --domains 12          a shorter stream
-    python scripts/bench_long_horizon.py plain bounded=0.6     rules by name; bounded=SHARE sets max_kept
+    python scripts/bench_long_horizon.py plain bounded=0.7     rules by name; bounded=SHARE sets max_kept
 
 Every domain is a made-up script: eight signs (random two-coloured bitmaps) and a word for each; the same words mean
 other signs in other domains. The base is the shipped tiny-llava. Runs continue where they stopped. Prints a table and
@@ -35,7 +35,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rules", nargs="*", default=["plain", "bounded=0.7"], metavar="RULE")
+    parser.add_argument("rules", nargs="*", default=["plain", "bounded=0.6"], metavar="RULE")
     parser.add_argument("--domains", type=int, default=60)
     parser.add_argument("--folder", type=Path, default=Path("runs/long_horizon"))
     options = parser.parse_args()

@@ -22,6 +22,7 @@ MARKERS = "osD^vPX*"
 INK = {False: "#1f2328", True: "#e6e8eb"}
 FAINT = {False: "#8c959f", True: "#7d8590"}
 REFERENCE_GAP = 0.25
+MANY = 20  # columns or rows from which on cells shrink, lose their numbers, and only some are named
 DPI = 160
 
 
@@ -50,13 +51,15 @@ def score_matrix_figure(
         )
     sheets = [score_sheet(results) for results in results_list]
     num_rows = max(len(sheet.references) + len(sheet.stages) for sheet in sheets)
-    figure = new_figure(0.8 + sum(0.55 * len(sheet.columns) + 0.9 for sheet in sheets), 0.38 * num_rows + 0.8)
+    shrunk = min(1.0, MANY / max(num_rows, *(len(sheet.columns) for sheet in sheets)))
+    width, height = (0.55 * shrunk, 0.38 * shrunk)
+    figure = new_figure(0.8 + sum(width * len(sheet.columns) + 0.9 for sheet in sheets), height * num_rows + 0.8)
     grid = figure.subplots(
         1, len(sheets), squeeze=False, gridspec_kw={"width_ratios": [len(sheet.columns) for sheet in sheets]}
     )
     colours = _colour_scale(sheets)
     for axes, sheet, title in zip(grid[0], sheets, titles, strict=True):
-        _draw_sheet(axes, sheet, title, colours, dark)
+        _draw_sheet(axes, sheet, title, colours, dark, numbers=shrunk == 1.0)
     bar = figure.colorbar(colours, ax=list(grid[0]), fraction=0.03, pad=0.015, aspect=18)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK[dark], labelsize=8, length=0)
@@ -79,7 +82,8 @@ def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
     sheet = score_sheet(results)
     rows = [*(row for row in sheet.references if row.label == ZERO_SHOT), *sheet.stages]
     first_stage = len(rows) - len(sheet.stages)
-    figure = new_figure(max(4.4, 0.62 * len(rows) + 1.3), 3.3)
+    named, steps = _some(len(sheet.domains)), _some(len(rows))
+    figure = new_figure(min(max(4.4, 0.62 * len(rows) + 1.3), 14.0), 3.3 if len(sheet.columns) <= MANY else 4.5)
     axes = figure.subplots()
     ends = []
     for j, name in enumerate(sheet.columns):
@@ -88,9 +92,9 @@ def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
         colour = LINE_COLOURS[dark][j % len(LINE_COLOURS[dark])] if is_domain else FAINT[dark]
         _draw_curve(axes, series, first_stage + j if is_domain else None, colour, MARKERS[j % len(MARKERS)])
         measured = [value for value in series if value == value]
-        ends += [(measured[-1], name, colour)] if measured else []
+        ends += [(measured[-1], name, colour)] if measured and (j in named or not is_domain) else []
     _label_ends(axes, ends, len(rows) - 1)
-    axes.set_xticks(range(len(rows)), [row.label.replace("after ", "after\n") for row in rows], parse_math=False)
+    axes.set_xticks(steps, [rows[step].label.replace("after ", "after\n") for step in steps], parse_math=False)
     axes.set_xlim(-0.25, len(rows) - 0.75)
     axes.set_ylabel("score (%)", color=INK[dark], fontsize=9)
     axes.set_ylim(0, max(100.0, *(end[0] for end in ends)) if ends else 100.0)
@@ -111,20 +115,22 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool) -> None:
+def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool, numbers: bool = True) -> None:
     rows = [*sheet.references, *sheet.stages]
     tops = [i + (REFERENCE_GAP if i >= len(sheet.references) > 0 else 0.0) for i in range(len(rows))]
     lefts = [j + (REFERENCE_GAP if j >= len(sheet.domains) else 0.0) for j in range(len(sheet.columns))]
     for row, top in zip(rows, tops, strict=True):
         for j, (score, left) in enumerate(zip(row.scores, lefts, strict=True)):
             is_learned = row.phase(j, len(sheet.domains)) == "learned"
-            _draw_cell(axes, (left, top), score, is_learned, colours, dark)
+            _draw_cell(axes, (left, top), score, is_learned, colours, dark, numbers)
     axes.set_xlim(0, lefts[-1] + 1)
     axes.set_ylim(tops[-1] + 1, 0)
+    columns, named = _some(len(lefts)), _some(len(tops))
+    turned = 30 if _is_crowded(sheet) else 0
     axes.set_xticks(
-        [left + 0.5 for left in lefts], sheet.columns, rotation=30 if _is_crowded(sheet) else 0, parse_math=False
+        [lefts[j] + 0.5 for j in columns], [sheet.columns[j] for j in columns], rotation=turned, parse_math=False
     )
-    axes.set_yticks([top + 0.5 for top in tops], [row.label for row in rows], parse_math=False)
+    axes.set_yticks([tops[i] + 0.5 for i in named], [rows[i].label for i in named], parse_math=False)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, colors=INK[dark], labelsize=9)
     axes.spines[:].set_visible(False)
@@ -132,7 +138,13 @@ def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool
 
 
 def _draw_cell(
-    axes: "Axes", corner: tuple[float, float], score: float | None, is_learned: bool, colours: Any, dark: bool
+    axes: "Axes",
+    corner: tuple[float, float],
+    score: float | None,
+    is_learned: bool,
+    colours: Any,
+    dark: bool,
+    numbers: bool,
 ) -> None:
     from matplotlib.patches import Rectangle
 
@@ -144,6 +156,8 @@ def _draw_cell(
     fill = colours.to_rgba(score)
     frame = {"edgecolor": INK[dark], "linewidth": 1.6} if is_learned else {"linewidth": 0}
     axes.add_patch(Rectangle((left + 0.03, top + 0.03), 0.94, 0.94, facecolor=fill, **frame))
+    if not numbers:
+        return
     brightness = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2]
     ink = "#ffffff" if brightness < 0.5 else "#11161c"
     axes.text(left + 0.5, top + 0.52, f"{score:.1f}", ha="center", va="center", color=ink, fontsize=9)
@@ -195,6 +209,13 @@ def _colour_scale(sheets: Sequence[Sheet]) -> Any:
 
     scores = [s for sheet in sheets for row in (*sheet.references, *sheet.stages) for s in row.scores if s is not None]
     return ScalarMappable(Normalize(min(0.0, *scores, 0.0), max(100.0, *scores, 100.0)), cmap="YlGnBu")
+
+
+def _some(count: int) -> list[int]:
+    """Places to name: all of a few, evenly spaced ones of many, the first and the last always."""
+    if count <= MANY:
+        return list(range(count))
+    return sorted({round(k * (count - 1) / (MANY // 2)) for k in range(MANY // 2 + 1)})
 
 
 def _is_crowded(sheet: Sheet) -> bool:
