@@ -145,13 +145,8 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         errors={name: found for name, rows in last.items() if (found := errors_of(rows, benchmark.graded(name)))},
         strict={name: percent for name, rows in last.items() if (percent := strict_percent(rows)) is not None},
         grading={name: _grading(benchmark, run, name) for name in [*domains, *suites]},
-        trained_parameters=[
-            run.record["stages"][f"{unit.key}/train"].get("trained_parameters", 0) for unit in run.finished_units
-        ],
-        stored_bytes={
-            use: sum(path.stat().st_size for path in paths)
-            for use, paths in stored_files(run, run.finished_units).items()
-        },
+        trained_parameters=_trained(run),
+        stored_bytes=_stored(run),
         complete=_is_complete(run, benchmark, config),
         settings=settings_of(record),
         identity={
@@ -209,6 +204,18 @@ def _grading(benchmark: Benchmark, run: RunDir, name: str) -> dict[str, Any]:
         if figures:
             return {**told, **{key: value for key, value in figures.items() if key != "percent" and value != {}}}
     return told
+
+
+def _trained(run: RunDir) -> list[int]:
+    """How many parameters each finished unit trained."""
+    entries = (run.record["stages"][f"{unit.key}/train"] for unit in run.finished_units)
+    return [entry.get("trained_parameters", 0) for entry in entries]
+
+
+def _stored(run: RunDir) -> dict[str, int]:
+    """Bytes that the last finished state needs, by use."""
+    needed = stored_files(run, run.finished_units)
+    return {use: sum(path.stat().st_size for path in paths) for use, paths in needed.items()}
 
 
 def _is_complete(run: RunDir, benchmark: Benchmark, config: RunConfig) -> bool:

@@ -195,6 +195,15 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def interleaved(rows: Any) -> Any:
+    """Rows of all processes (n, ...), in the order of the items that were dealt out one to each in turn."""
+    shares = gather(rows)
+    whole = rows.new_zeros(sum(map(len, shares)), *rows.shape[1:])
+    for place, share in enumerate(shares):
+        whole[place :: len(shares)] = share
+    return whole
+
+
 def from_main(value: Any) -> Any:
     """The main process's value, on every process."""
     if world_size() == 1:

@@ -139,6 +139,11 @@ class Adapters:
         """Whether a name of `trainable` is a parameter of the base that is trained in full."""
         return name.removeprefix("base_model.model.") in self.full
 
+    def rate_of(self, name: str) -> float:
+        """Learning rate of a name of `trainable`, as a multiple of the run's: a mixer may have its own."""
+        is_mixed = self._mixing is not None and name.removeprefix("base_model.model.") in self._mixing.names
+        return self._mixing.mixer.rate if is_mixed else 1.0
+
     def read(self) -> Factors:
         """The open branch's factors, copied to float32 on the CPU; a frozen A is the one it was opened with."""
         import torch

@@ -38,6 +38,11 @@ def prompt_features(batch: Mapping[str, Tensor], model: Any, pictures: bool = Tr
     return torch.cat([words, seen], dim=1)
 
 
+def feature_sizes(model: Any, pictures: bool = True) -> tuple[int, int]:
+    """How many of `prompt_features` are of words, and how many of pictures."""
+    return model.get_input_embeddings().embedding_dim, _width(projectors_of(model)[0]) if pictures else 0
+
+
 def words_of_questions(batch: Mapping[str, Tensor], image_token: int | None) -> Tensor:
     """(b, t) bool: tokens of the instruction, without padding, pictures, and everything from the first answer on."""
     tokens = batch["input_ids"]

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.adapters.mixing import Mixer
 
-MIXERS = {}
+MIXERS = {
+    "experts": "mllm_keeplora.adapters.experts:Experts",
+    "gates": "mllm_keeplora.adapters.gates:Gates",
+    "magnitudes": "mllm_keeplora.adapters.magnitudes:Magnitudes",
+    "router": "mllm_keeplora.adapters.router:Router",
+}
 
 
 def rebuilt(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Mixer:

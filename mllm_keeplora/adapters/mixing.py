@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mllm_keeplora.models.partition import streamed
 from mllm_keeplora.models.parts import projector_names
 
 NAME = "branch_mixer"  # the mixer's place within the base model
@@ -27,11 +28,13 @@ class Mixer(nn.Module):
     Attributes:
         kind: its name in `adapters.mixers`.
         shares: into how many equal parts a single, carried branch is divided; None where each unit's branch is a part.
+        rate: learning rate of its parameters, as a multiple of the run's.
         weights: (b, parts) of the questions last looked at, or (parts,) where all are answered alike.
     """
 
     kind: ClassVar[str]
     shares: int | None = None
+    rate: float = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +114,7 @@ def look_at(model: Any, batch: Mapping[str, Tensor]) -> None:
     """Let a model with live branches look at a batch; to be called before each run on one."""
     mixer = mixer_of(model)
     if mixer is not None:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(mixer.trained())):
+        with streamed(model), torch.set_grad_enabled(torch.is_grad_enabled() and bool(mixer.trained())):
             mixer.look_at(batch, model)
 
 

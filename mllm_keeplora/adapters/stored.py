@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import files
-from mllm_keeplora.adapters.factors import Factors
+from mllm_keeplora.adapters.factors import Factors, concatenate
 from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.runs import DomainDir, RunDir, Unit
@@ -75,7 +75,8 @@ def past_of(run: RunDir, units: list[Unit], asked: str | None = None) -> Past:
     Raises:
         UserError: a unit is not finished; each domain has its own branch and `asked` is None.
     """
-    past = Past()
+    adapters: list[Path] = []
+    projectors: list[Path] = []
     manifest: dict[str, Any] = {}
     for unit in units:
         folder = run.folder(unit)
@@ -83,12 +84,13 @@ def past_of(run: RunDir, units: list[Unit], asked: str | None = None) -> Past:
         if manifest["combine"] == "oracle" and unit.domains != (asked,):
             continue
         if manifest.get("carried"):
-            past.factors = []
+            adapters = []
         elif manifest["combine"] == "merge" and manifest["start_from"] == "base":
-            past = Past()
-        past.factors.append(Factors.load(folder.adapter))
+            adapters, projectors = [], []
+        adapters.append(folder.adapter)
         if "projector" in manifest:
-            past.full.append(files.read_tensors(folder.projector))
+            projectors.append(folder.projector)
+    past = Past([Factors.load(path) for path in adapters], [files.read_tensors(path) for path in projectors])
     if manifest.get("combine") == "oracle" and asked is None:
         names = ", ".join(name for unit in units for name in unit.domains)
         raise UserError(f"{run.path} answers every domain by a branch of its own; name one with --domain: {names}")
@@ -104,10 +106,14 @@ def is_oracle(run: RunDir, units: list[Unit]) -> bool:
 
 
 def updates_of(run: RunDir, units: list[Unit]) -> list[Factors]:
-    """What each unit added by itself; of a carried branch, its change."""
+    """What each unit added by itself; of a carried branch, or of a sum that is weighed anew, its change."""
     found: list[Factors] = []
     before: Factors | None = None
-    for unit in units:
+    for number, unit in enumerate(units):
+        if _manifest(run, unit)["combine"] == "sum":
+            now, earlier = (concatenate(past_of(run, units[:count]).factors) for count in (number + 1, number))
+            found.append(now.less(earlier))
+            continue
         factors = Factors.load(run.folder(unit).adapter)
         is_carried = _manifest(run, unit).get("carried") and before is not None
         found.append(factors.less(before) if is_carried else factors)

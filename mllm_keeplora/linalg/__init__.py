@@ -9,6 +9,8 @@ from .directions import RandomizedSVD, gradient_capture, top_residual_directions
 from .energy import principal_subspace, rank_for_energy
 from .frequent_directions import FrequentDirections
 from .gradient_range import GradientRange
+from .leftover import moment_rows
+from .low_rank import fit_last, gram_of_products
 
 __all__ = [
     "Basis",
@@ -18,8 +20,11 @@ __all__ = [
     "GradientSketch",
     "MomentAccumulator",
     "RandomizedSVD",
+    "fit_last",
     "gradient_capture",
+    "gram_of_products",
     "leak",
+    "moment_rows",
     "principal_subspace",
     "rank_for_energy",
     "top_residual_directions",

@@ -112,6 +112,7 @@ class Basis:
         energy: float,
         reference: str = "total",
         limit: int | None = None,
+        rule: str = "reach",
     ) -> int:
         """Add the fewest directions with which the basis covers a share of the energy of new features.
 
@@ -120,7 +121,7 @@ class Basis:
         Returns:
             Number of columns added, 0 if the features are covered or carry no energy.
         """
-        added = self.missing(moments_or_rows, energy, reference, limit)
+        added = self.missing(moments_or_rows, energy, reference, limit, rule)
         self.append(added)
         return added.shape[1]
 
@@ -134,6 +135,7 @@ class Basis:
         energy: float,
         reference: str = "total",
         limit: int | None = None,
+        rule: str = "reach",
     ) -> Tensor:
         """The fewest directions with which the basis would cover a share of the energy of new features.
 
@@ -144,6 +146,7 @@ class Basis:
             reference: "total": of all energy, what is covered already counts; "residual": of the energy outside
                 the basis alone, which always adds directions while there is any.
             limit: most columns to add; None for no limit but d_in.
+            rule: see `rank_for_energy`.
 
         Returns:
             (d_in, k), orthonormal and orthogonal to the basis, in order of falling energy, their entry of largest
@@ -168,7 +171,7 @@ class Basis:
 
         def count(squares: Tensor) -> int:
             signal = squares[squares > leftover.noise_floor]
-            return min(rank_for_energy(signal.sqrt(), energy, total=total, covered=covered), room)
+            return min(rank_for_energy(signal.sqrt(), energy, total=total, covered=covered, rule=rule), room)
 
         with full_precision(leftover.matrix.device):
             leading = leading_eigenvectors if leftover.is_moments else leading_right_vectors

@@ -71,6 +71,30 @@ def source_matrix(
     return moments, True, NOISE_RATIO**2, None
 
 
+def moment_rows(source: Tensor | MomentAccumulator) -> Tensor:
+    """Moments X^T X of features, to be taken for rows: their singular values are squares, so energies are sigma^4.
+
+    A basis that grows by them keeps fewer directions than one that grows by the features, and its new directions are
+    the left singular vectors of P X^T X in place of those of P X^T.
+
+    Args:
+        source: feature rows (n, d_in), or exact moments; a sketch lacks the small ones.
+
+    Returns:
+        (d_in, d_in), float32 or float64.
+
+    Raises:
+        ValueError: neither of the two, or a value is not finite.
+
+    Source: how the published code of InfLoRA (CVPR 2024) and of GainLoRA measures the energy of a direction.
+    """
+    if isinstance(source, MomentAccumulator):
+        return source.moments
+    rows = as_matrix(source, "rows").to(torch.float64)
+    with full_precision(rows.device):
+        return rows.mT @ rows
+
+
 def energy_of(matrix: Tensor, is_moments: bool) -> float:
     """Energy of rows (sum of squares) or of moments (trace)."""
     return float(matrix.diagonal().sum() if is_moments else matrix.square().sum())

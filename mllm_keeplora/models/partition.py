@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora import distributed
 
@@ -97,8 +97,9 @@ def streamed(model: Module) -> Iterator[None]:
     """Let a model run forward and backward outside a training: each block's weights are fetched when it runs.
 
     One block is whole at a time, beside the few parameters that belong to none. No gradient of a weight is computed.
+    Within another `streamed` it does nothing.
     """
-    if not keeps_step(model):
+    if _Running.now or not keeps_step(model):
         yield
         return
     blocks, loose = _divided(model)
@@ -107,10 +108,12 @@ def streamed(model: Module) -> Iterator[None]:
     for block in blocks:
         handles.append(block.register_forward_pre_hook(running.fetch))
         handles.append(block.register_forward_hook(running.leave))
+    _Running.now = True
     try:
         with whole(loose):
             yield
     finally:
+        _Running.now = False
         running.release()
         for handle in handles:
             handle.remove()
@@ -118,6 +121,8 @@ def streamed(model: Module) -> Iterator[None]:
 
 class _Running:
     """The block whose weights are here, and the way to the next."""
+
+    now: ClassVar[bool] = False  # whether a model is streamed
 
     def __init__(self) -> None:
         self.block: Module | None = None

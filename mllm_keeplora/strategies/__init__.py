@@ -11,17 +11,39 @@ from pydantic import ValidationError
 
 from mllm_keeplora.config import StrategyConfig, validation_faults
 from mllm_keeplora.errors import UserError, known, several
+from mllm_keeplora.strategies.agem import AGEM
 from mllm_keeplora.strategies.base import Context, DomainInfo, Strategy, StrategyOptions
+from mllm_keeplora.strategies.ewc import EWC
 from mllm_keeplora.strategies.finetune import Finetune
+from mllm_keeplora.strategies.gainlora import GainLoRA
+from mllm_keeplora.strategies.gpm import GPM
 from mllm_keeplora.strategies.independent import Independent
+from mllm_keeplora.strategies.inflora import InfLoRA
 from mllm_keeplora.strategies.joint import Joint
 from mllm_keeplora.strategies.keeplora import KeepLoRA
+from mllm_keeplora.strategies.lwf import LwF
+from mllm_keeplora.strategies.moelora import MoELoRA
+from mllm_keeplora.strategies.olora import OLoRA
+from mllm_keeplora.strategies.replay import Replay
+from mllm_keeplora.strategies.routed import Routed
+from mllm_keeplora.strategies.sdlora import SDLoRA
 
 STRATEGIES: dict[str, type[Strategy]] = {
+    "agem": AGEM,
+    "ewc": EWC,
     "finetune": Finetune,
+    "gainlora": GainLoRA,
+    "gpm": GPM,
     "independent": Independent,
+    "inflora": InfLoRA,
     "joint": Joint,
     "keeplora": KeepLoRA,
+    "lwf": LwF,
+    "moelora": MoELoRA,
+    "olora": OLoRA,
+    "replay": Replay,
+    "routed": Routed,
+    "sdlora": SDLoRA,
 }
 
 

@@ -98,12 +98,24 @@ class Context(Protocol):
     def teacher_forward(self, batch: Mapping[str, Any]) -> Any:
         """Outputs of the model as it was before this domain, without gradient; logits as in `extra_loss`."""
 
+    def token_mean(self, values: Tensor) -> Tensor:
+        """Mean of an extra loss over answer tokens, (n,) in this micro-batch: every token of the step counts alike.
+
+        As in the task loss, micro-batches and processes with more tokens weigh more.
+        """
+
     @property
     def num_records(self) -> int:
         """Training records of this domain."""
 
+    @property
+    def batch_size(self) -> int:
+        """Records of the domain in this optimizer step, of all processes; fewer where an epoch ends."""
+
     def drawn(self, population: int, count: int) -> list[int]:
         """Numbers below `population`, drawn with replacement for this optimizer step: this micro-batch's part.
+
+        In `around_step` it is this process's part.
 
         `count` are drawn for the whole step, whatever its processes and micro-batches.
         """
@@ -114,8 +126,11 @@ class Context(Protocol):
     def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Two batches as one."""
 
-    def loss_gradients(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradient of a batch's mean loss over answer tokens by trained parameter, over all processes' batches."""
+    def loss_gradients(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Gradient of training records' mean loss over answer tokens by trained parameter, dropout off.
+
+        References as in `batch_of`: this process's share of the records, which may be none.
+        """
 
     def record_gradients(self, samples: int | float) -> Iterator[dict[str, Tensor]]:
         """Gradient of -log p(answer) by trained parameter, one of so many evenly spaced records after the other.
@@ -131,6 +146,9 @@ class Context(Protocol):
 
     def answer_with(self, mixer: Mixer) -> None:
         """Let a mixer weigh the branches when questions are answered after this domain."""
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Rows of all processes, each of which has its share of the records, in the order of the records."""
 
     def reduce(self, tensors: list[Tensor]) -> None:
         """Sum tensors over processes, in place."""

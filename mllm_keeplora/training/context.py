@@ -13,7 +13,7 @@ from mllm_keeplora.adapters.mixing import look_at
 from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced, joined
 from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.hooks import evaluating, supervised_logits
-from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, is_partitioned
+from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, is_partitioned, streamed
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments, shared_inputs
 from mllm_keeplora.progress import progress_bar
@@ -93,6 +93,11 @@ class RunContext:
         self.sources = sources or Sources()
         self.seed = seed
         self.share = (distributed.rank(), distributed.world_size())  # of a draw; the training counts its micro-batches
+        self.full_batch = max(1, len(records))  # records of a whole optimizer step: the training says how many
+        self._earlier: dict[int, Sequence[Record]] = {}
+        self.tokens_each: Tensor | None = (
+            None  # answer tokens of a step by micro-batch: their mean, set by the training
+        )
         self.answering: Mixer | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.step = 0
@@ -153,9 +158,17 @@ class RunContext:
         with torch.no_grad(), self.branches.closed(), supervised_logits(self.branches.base, batch["labels"]):
             return model(**{key: value for key, value in batch.items() if key != "labels"})
 
+    def token_mean(self, values: Tensor) -> Tensor:
+        return values.mean() if self.tokens_each is None else values.sum() / self.tokens_each
+
     @property
     def num_records(self) -> int:
         return len(self.records)
+
+    @property
+    def batch_size(self) -> int:
+        done = self.step % math.ceil(len(self.records) / self.full_batch) * self.full_batch  # in this epoch
+        return min(self.full_batch, len(self.records) - done)
 
     def drawn(self, population: int, count: int) -> list[int]:
         """This micro-batch's part of `count` draws with replacement, made anew for every optimizer step."""
@@ -171,12 +184,16 @@ class RunContext:
     def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return joined(first, second, self.collator.prompt.tokenizer.pad_token_id)
 
-    def loss_gradients(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of the mean loss over the answers' tokens of all processes' batches."""
+    def loss_gradients(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Of the mean loss over the answers' tokens of all processes' records, a few records at a time."""
         import torch
 
-        sums, tokens = self._gradients(batch)
-        count = torch.tensor([float(tokens)], device=batch["labels"].device)
+        sums = {name: torch.zeros_like(parameter) for name, parameter in self.branches.trainable().items()}
+        count = torch.zeros(1, device=next(iter(sums.values())).device)
+        for part in batches(references, self.probe_batch_size):
+            found, tokens = self._gradients(self.batch_of(part))
+            sums = {name: total + found[name] for name, total in sums.items()}
+            count += tokens
         distributed.all_reduce([*sums.values(), count])
         return {name: each / count.item() for name, each in sums.items()}
 
@@ -190,18 +207,20 @@ class RunContext:
     def prompt_features(self, samples: int | float, pictures: bool = True) -> Tensor:
         import torch
 
-        from mllm_keeplora.adapters.features import prompt_features
+        from mllm_keeplora.adapters.features import feature_sizes, prompt_features
 
-        with torch.no_grad():
-            found = [
-                prompt_features(batch, self.branches.base, pictures).cpu()
-                for batch in self._pass(self.records, samples, "questions")
-                if not isinstance(batch, IdleBatch)
-            ]
-        return torch.cat(found) if found else torch.zeros(0)
+        found = []
+        with torch.no_grad(), streamed(self.branches.base):
+            for batch in self._pass(self.records, samples, "questions"):
+                features = prompt_features(batch, self.branches.base, pictures).cpu()
+                found += [] if isinstance(batch, IdleBatch) else [features]
+        return torch.cat(found) if found else torch.zeros(0, sum(feature_sizes(self.branches.base, pictures)))
 
     def answer_with(self, mixer: Mixer) -> None:
         self.answering = mixer
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        return distributed.interleaved(rows)
 
     def reduce(self, tensors: list[Tensor]) -> None:
         distributed.all_reduce(tensors)
@@ -242,7 +261,11 @@ class RunContext:
         return evenly_spaced(records, int(count))
 
     def _of_domain(self, index: int) -> Sequence[Record]:
-        return self.records if index == self.domain.index else self.sources.trained(self.sources.names[index])
+        if index == self.domain.index:
+            return self.records
+        if index not in self._earlier:  # else the file is read again for every record
+            self._earlier[index] = self.sources.trained(self.sources.names[index])
+        return self._earlier[index]
 
     def _gradients(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """Gradient of the summed loss over the answers' tokens by trained parameter, and how many tokens they are."""

@@ -54,6 +54,7 @@ def fit_domain(
         Stopped: the run is to end; a checkpoint of the last optimizer step is there.
     """
     branches = context.branches
+    context.full_batch = settings.batch_size
     trainer = DomainTrainer(
         strategy=strategy,
         context=context,
@@ -183,7 +184,10 @@ class DomainTrainer(Trainer):
         for number, batch in enumerate(taken):
             self.context.share = (number * world + rank, len(taken) * world)
             taken[number] = self.strategy.batch(self.context, batch)
-        return taken, self._get_num_items_in_batch(taken, device)
+        self.context.share = (rank, world)  # what is drawn around the step has no micro-batches
+        count = self._get_num_items_in_batch(taken, device)  # of all processes
+        self.context.tokens_each = count / (len(taken) * world) if taken else None
+        return taken, count
 
     def _get_train_sampler(self, train_dataset=None):
         world = distributed.world_size()
@@ -200,6 +204,7 @@ class DomainTrainer(Trainer):
             for name, parameter in self.context.branches.trainable().items():
                 is_full = self.context.branches.is_full(name)
                 rate = (self.lr_full if is_full else None) or self.args.learning_rate
+                rate *= self.context.branches.rate_of(name)
                 groups.setdefault(rate, []).append(parameter)
             decay = self.args.weight_decay
             self.optimizer = cls([{"params": p, "lr": r, "weight_decay": decay} for r, p in groups.items()], **keywords)

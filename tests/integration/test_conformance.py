@@ -28,7 +28,11 @@ from mllm_keeplora.training.fit import DomainTrainer, Reporter
 from tests.integration.conftest import TRAIN
 from tests.integration.processes import differing, leftovers, results
 
-TINY = {"keeplora": {"grad_samples": TRAIN, "feature_samples": TRAIN}}
+TINY = {
+    "gainlora": {"pictures": True, "base_options": {"feature_samples": TRAIN}},  # all questions begin with the same one
+    "keeplora": {"grad_samples": TRAIN, "feature_samples": TRAIN},
+    "moelora": {"experts": 2},
+}
 
 
 @dataclass

@@ -1,0 +1,77 @@
+"""Options of GainLoRA: those of its gates, and those of the method whose branches they gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+
+from mllm_keeplora.errors import known
+from mllm_keeplora.strategies.base import Strategy, StrategyOptions
+from mllm_keeplora.strategies.gpm import GPM
+from mllm_keeplora.strategies.inflora import InfLoRA
+from mllm_keeplora.strategies.olora import OLoRA
+
+BASES: dict[str, type[Strategy]] = {"gpm": GPM, "inflora": InfLoRA, "olora": OLoRA}
+
+
+class GainLoRAOptions(StrategyOptions):
+    """Those of gates are published for T5; nothing is for LLaVA.
+
+    `base_options` are the base method's own; it shares rank and alpha. `gate_samples` is a count of records, or a share
+    of them if below 1 (published: about 1000 batches of 32; the questions alone are read).
+    """
+
+    base: str = "inflora"  # that of the published code
+    base_options: dict[str, Any] = Field(default_factory=dict)
+    gate_width: int = Field(100, ge=1)
+    gate_head: Literal["cosine", "dot"] = "cosine"  # the published numbers come from the cosine; dot is the paper's
+    gate_samples: int | float = Field(1024, gt=0)
+    gate_energy: float = Field(0.995, ge=0.0, le=1.0)
+    gate_energy_end: float = Field(1.0, ge=0.0, le=1.0)
+    gate_energy_measure: Literal["sigma2", "sigma4"] = "sigma4"  # the published energies belong to it
+    pictures: bool = False  # text alone is published
+    row_renorm: bool = False  # true is published, and lets p_1 and p_2 of past questions move
+
+    @field_validator("base")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in BASES:
+            raise ValueError(f"must be one of {known(BASES)}")
+        return value
+
+    @field_validator("base_options")
+    @classmethod
+    def _accepted_by_base(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        shared = {"rank", "alpha"} & value.keys()
+        if shared:
+            raise ValueError(f"{min(shared)} is shared with the gated method: set strategy.{min(shared)}")
+        if {"base", "rank", "alpha"} <= info.data.keys():  # else they are at fault themselves
+            try:
+                options_of_base(info.data, value)
+            except ValidationError as error:
+                faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+                raise ValueError(f"{info.data['base']} refuses them: {'; '.join(faults)}") from None
+        return value
+
+    @field_validator("gate_samples")
+    @classmethod
+    def _count_or_share(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("must be a whole number of records, or a share of them below 1")
+        return value
+
+    def gate_energy_at(self, index: int, total: int) -> float:
+        """Share of energy that a memory is to hold at a domain: from `gate_energy` at the first towards the end's."""
+        return self.gate_energy + (self.gate_energy_end - self.gate_energy) * index / total
+
+
+def options_of_base(own: Mapping[str, Any], base_options: Mapping[str, Any]) -> StrategyOptions:
+    """Options of the method that is gated: its own, beside the rank and alpha of GainLoRA's (`own`).
+
+    Raises:
+        ValidationError: it does not take them.
+    """
+    given = {"rank": own["rank"], "alpha": own["alpha"], **base_options}
+    return BASES[own["base"]].Options.model_validate(given)

@@ -1,0 +1,76 @@
+"""GPM-LoRA: keep the input directions of past domains, and A of every new branch outside of them.
+
+The gradient of a linear layer lies in the span of its inputs. M holds the main ones of past domains, P = I - M M^T. A
+fresh branch starts at A P, each row as long as before, and A <- A - (A M) M^T after every step of the optimiser: then
+B A x = 0 for x in the span of M whatever B and the optimiser are. After a domain M grows (`kept_features.grow_kept`).
+
+Source: Gradient Projection Memory (ICLR 2021, arXiv 2103.09762), whose rule G <- G - G M M^T is for full weights. The
+branch is our own adaptation; a branch carried on could not follow it, as its A lies in the inputs of past domains.
+Departures: projection after the step (`mode: post`), for a projected gradient leaks under Adam and its relatives;
+`mode: grad` is the published rule. The first domain reaches its share of energy (`rank_rule`); published is one
+direction fewer, and possibly none. The projector is a target layer like any other, or trains unprotected.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.kept_features import KeptFeatureOptions, begin_kept, grow_kept, open_outside
+from mllm_keeplora.strategies.plain import fresh_branch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mllm_keeplora.linalg import Basis
+
+A_PARAMETER = ".lora_A.domain.weight"
+
+
+class GPMOptions(KeptFeatureOptions):
+    """Nothing is published for LLaVA: the energies are those of the vision benchmarks, rank and alpha plain LoRA's."""
+
+    mode: Literal["post", "grad"] = "post"  # grad is exact for gradient descent without adaptive scaling alone
+
+
+class GPM(Strategy):
+    """Stores per domain: A, B and the columns of M that the domain added."""
+
+    Options: ClassVar[type[StrategyOptions]] = GPMOptions
+    options: GPMOptions
+
+    @property
+    def needs(self) -> frozenset[Literal["gradients", "parameters"]]:
+        return frozenset({"gradients"}) if self.options.mode == "grad" else frozenset()
+
+    def prepare(self, context: Context) -> None:
+        begin_kept(context)
+
+    def before_domain(self, context: Context) -> None:
+        branch = fresh_branch(context, self.options)
+        A = {layer: _outside(rows, context.kept[layer]) for layer, rows in branch.A.items()}
+        open_outside(context, self.options, A, branch.train)
+
+    def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:
+        if phase != self.options.mode:
+            return
+        for name, parameter in context.branches.trainable().items():
+            kept = context.kept.get(name.removeprefix("base_model.model.").removesuffix(A_PARAMETER))
+            if kept is None or kept.rank == 0:  # of B, or with nothing to avoid
+                continue
+            if phase == "post":
+                context.edit_parameter(name, kept.residual)
+            else:
+                parameter.grad.copy_(kept.residual(parameter.grad))
+
+    def after_domain(self, context: Context) -> None:
+        grow_kept(context, self.options)
+
+
+def _outside(rows: Tensor, kept: Basis) -> Tensor:
+    """Rows (r, d_in) of A without their part inside a basis, as long as before; no more than there are dimensions."""
+    if kept.rank == 0:
+        return rows
+    rows = rows[: kept.d_in - kept.rank]
+    free = kept.residual(kept.residual(rows))  # twice: what rounding left inside would be stretched below
+    return free * (rows.norm(dim=1) / free.norm(dim=1)).unsqueeze(1)

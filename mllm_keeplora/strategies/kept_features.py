@@ -1,0 +1,135 @@
+"""What strategies share that keep the input directions of past domains (GPM, InfLoRA): statistics, growth, start of A.
+
+The directions are the run's kept bases, which only grow; layers that are fed the same tensor keep the same ones.
+Source: GPM (ICLR 2021, arXiv 2103.09762), whose rule is stated at `grow_kept`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.log import log
+from mllm_keeplora.plans import FeaturePlan, Statistic
+from mllm_keeplora.strategies.base import Context, StrategyOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
+
+
+class KeptFeatureOptions(StrategyOptions):
+    """Which directions of a domain's features are kept.
+
+    The share of energy rises from `energy` at the first domain towards `energy_end`. `energy_measure: sigma4` squares
+    the squared singular values once more and needs exact statistics. `rank_rule: below_legacy` keeps one direction
+    fewer than the share needs (at least one) at the first domain, as the published codes do. `feature_samples` is a
+    count of records, or a share of them if below 1.
+    """
+
+    energy: float = Field(0.95, ge=0.0, le=1.0)
+    energy_end: float = Field(0.99, ge=0.0, le=1.0)
+    energy_measure: Literal["sigma2", "sigma4"] = "sigma2"
+    rank_rule: Literal["reach", "below_legacy"] = "reach"
+    feature_samples: int | float = Field(512, gt=0)
+    feature_statistic: Statistic = "auto"
+    feature_sketch_size: int = Field(1024, ge=1)
+    feature_tokens: dict[Literal["image", "instruction", "answer"], Annotated[int, Field(ge=0)]] | None = None
+
+    @field_validator("feature_samples")
+    @classmethod
+    def _count_or_share(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("must be a whole number of records, or a share of them below 1")
+        return value
+
+    @field_validator("feature_statistic")
+    @classmethod
+    def _exact_for_sigma4(cls, value: str, info: ValidationInfo) -> str:
+        if value == "sketch" and info.data.get("energy_measure") == "sigma4":
+            raise ValueError("must be exact or auto with energy_measure sigma4, which a sketch does not know")
+        return value
+
+    def energy_at(self, index: int, total: int) -> float:
+        """Share of energy to keep at a domain: energy + (energy_end - energy) t / T, t from 0 of T."""
+        return self.energy + (self.energy_end - self.energy) * index / total
+
+    def feature_plan(self, exact: bool = False) -> FeaturePlan:
+        statistic = "exact" if exact else self.feature_statistic
+        return FeaturePlan(statistic, self.feature_sketch_size, tokens=self.feature_tokens)
+
+
+def begin_kept(context: Context) -> None:
+    """Nothing is kept yet, in any target layer."""
+    from mllm_keeplora.linalg import Basis
+
+    context.kept.update({layer: Basis(context.d_in(layer)) for layer in context.target_layers})
+
+
+def grow_kept(context: Context, options: KeptFeatureOptions) -> None:
+    """Add to every kept basis M the fewest directions with which it holds a share of the domain's feature energy.
+
+    With X' = X - M M^T X = U S V^T: M <- [M, U_r], r the smallest with (|X|^2 - |X'|^2 + S_1^2 + .. + S_r^2) / |X|^2 at
+    least the share; under `sigma4` the moments X X^T stand in place of X. Called with the branch active.
+    """
+    from mllm_keeplora.linalg import moment_rows
+
+    domain, squared = context.domain, options.energy_measure == "sigma4"
+    energy = options.energy_at(domain.index, domain.total)
+    rule = options.rank_rule if domain.index == 0 else "reach"
+    features = _decided_features(context, options, energy)
+
+    def missing(layer: str, source: MomentAccumulator | FrequentDirections) -> Tensor:
+        return context.kept[layer].missing(moment_rows(source) if squared else source, energy, rule=rule)
+
+    added = context.divided(features.get, missing)
+    for layer, columns in added.items():
+        context.kept[layer].append(columns)
+    context.log({"energy": energy, "added": {layer: columns.shape[1] for layer, columns in added.items()}})
+
+
+def open_outside(context: Context, options: StrategyOptions, A: dict[str, Tensor], train: tuple[str, ...]) -> None:
+    """Open a branch whose rows of A lie outside of what is kept, as many as there was room for; B is zero.
+
+    Args:
+        A: layer -> (rank', d_in), rank' at most the rank. All have the same scaling alpha / rank; a layer without
+            rows stays as it is.
+
+    Raises:
+        UserError: no layer has a row.
+    """
+    from mllm_keeplora.adapters import Branch
+
+    name, rank = context.domain.name, options.rank
+    short = [layer for layer, rows in A.items() if len(rows) < rank]
+    if not any(len(rows) for rows in A.values()):
+        raise UserError(
+            f"domain {name}: no target layer has a direction left to learn in; "
+            "lower strategy.energy or strategy.energy_end"
+        )
+    if short:
+        log.warning("%s: %d layers have fewer than %d directions, first %s", name, len(short), rank, short[0])
+    A = {layer: rows for layer, rows in A.items() if len(rows)}
+    context.branches.open(Branch(A, {layer: options.alpha / rank * len(rows) for layer, rows in A.items()}, train))
+
+
+def _decided_features(
+    context: Context, options: KeptFeatureOptions, energy: float
+) -> dict[str, MomentAccumulator | FrequentDirections]:
+    """Feature statistics by layer, in a second, exact pass where a sketch cannot decide on the threshold."""
+    from mllm_keeplora.linalg import FrequentDirections
+
+    plan = options.feature_plan(exact=options.energy_measure == "sigma4")
+    features = context.collect_inputs(options.feature_samples, plan)
+    unclear = [
+        layer
+        for layer, source in features.items()
+        if isinstance(source, FrequentDirections) and not context.kept[layer].is_decided(source, energy)
+    ]
+    if unclear:
+        log.info("%d layers need exact moments: their sketches are too small, first %s", len(unclear), unclear[0])
+        features = {**features, **context.collect_inputs(options.feature_samples, plan.made_exact(), layers=unclear)}
+    return features

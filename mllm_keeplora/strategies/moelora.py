@@ -1,0 +1,78 @@
+"""MoELoRA: one branch divided into experts that a router in every layer mixes token by token; all is trained on.
+
+Nothing is kept apart: experts and routers go on from domain to domain, in the hope that tokens of different domains
+find experts of their own. With r = rank of all experts together, each of r / E coordinates,
+
+    y = W x + alpha / r * sum_e softmax(R x)_e B_e A_e x.
+
+Source: CoIN (arXiv 2403.08350) and its code as MCITlib runs it (`CoINMOELoraLinear`); dense, no balancing loss. The
+weights sum to one, so experts that are mixed evenly have 1 / E of plain LoRA's scale; E times the alpha makes up for
+it. Here A begins as in plain LoRA (published: normal, deviation 0.01), and a router sees its layer's input with LoRA
+dropout applied, as A does (published: without).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.plain import carried_branch
+
+if TYPE_CHECKING:
+    from mllm_keeplora.adapters import Branch
+    from mllm_keeplora.adapters.experts import Experts
+
+
+class MoELoRAOptions(StrategyOptions):
+    """`rank` is that of all experts together; 8 experts as in CoIN, as many as domains in MCITlib (the presets)."""
+
+    experts: int = Field(8, ge=1, validate_default=True)
+
+    @field_validator("experts")
+    @classmethod
+    def _divides_the_rank(cls, value: int, info: ValidationInfo) -> int:
+        rank = info.data.get("rank", value)
+        if rank % value:
+            raise ValueError(f"must divide strategy.rank {rank}, which all experts share")
+        return value
+
+
+class MoELoRA(Strategy):
+    """Stores the branch and a router (experts, d_in) for every target layer."""
+
+    Options: ClassVar[type[StrategyOptions]] = MoELoRAOptions
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "mllm_dcl": {"rank": 35, "alpha": 70.0, "experts": 5},
+        "ucit": {"rank": 18, "alpha": 36.0, "experts": 6},
+    }
+    combine: ClassVar[Literal["gate"]] = "gate"
+    options: MoELoRAOptions
+
+    @property
+    def needs(self) -> frozenset[Literal["parameters"]]:
+        """Routers run inside of other layers, for which ZeRO-3 would have to fetch their weights in between."""
+        return frozenset({"parameters"})
+
+    def before_domain(self, context: Context) -> None:
+        from mllm_keeplora.adapters.mixers import rebuilt
+
+        branch, last = carried_branch(context, self.options), context.branches.past_mixer
+        mixer = self._fresh(context, branch) if last is None else rebuilt(*last.stored())
+        context.branches.open(replace(branch, mixer=mixer))
+
+    def _fresh(self, context: Context, branch: Branch) -> Experts:
+        """Routers as linear layers begin: uniform within 1 / sqrt(d_in)."""
+        from torch.nn.init import uniform_
+
+        from mllm_keeplora.adapters.experts import Experts
+
+        inputs = {layer: A.shape[1] for layer, A in branch.A.items()}
+        mixer = Experts(self.options.experts, inputs)
+        for layer, d_in in inputs.items():
+            bound = 1 / math.sqrt(d_in)
+            uniform_(mixer.router(layer).weight, -bound, bound, generator=context.rng)
+        return mixer

@@ -1,0 +1,153 @@
+"""Routed branches: one for each domain, trained from the base; which of them answers, a router reads off the question.
+
+No interference in the weights and no domain named at answering time; what can be lost is lost by the router. With the
+mean m_t of each domain's question features x and one covariance S within domains, a question goes to
+
+    argmax_t  x' S^-1 m_t - m_t' S^-1 m_t / 2   =   argmin_t  (x - m_t)' S^-1 (x - m_t),
+
+the linear discriminant with equal priors; S is shrunk towards its diagonal. Counts, means and summed scatter are all
+that S needs, so domains that come one by one give what all give at once. A question that is further from every domain
+than nearly all of the domain's own is answered by the base alone.
+Source: the idea of MR-LoRA (arXiv 2506.05453). MR-LoRA asks the MLLM itself: a further LoRA, tuned on 20 records of
+every domain, answers with the letter of one of several described experts, and no question is left to the base. Here
+nothing is tuned, described or replayed, and a question costs no second answer. Features are those that training
+records show of their first question (`adapters.features`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.log import log
+from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.plain import fresh_branch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mllm_keeplora.adapters.router import Router
+
+HELD_OUT = 4  # one question in so many is not fitted to: it measures how far a domain's own questions lie
+FLOOR = 1e-8  # share of the mean variance that a feature has at least, if it never varied
+
+
+class RoutedOptions(StrategyOptions):
+    """All defaults are our own.
+
+    So many `samples` of a domain's questions are looked at. `shrinkage` must be above 0: there may be more features
+    than questions. `reject` is the quantile of a domain's own distances beyond which a question is none of its; null
+    leaves no question to the base. Its default keeps the base's general skill, which a general assistant is asked for
+    most, and costs about one question in a hundred. Without `pictures` the words alone decide.
+    """
+
+    samples: int = Field(2048, ge=HELD_OUT)
+    shrinkage: float = Field(0.1, gt=0.0, le=1.0)
+    reject: float | None = Field(0.99, gt=0.0, le=1.0)
+    pictures: bool = True
+
+
+class Routed(Strategy):
+    """Stores a branch a domain, mean and held-out features of its questions; and twice a matrix over features (d, d).
+
+    At LLaVA-1.5-7B (d = 5120) the matrices take 210 MB (scatter, float64) and 105 MB (router, float32) for each unit.
+    """
+
+    Options: ClassVar[type[StrategyOptions]] = RoutedOptions
+    start_from: ClassVar[Literal["base"]] = "base"
+    combine: ClassVar[Literal["route"]] = "route"
+    options: RoutedOptions
+
+    def __init__(self, options: StrategyOptions):
+        super().__init__(options)
+        self.seen: dict[str, Tensor] = {}  # statistics of all domains so far: see `_add`
+
+    def before_domain(self, context: Context) -> None:
+        if context.num_records < HELD_OUT:
+            raise UserError(
+                f"domain {context.domain.name}: a router needs at least {HELD_OUT} records, got {context.num_records}"
+            )
+        context.branches.open(fresh_branch(context, self.options))
+
+    def after_domain(self, context: Context) -> None:
+        features = context.gathered(context.prompt_features(self.options.samples, self.options.pictures))
+        self._add(features)
+        router = self._router()
+        context.answer_with(router)
+        context.log({"routing": self._facts(context, router, features)})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.seen)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.seen = dict(state)
+
+    # -- parts of the above --------------------------------------------------------------------------------------
+
+    def _add(self, features: Tensor) -> None:
+        """Add a domain's questions, (n, d) float32, to the statistics.
+
+        `counts` (domains,), `means` (domains, d) and `scatter` (d, d, about each domain's mean) are those of the
+        questions that are fitted to, in float64; `held_out` has the rows of the others, `held_counts` of each domain.
+        """
+        import torch
+
+        held = torch.arange(len(features)) % HELD_OUT == HELD_OUT - 1
+        fitted = features[~held].double()
+        mean = fitted.mean(dim=0, keepdim=True)
+        gaps = fitted - mean
+        added = {
+            "counts": torch.tensor([len(fitted)]),
+            "means": mean,
+            "held_counts": held.sum().view(1),
+            "held_out": features[held],
+        }
+        seen = self.seen
+        self.seen = {name: torch.cat([seen[name], rows]) if seen else rows for name, rows in added.items()}
+        self.seen["scatter"] = gaps.mT @ gaps + seen.get("scatter", 0.0)
+
+    def _router(self) -> Router:
+        from mllm_keeplora.adapters.router import Router
+
+        means, seen = self.seen["means"], self.seen
+        router = Router(*means.shape, self.options.pictures)
+        whitening = whitening_of(seen["scatter"] / seen["counts"].sum(), self.options.shrinkage)
+        router.whitening.copy_(whitening)
+        router.means.copy_(means @ whitening.mT)
+        if self.options.reject is not None:
+            for number, own in enumerate(seen["held_out"].split(seen["held_counts"].tolist())):
+                router.limits[number] = router.distances(own)[:, number].quantile(self.options.reject)
+        return router
+
+    def _facts(self, context: Context, router: Router, features: Tensor) -> dict[str, Any]:
+        """Shares of this domain's questions sent to its branch and to the base; of each domain's held-out ones."""
+        chosen = router.choose(features).float()
+        own, base = float(chosen[:, -1].mean()), 1 - float(chosen.sum(dim=1).mean())
+        name = context.domain.name
+        log.info("%s: %.1f%% of its questions go to its branch, %.1f%% to the base", name, 100 * own, 100 * base)
+        held = self.seen["held_out"].split(self.seen["held_counts"].tolist())
+        each = [float(router.choose(rows)[:, number].float().mean()) for number, rows in enumerate(held)]
+        return {"own": own, "base": base, "held_out": each}
+
+
+def whitening_of(covariance: Tensor, shrinkage: float) -> Tensor:
+    """What makes features uncorrelated and of variance one, after their covariance was shrunk.
+
+    Args:
+        covariance: (d, d) float64; it may be singular.
+        shrinkage: share of its diagonal in the mixture of both, in (0, 1].
+
+    Returns:
+        W (d, d), lower triangular, with W' W = ((1 - shrinkage) S + shrinkage diag S)^-1. The diagonal's variances
+        are at least `FLOOR` of their mean.
+    """
+    import torch
+
+    variances = covariance.diagonal()
+    lowest = FLOOR * float(variances.mean()) or 1.0
+    scales = variances.clamp(min=lowest).rsqrt()
+    mixed = (1 - shrinkage) * covariance * scales.outer(scales)
+    mixed.diagonal().add_(shrinkage)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(mixed), scales.diag(), upper=False)
