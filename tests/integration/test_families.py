@@ -110,7 +110,7 @@ def test_a_domain_is_learnt_outside_the_weights_principal_directions_and_exports
     parts, folder = saved.base.parts, saved.run.path / "domains/01_RS"
     assert {layer.rsplit(".", 1)[-1] for layer in parts.language_layers} == LANGUAGE.get(family, LLAMA)
     assert parts.projector_layers == PROJECTOR.get(family, LLAVA)
-    [factors] = past_of(saved.run, saved.first(None))[0]
+    [factors] = past_of(saved.run, saved.first(None)).factors
     assert set(factors.A) == set(parts.target_layers)
     for layer, columns in read_tensors(saved.run.kept_by_prepare).items():
         A = factors.A[layer]

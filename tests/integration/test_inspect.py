@@ -37,7 +37,7 @@ def test_capacity_counts_the_stored_columns(saved, beta):
 
 def test_leak_and_update_are_those_of_the_stored_factors(saved, beta):
     before = kept_of(saved.run, saved.run.units[:1])
-    factors = past_of(saved.run, saved.run.units)[0][-1]
+    factors = past_of(saved.run, saved.run.units).factors[-1]
     for layer, facts in beta["changes"].items():
         delta, weight = factors.delta(layer).numpy(), saved.base.model.get_submodule(layer).weight.detach().numpy()
         assert facts["update"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(weight), rel=1e-4)
@@ -51,7 +51,7 @@ def test_interference_and_overlap_are_means_over_the_inputs_of_a_set(saved, beta
     records = saved.benchmark.train_records("Alpha")
     layers = {layer: saved.base.model.get_submodule(layer) for layer in saved.base.parts.target_layers}
     tokens = captured_tokens(model, layers, [encode(saved.base, [record]) for record in records])
-    factors, kept = past_of(saved.run, saved.run.units)[0][-1], kept_of(saved.run, saved.run.units)
+    factors, kept = past_of(saved.run, saved.run.units).factors[-1], kept_of(saved.run, saved.run.units)
     for layer, facts in beta["inputs"]["Alpha"].items():
         rows = torch.as_tensor(tokens[layer]).float()
         change = (rows @ factors.delta(layer).T).norm(dim=1)

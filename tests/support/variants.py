@@ -12,7 +12,7 @@ from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.strategies.keeplora import KeepLoRA, KeepLoRAOptions
-from mllm_keeplora.training.context import RunContext
+from mllm_keeplora.training.context import RunContext, Sources
 from tests.oracles import subspace
 from tests.support.keeplora import CHOSEN, OPTIONS, TOLERANCE, columns_of, modules_of, weights_of
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode
@@ -72,7 +72,7 @@ def begin(base, records, history="merged", sets=None, kept=None, seed=0, **chang
 
     def context(index, records):
         info = DomainInfo(index, f"domain {index}")
-        return RunContext(base, adapters, kept, info, records, collator, generator, 3, anchors)
+        return RunContext(base, adapters, kept, info, records, collator, generator, 3, Sources(anchors))
 
     if not kept:
         strategy.prepare(context(-1, []))

@@ -84,7 +84,7 @@ def test_only_a_cell_that_was_not_measured_is_hatched(results):
     colours = _colour_scale([])
     for score, hatch in ((None, "////"), (0.0, None)):
         axes = Figure().subplots()
-        _draw_cell(axes, (0.0, 0.0), score, False, colours, dark=False)
+        _draw_cell(axes, (0.0, 0.0), score, False, colours, dark=False, numbers=True)
         assert [patch.get_hatch() for patch in axes.patches] == [hatch]
 
 
