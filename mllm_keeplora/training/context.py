@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mllm_keeplora import distributed, watch
-from mllm_keeplora.adapters.mixing import look_at
+from mllm_keeplora import distributed
 from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced, joined
 from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.hooks import evaluating, supervised_logits
-from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, is_partitioned, streamed
+from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, streamed
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments, shared_inputs
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.tokens import token_losses
+from mllm_keeplora.training.passes import own_batches
 
 if TYPE_CHECKING:
     import torch
@@ -95,9 +95,7 @@ class RunContext:
         self.share = (distributed.rank(), distributed.world_size())  # of a draw; the training counts its micro-batches
         self.full_batch = max(1, len(records))  # records of a whole optimizer step: the training says how many
         self._earlier: dict[int, Sequence[Record]] = {}
-        self.tokens_each: Tensor | None = (
-            None  # answer tokens of a step by micro-batch: their mean, set by the training
-        )
+        self.tokens_each: Tensor | None = None  # mean answer tokens of a step's micro-batches: the training says
         self.answering: Mixer | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.step = 0
@@ -279,22 +277,3 @@ class RunContext:
         found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
         pairs = zip(trained.items(), found, strict=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}, losses.numel()
-
-
-def own_batches(model: Any, collator: TrainCollator, records: Sequence[Record], size: int) -> Iterator[dict]:
-    """Model inputs of this process's share of the records.
-
-    Where weights are divided (ZeRO-3) all processes run equally many batches: those with fewer end with idle ones.
-    """
-    device, world = next(model.parameters()).device, distributed.world_size()
-    for part in batches(records[distributed.rank() :: world], size):
-        batch = {key: value.to(device) for key, value in collator(part).items()}
-        look_at(model, batch)
-        yield batch
-        watch.stop_here()
-    if is_partitioned(model) and world > 1:
-        most, own = (math.ceil(len(records[rank::world]) / size) for rank in (0, distributed.rank()))
-        for _ in range(most - own):
-            batch = IdleBatch({key: value.to(device) for key, value in collator(records[:1]).items()})
-            look_at(model, batch)
-            yield batch

@@ -14,7 +14,7 @@ from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.probes import measure_inputs
 from mllm_keeplora.runs import Unit
-from mllm_keeplora.training.context import own_batches
+from mllm_keeplora.training.passes import own_batches
 
 if TYPE_CHECKING:
     import torch
