@@ -129,3 +129,14 @@ def test_importing_the_report_does_not_import_matplotlib_or_torch():
     code = "import sys, mllm_keeplora.report; print({'matplotlib', 'torch', 'yaml'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("figure", [score_matrix_figure, domain_curves_figure])
+def test_sixty_domains_are_drawn_no_larger_than_they_can_be_looked_at(results, figure, recwarn):
+    count = 60
+    results["domains"] = [f"D{number}" for number in range(count)]
+    results["score_matrix"] = [[float(i)] * count for i in range(count)]
+    results |= {"zero_shot": [0.0] * count, "blind": [0.0] * count, "general": {}}
+    height, width = pixels(figure([results] if figure is score_matrix_figure else results)).shape[:2]
+    assert width <= 15 * figures.DPI and height <= 12 * figures.DPI
+    assert not [warning for warning in recwarn if "constrained_layout" in str(warning.message)]
