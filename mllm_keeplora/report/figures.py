@@ -22,6 +22,7 @@ MARKERS = "osD^vPX*"
 INK = {False: "#1f2328", True: "#e6e8eb"}
 FAINT = {False: "#8c959f", True: "#7d8590"}
 REFERENCE_GAP = 0.25
+ACROSS = 4  # heat maps side by side; more of them go below
 MANY = 20  # columns or rows from which on cells shrink, lose their numbers, and only some are named
 DPI = 160
 
@@ -29,7 +30,7 @@ DPI = 160
 def score_matrix_figure(
     results_list: Sequence[Results], titles: Sequence[str] | None = None, dark: bool = False
 ) -> bytes:
-    """Draw score matrices as heat maps side by side on one colour scale.
+    """Draw score matrices as heat maps side by side, in rows of four, on one colour scale.
 
     The reference rows lie on top, a frame marks the domain just learned, hatching a cell that was not measured.
 
@@ -53,14 +54,17 @@ def score_matrix_figure(
     num_rows = max(len(sheet.references) + len(sheet.stages) for sheet in sheets)
     shrunk = min(1.0, MANY / max(num_rows, *(len(sheet.columns) for sheet in sheets)))
     width, height = (0.55 * shrunk, 0.38 * shrunk)
-    figure = new_figure(0.8 + sum(width * len(sheet.columns) + 0.9 for sheet in sheets), height * num_rows + 0.8)
-    grid = figure.subplots(
-        1, len(sheets), squeeze=False, gridspec_kw={"width_ratios": [len(sheet.columns) for sheet in sheets]}
-    )
+    across = min(len(sheets), ACROSS)
+    ratios = [max(len(sheet.columns) for sheet in sheets[place::across]) for place in range(across)]
+    down = -(-len(sheets) // across)
+    figure = new_figure(0.8 + sum(width * ratio + 0.9 for ratio in ratios), down * (height * num_rows + 0.8))
+    grid = figure.subplots(down, across, squeeze=False, gridspec_kw={"width_ratios": ratios}).flatten()
     colours = _colour_scale(sheets)
-    for axes, sheet, title in zip(grid[0], sheets, titles, strict=True):
+    for axes, sheet, title in zip(grid, sheets, titles, strict=False):
         _draw_sheet(axes, sheet, title, colours, dark, numbers=shrunk == 1.0)
-    bar = figure.colorbar(colours, ax=list(grid[0]), fraction=0.03, pad=0.015, aspect=18)
+    for axes in grid[len(sheets) :]:
+        axes.set_axis_off()
+    bar = figure.colorbar(colours, ax=list(grid), fraction=0.03, pad=0.015, aspect=18)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK[dark], labelsize=8, length=0)
     bar.set_label("score (%)", color=INK[dark], fontsize=8.5)

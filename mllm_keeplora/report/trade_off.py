@@ -15,7 +15,12 @@ PLACES = (
     (10, 24, "left", "bottom"), (10, -24, "left", "top"), (-10, 24, "right", "bottom"), (-10, -24, "right", "top"),
 )  # fmt: skip
 
-CROWDED = 4  # with more curves only ends and choices are labelled, and small losses get more room than large ones
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))  # where colours come round again
+CROWDED, FULL = (
+    4,
+    8,
+)  # with more curves only ends and choices are labelled, and small losses get more room than large ones;
+# with more than FULL choices alone are labelled, by the curve's name, and the legend stands beside the picture
 
 
 def trade_off_figure(
@@ -38,19 +43,21 @@ def trade_off_figure(
     """
     if not any(curves.values()):
         raise ValueError("a trade-off curve needs at least one run with plasticity and BWT")
-    crowded = len(curves) > CROWDED
-    figure = new_figure(7.4, 5.2) if crowded else new_figure(6.2, 4.0)
+    crowded, full = len(curves) > CROWDED, len(curves) > FULL
+    figure = new_figure(9.2 if full else 7.4, 5.2) if crowded else new_figure(6.2, 4.0)
     axes = figure.subplots()
     labels = []
     for i, (name, points) in enumerate(curves.items()):
         colour = LINE_COLOURS[dark][i % len(LINE_COLOURS[dark])]
         xs, ys = [point[1] for point in points], [point[2] for point in points]
-        axes.plot(xs, ys, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6, label=name)
+        style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i // len(MARKERS) % len(DASHES)]}
+        axes.plot(xs, ys, color=colour, markersize=5, linewidth=1.6, label=name, **style)
         for setting, x, y in points:
             if (name, setting) in chosen:
                 axes.plot([x], [y], marker="o", markersize=13, markerfacecolor="none", color=colour, linestyle="none")
-            if not crowded or (name, setting) in chosen or setting in (points[0][0], points[-1][0]):
-                labels.append((setting, x, y, colour))
+            is_end = setting in (points[0][0], points[-1][0])
+            if not crowded or (name, setting) in chosen or (is_end and not full):
+                labels.append((name if full else setting, x, y, colour))
     axes.margins(0.14)
     if crowded:
         axes.set_yscale("symlog", linthresh=5, linscale=1.5)
@@ -62,7 +69,8 @@ def trade_off_figure(
     axes.tick_params(colors=INK[dark], labelsize=8.5, length=0)
     axes.grid(color=FAINT[dark], alpha=0.25, linewidth=0.6)
     axes.spines[:].set_visible(False)
-    legend = axes.legend(frameon=False, fontsize=9, loc="lower left")
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if full else {"loc": "lower left"}
+    legend = axes.legend(frameon=False, fontsize=9, **place)
     for text in legend.get_texts():
         text.set_color(INK[dark])
     _place(axes, labels, [legend])
