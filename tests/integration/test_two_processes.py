@@ -59,7 +59,8 @@ def test_each_process_looks_into_its_share_and_all_tell_every_fault(settings, wo
     script = tmp_path / "child.py"
     script.write_text(CHECKING)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, str(script), str(tmp_path)], check=True, timeout=180, capture_output=True)
+    done = subprocess.run([*launch, str(script), str(tmp_path)], timeout=180, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         told = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(told) == 2 and all(any(path.name in each for each in told) for path in broken), told
