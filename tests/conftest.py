@@ -1,4 +1,4 @@
-"""How tests are dealt out where several files run at a time: whole files, and those with processes one after another."""
+"""How tests are dealt out where two files run at a time: whole files, and those with processes one by one."""
 
 from __future__ import annotations
 
