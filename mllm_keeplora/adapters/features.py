@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.hooks import removed_afterwards
 from mllm_keeplora.models.parts import projectors_of
 
@@ -28,8 +29,11 @@ def prompt_features(batch: Mapping[str, Tensor], model: Any, pictures: bool = Tr
         pictures: False leaves the pictures out.
 
     Returns:
-        (b, d) float32, d the embedding's size, plus the tower's where there are pictures; zeros there for a question
-        without any.
+        (b, d) float32, d as `feature_sizes` has it: zeros for the pictures of a question without any, and behind those
+        of a tower whose patches the projector joins.
+
+    Raises:
+        UserError: the base has no way to ask its tower alone, or its pictures cannot be told apart by question.
     """
     words = _mean_of_words(batch, model)
     if not pictures:
@@ -40,7 +44,7 @@ def prompt_features(batch: Mapping[str, Tensor], model: Any, pictures: bool = Tr
 
 def feature_sizes(model: Any, pictures: bool = True) -> tuple[int, int]:
     """How many of `prompt_features` are of words, and how many of pictures."""
-    return model.get_input_embeddings().embedding_dim, _width(projectors_of(model)[0]) if pictures else 0
+    return model.get_input_embeddings().embedding_dim, _width(model) if pictures else 0
 
 
 def words_of_questions(batch: Mapping[str, Tensor], image_token: int | None) -> Tensor:
@@ -67,30 +71,48 @@ class _Seen(Exception):
 
 
 def _mean_of_pictures(batch: Mapping[str, Tensor], model: Any) -> Tensor:
-    """Mean tower feature of each question's pictures, (b, d)."""
-    count = len(batch["input_ids"])
-    projector = projectors_of(model)[0]
+    """Mean tower feature of each question's pictures, (b, width)."""
+    count, width = len(batch["input_ids"]), _width(model)
     given = {name: value for name, value in batch.items() if name not in TEXT and value is not None}
     if "pixel_values" not in given:
-        return torch.zeros(count, _width(projector), device=batch["input_ids"].device)
+        return torch.zeros(count, width, device=batch["input_ids"].device)
+    rows = _tower_rows(given, model)
+    spans = (batch["input_ids"] == model.config.image_token_id).sum(dim=1)
+    if int(spans.sum()) and len(rows) % int(spans.sum()) == 0:
+        sizes = spans * (len(rows) // int(spans.sum()))
+    elif all(len(value) == count for value in given.values()):  # tiles, as many as a picture's shape asks for
+        alone = [_tower_rows({name: value[[row]] for name, value in given.items()}, model) for row in range(count)]
+        rows, sizes = torch.cat(alone), torch.tensor([len(each) for each in alone], device=rows.device)
+    else:
+        raise UserError(
+            f"{type(model).__name__}: {len(rows)} picture features cannot be dealt out to {count} questions; "
+            "strategy.pictures=false looks at the words alone"
+        )
+    owner = torch.arange(count, device=rows.device).repeat_interleave(sizes)
+    means = rows.new_zeros(count, rows.shape[1]).index_add_(0, owner, rows) / sizes.clamp(min=1).unsqueeze(1)
+    return torch.nn.functional.pad(means, (0, width - means.shape[1]))
+
+
+def _tower_rows(given: Mapping[str, Any], model: Any) -> Tensor:
+    """What the projector is given for some pictures, (n, width) float32."""
+    if not hasattr(model, "get_image_features"):
+        raise UserError(
+            f"{type(model).__name__} cannot be asked for its pictures' features alone; strategy.pictures=false looks "
+            "at the words alone"
+        )
     caught: list[Tensor] = []
 
     def catch(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         caught.append(next(each for each in (*args, *kwargs.values()) if torch.is_tensor(each)))
         raise _Seen
 
-    handle = projector.register_forward_pre_hook(catch, with_kwargs=True)
+    handle = projectors_of(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
     with torch.no_grad(), removed_afterwards([handle]), contextlib.suppress(_Seen):
         model.get_image_features(**given)
-    rows = caught[0].reshape(-1, caught[0].shape[-1]).float()
-    spans = (batch["input_ids"] == model.config.image_token_id).sum(dim=1)
-    if int(spans.sum()) == 0 or len(rows) % int(spans.sum()):
-        raise RuntimeError(f"{len(rows)} picture features cannot be dealt out to {count} questions")
-    owner = torch.arange(count, device=rows.device).repeat_interleave(spans * (len(rows) // int(spans.sum())))
-    summed = rows.new_zeros(count, rows.shape[1]).index_add_(0, owner, rows)
-    return summed / owner.bincount(minlength=count).clamp(min=1).unsqueeze(1)
+    return caught[0].reshape(-1, caught[0].shape[-1]).float()
 
 
-def _width(projector: Any) -> int:
-    """Size of what the tower gives, by the projector's first linear layer."""
-    return next(module.in_features for module in projector.modules() if isinstance(module, torch.nn.Linear))
+def _width(model: Any) -> int:
+    """Size that the tower's features are filled up to: what the projector's first linear layer takes in."""
+    linears = [each for each in projectors_of(model)[0].modules() if isinstance(each, torch.nn.Linear)]
+    return linears[0].in_features if linears else model.config.vision_config.hidden_size

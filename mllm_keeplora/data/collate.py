@@ -27,30 +27,45 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any], pad: int) -> dic
     """Two batches of model inputs as one, the shorter conversations filled up on the right.
 
     Args:
-        first, second: from the same collator; what has the shape of the tokens (b, t) is filled up, the rest
-            (pictures) is put one after the other.
+        first, second: from the same collator; what is told of each token (b, t, ...) is filled up, the rest (pictures)
+            is put one after the other, smaller ones filled up with zeros, as processors do within a batch.
         pad: token id to fill up with; nothing of it is attended to or carries loss.
 
     Raises:
-        ValueError: pictures of two shapes, which this base cannot take in one batch.
+        ValueError: an input of one batch has more dimensions than the other's.
     """
     import torch
-    from torch.nn.functional import pad as filled
 
     tokens = [first["input_ids"].shape, second["input_ids"].shape]
     longest = max(shape[1] for shape in tokens)
-    values = {"input_ids": pad, "labels": -100}
+    fillings = {"input_ids": pad, "labels": -100, "attention_mask": 0}
     whole = {}
     for name in dict.fromkeys([*first, *second]):
         own = [(batch[name], shape) for batch, shape in zip((first, second), tokens, strict=True) if name in batch]
         parts = [
-            filled(each, (0, longest - shape[1]), value=values.get(name, 0)) if each.shape == shape else each
-            for each, shape in own
+            _lengthened(each, longest, fillings.get(name)) if each.shape[:2] == shape else each for each, shape in own
         ]
-        if len({part.shape[1:] for part in parts}) > 1:
+        if len({part.ndim for part in parts}) > 1:
             raise ValueError(f"{name} of shapes {[tuple(part.shape) for part in parts]} do not fit into one batch")
-        whole[name] = torch.cat(parts)
+        largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+        whole[name] = torch.cat([_filled(part, largest) for part in parts])
     return whole
+
+
+def _lengthened(values: Any, length: int, filling: int | None) -> Any:
+    """(b, t, ...) to (b, length, ...): by a value, or by what is told of the last token."""
+    import torch
+
+    more = values[:, -1:].expand(-1, length - values.shape[1], *values.shape[2:])
+    return torch.cat([values, more if filling is None else torch.full_like(more, filling)], dim=1)
+
+
+def _filled(values: Any, sizes: Sequence[int]) -> Any:
+    """(n, ...) filled up with zeros at the end of each further dimension."""
+    from torch.nn.functional import pad
+
+    gaps = [gap for size, now in zip(sizes, values.shape[1:], strict=True) for gap in (size - now, 0)]
+    return pad(values, gaps[::-1])
 
 
 def batches(records: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:

@@ -9,11 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
+from mllm_keeplora.adapters.features import feature_sizes, prompt_features
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import BaseConfig, find_config, parse_config, read_yaml, shipped
+from mllm_keeplora.data.collate import TrainCollator, joined
 from mllm_keeplora.data.images import images_of
 from mllm_keeplora.data.mini import write_mini_dcl
+from mllm_keeplora.data.schema import Media
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.exporting import export
@@ -95,6 +99,36 @@ def test_rows_that_leave_change_no_answer(run):
     ends = set(free[:3, 1].tolist()) | set(free[3:5, 3].tolist())
     expected = model.generate(**batch, **options, eos_token_id=list(ends))[:, length:]
     assert greedy(model, batch, 6, ends, PAD).tolist() == expected.tolist()
+
+
+def conversations(saved, folder):
+    """Four training records, one of them with a picture of another shape, and what makes inputs of records."""
+    records = list(saved.benchmark.train_records("RS")[:4])
+    Image.new("RGB", (200, 70), (200, 10, 10)).save(folder / "wide.png")
+    records[1] = replace(records[1], media=(Media("image", folder / "wide.png"),))
+    return records, TrainCollator(saved.base.prompt)
+
+
+def test_two_batches_put_together_are_the_batch_of_all_records(run, tmp_path):
+    """So that records of earlier domains can join a batch."""
+    records, collate = conversations(run[1], tmp_path)
+    found = joined(collate(records[:1]), collate(records[1:]), run[1].base.prompt.tokenizer.pad_token_id)
+    wanted = collate(records)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def test_what_gates_and_routers_see_of_a_question_does_not_depend_on_its_batch(run, tmp_path):
+    family, saved = run
+    records, collate = conversations(saved, tmp_path)
+    if family == "mllama":
+        with pytest.raises(UserError, match=r"strategy\.pictures=false"):
+            prompt_features(collate(records), saved.base.model)
+        return
+    together = prompt_features(collate(records), saved.base.model)
+    assert together.shape[1] == sum(feature_sizes(saved.base.model)) and together.isfinite().all()
+    for row, record in enumerate(records):
+        assert torch.allclose(prompt_features(collate([record]), saved.base.model)[0], together[row], atol=1e-5)
 
 
 def logits(model, batch):

@@ -16,8 +16,11 @@ def test_joined_batches_are_the_batch_of_all_records(base, tiny_records):
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_pictures_of_two_shapes_are_named_and_refused(base, tiny_records):
+def test_smaller_pictures_are_filled_up_and_other_inputs_refused(base, tiny_records):
     batch = TrainCollator(base.prompt)(tiny_records["Alpha"][:2])
-    other = {**batch, "pixel_values": batch["pixel_values"][..., :-1]}
+    small = {**batch, "pixel_values": batch["pixel_values"][..., :-1]}
+    found = joined(batch, small, 0)["pixel_values"]
+    assert torch.equal(found[:2], batch["pixel_values"]) and torch.equal(found[2:, ..., :-1], small["pixel_values"])
+    assert not found[2:, ..., -1].any()
     with pytest.raises(ValueError, match="pixel_values of shapes"):
-        joined(batch, other, 0)
+        joined(batch, {**batch, "pixel_values": batch["pixel_values"][0]}, 0)
