@@ -70,6 +70,7 @@ def _image_modes(target: Path) -> set[str]:
 def _opened(target: str | Path, after: int | None, base: str | None, domain: str | None) -> tuple[Base, Any]:
     if (Path(target) / "run.json").is_file():
         saved = load_run(target)
+        saved.refuse_domain(domain, after)
         return saved.base, saved.restore(len(saved.run.finished_units) if after is None else after, domain)
     checkpoint = Checkpoint.named(target, base)
     return checkpoint.load(checkpoint.config("mini_dcl", Path("runs/ask")))  # neither data nor folder is touched

@@ -50,6 +50,7 @@ def export(
     if folder.exists():
         raise UserError(f"{folder} exists already; export writes a new folder")
     after = len(saved.run.finished_units) if after is None else after
+    saved.refuse_domain(domain, after)
     past = past_of(saved.run, saved.first(after), domain)
     learnt = past.merged("a merged checkpoint" if form == "merged" else "an adapter for plain peft")
     write = _merged if form == "merged" else _adapter

@@ -58,8 +58,10 @@ class SavedRun:
             domain: the one to answer, of a run where each has a branch of its own.
 
         Raises:
-            UserError: no single weight stands for the run, because its branches combine by the question.
+            UserError: no single weight stands for the run, because its branches combine by the question; a domain that
+                the run does not have, or need.
         """
+        self.refuse_domain(domain, after)
         config = self.config.base.model_copy(update={"quantization": None})
         base = self.load_base(config)  # a fresh one: what was handed out before stays as it is
         past = past_of(self.run, self.first(after), domain)
@@ -83,6 +85,17 @@ class SavedRun:
             self.adapters.restore(past.factors, past.full, past.mixer)
             self.place = place
         return self.adapters.model
+
+    def refuse_domain(self, domain: str | None, after: int | None) -> None:
+        """UserError where a person names a domain that has no branch of its own after so many units; None is fine."""
+        units = self.first(after)
+        names = [name for unit in units for name in unit.domains]
+        if domain is None:
+            return
+        if not is_oracle(self.run, units):
+            raise UserError(f"{self.run.path} answers every domain by one model: there is no --domain {domain!r}")
+        if domain not in names:
+            raise UserError(f"{self.run.path} has no branch for --domain {domain!r}; known: {known(names)}")
 
     def load_base(self, config: BaseConfig) -> Base:
         """The run's base by its config, or by one that differs in dtype or quantisation.

@@ -10,52 +10,35 @@ there are no classes to take equally many of; both means are over answer tokens;
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
-
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
-from mllm_keeplora.strategies.plain import carried_branch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mllm_keeplora.strategies.base import Context, StrategyOptions
+from mllm_keeplora.strategies.buffered import Buffered, BufferOptions
 
 
-class AGEMOptions(StrategyOptions):
+class AGEMOptions(BufferOptions):
     """`buffer`: records kept, of all domains together; published are 13 for each of 85 classes, near a thousand.
 
     `ratio`: records of the reference for each one of the batch. Published are 256 beside batches of 10, for small
     networks; 1 keeps a step at about twice the cost.
     """
 
-    buffer: int = Field(1000, ge=1)
-    ratio: float = Field(1.0, gt=0.0)
 
-
-class AGEM(Strategy):
-    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are."""
+class AGEM(Buffered):
+    """Stores what `Buffered` does."""
 
     Options: ClassVar[type[StrategyOptions]] = AGEMOptions
     options: AGEMOptions
-
-    def __init__(self, options: StrategyOptions):
-        super().__init__(options)
-        self.load_state_dict({})
 
     @property
     def needs(self) -> frozenset[Literal["gradients", "parameters"]]:
         return frozenset({"gradients"})
 
-    def before_domain(self, context: Context) -> None:
-        context.branches.open(carried_branch(context, self.options))
-
     def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:
         """Project the gradient where it would raise the buffered records' loss."""
         if phase == "post" or not len(self.buffer):
             return
-        count = max(1, round(self.options.ratio * context.batch_size))
-        chosen = context.drawn(len(self.buffer), count)
-        reference = context.loss_gradients([self.buffer.references[place] for place in chosen])
+        reference = context.loss_gradients(self.drawn(context))
         trained = context.branches.trainable()
         used = {name: parameter for name, parameter in trained.items() if parameter.grad is not None}
         product = sum(float((parameter.grad * reference[name]).sum()) for name, parameter in used.items())
@@ -65,16 +48,3 @@ class AGEM(Strategy):
         for name, parameter in trained.items():
             change = -share * reference[name]
             parameter.grad = parameter.grad + change if name in used else change
-
-    def after_domain(self, context: Context) -> None:
-        self.buffer.offer(context.domain.index, context.num_records, context.rng)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"buffer": self.buffer.state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        from mllm_keeplora.data.reservoir import Reservoir
-
-        self.buffer = Reservoir(self.options.buffer)
-        if state:
-            self.buffer.load(state["buffer"])

@@ -115,9 +115,8 @@ class Context(Protocol):
     def drawn(self, population: int, count: int) -> list[int]:
         """Numbers below `population`, drawn with replacement for this optimizer step: this micro-batch's part.
 
-        In `around_step` it is this process's part.
-
-        `count` are drawn for the whole step, whatever its processes and micro-batches.
+        `count` are drawn for the whole step, whatever its processes and micro-batches; in `around_step` it is this
+        process's part.
         """
 
     def batch_of(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:

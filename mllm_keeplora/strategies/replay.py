@@ -11,59 +11,28 @@ with replacement.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field
-
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
-from mllm_keeplora.strategies.plain import carried_branch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mllm_keeplora.strategies.base import Context, StrategyOptions
+from mllm_keeplora.strategies.buffered import Buffered, BufferOptions
 
 
-class ReplayOptions(StrategyOptions):
+class ReplayOptions(BufferOptions):
     """`buffer`: records kept, of all domains together. None is published for LLaVA; of text, TRACE keeps a tenth.
 
     `ratio`: buffered records for each new one; 1 as published (10 and 10), which doubles what a micro-batch holds.
     """
 
-    buffer: int = Field(1000, ge=1)
-    ratio: float = Field(1.0, gt=0.0)
 
-
-class Replay(Strategy):
-    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are."""
+class Replay(Buffered):
+    """Stores what `Buffered` does."""
 
     Options: ClassVar[type[StrategyOptions]] = ReplayOptions
     options: ReplayOptions
-
-    def __init__(self, options: StrategyOptions):
-        super().__init__(options)
-        self.load_state_dict({})
-
-    def before_domain(self, context: Context) -> None:
-        context.branches.open(carried_branch(context, self.options))
 
     def batch(self, context: Context, batch: dict[str, Any]) -> dict[str, Any]:
         """Join this micro-batch's part of the records that are replayed in the optimizer step; it may be none."""
         if not len(self.buffer):
             return batch
-        count = max(1, round(self.options.ratio * context.batch_size))
-        chosen = context.drawn(len(self.buffer), count)
-        if not chosen:
-            return batch
-        return context.joined(batch, context.batch_of([self.buffer.references[place] for place in chosen]))
-
-    def after_domain(self, context: Context) -> None:
-        self.buffer.offer(context.domain.index, context.num_records, context.rng)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"buffer": self.buffer.state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        from mllm_keeplora.data.reservoir import Reservoir
-
-        self.buffer = Reservoir(self.options.buffer)
-        if state:
-            self.buffer.load(state["buffer"])
+        chosen = self.drawn(context)
+        return context.joined(batch, context.batch_of(chosen)) if chosen else batch

@@ -240,11 +240,10 @@ class Learner:
         rng = torch.Generator().manual_seed(seed)
         info = DomainInfo(unit.index - 1, unit.name, len(self.units))
         size = self.config.train.probe_batch_size
-        sources = Sources(self.benchmark.anchor_records, self.benchmark.train_records, self._names())
+        sources = Sources(
+            self.benchmark.anchor_records, self.benchmark.train_records, [each.name for each in self.units]
+        )
         return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, size, sources, seed)
-
-    def _names(self) -> list[str]:
-        return [unit.name for unit in self.units]
 
     def _log_plan(self, unit: Unit, num_records: int, epochs: float, arguments: Any) -> None:
         trained = self.adapters.trainable()

@@ -182,6 +182,15 @@ def test_merged_and_live_branches_agree_or_a_merge_is_refused_in_a_sentence(seen
     export(saved, "adapter", tmp_path / "adapter", domain=asked)
 
 
+def test_a_domain_that_has_no_branch_of_its_own_is_named_and_refused(seen, tmp_path):
+    saved, has_branches = load_run(seen.output), STRATEGIES[seen.strategy].needs_domain_id
+    wanted = r"no branch for --domain 'Delta'; known: Alpha, Beta" if has_branches else "no --domain 'Delta'"
+    for act in (lambda: saved.load(domain="Delta"), lambda: export(saved, "merged", tmp_path / "out", domain="Delta")):
+        with pytest.raises(UserError, match=wanted):
+            act()
+    assert not (tmp_path / "out").exists()
+
+
 def test_reported_storage_is_what_a_saved_run_needs_to_answer(seen, tmp_path):
     saved = load_run(seen.output)
     last, asked, batch = len(saved.run.finished_units), _asked(saved), _conversations(saved)[1]

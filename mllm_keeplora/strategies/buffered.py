@@ -1,0 +1,55 @@
+"""What strategies share that keep a bounded sample of past records (replay, A-GEM): a carried branch, a reservoir."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.plain import carried_branch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class BufferOptions(StrategyOptions):
+    """`buffer`: records kept, of all domains together. `ratio`: buffered records for each one of a batch."""
+
+    buffer: int = Field(1000, ge=1)
+    ratio: float = Field(1.0, gt=0.0)
+
+
+class Buffered(Strategy):
+    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are.
+
+    Each domain's records are offered to the buffer once and after the domain, so that several epochs count no more than
+    one, and what is drawn during a domain is of earlier ones.
+    """
+
+    options: BufferOptions
+
+    def __init__(self, options: StrategyOptions):
+        super().__init__(options)
+        self.load_state_dict({})
+
+    def before_domain(self, context: Context) -> None:
+        context.branches.open(carried_branch(context, self.options))
+
+    def after_domain(self, context: Context) -> None:
+        self.buffer.offer(context.domain.index, context.num_records, context.rng)
+
+    def drawn(self, context: Context) -> list[tuple[int, int]]:
+        """References for this micro-batch (in `around_step`: this process), which may be none; at least one a step."""
+        count = max(1, round(self.options.ratio * context.batch_size))
+        return [self.buffer.references[place] for place in context.drawn(len(self.buffer), count)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"buffer": self.buffer.state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        from mllm_keeplora.data.reservoir import Reservoir
+
+        self.buffer = Reservoir(self.options.buffer)
+        if state:
+            self.buffer.load(state["buffer"])
