@@ -75,25 +75,14 @@ def past_of(run: RunDir, units: list[Unit], asked: str | None = None) -> Past:
     Raises:
         UserError: a unit is not finished; each domain has its own branch and `asked` is None.
     """
-    adapters: list[Path] = []
-    projectors: list[Path] = []
-    manifest: dict[str, Any] = {}
-    for unit in units:
-        folder = run.folder(unit)
-        manifest = _manifest(run, unit)
-        if manifest["combine"] == "oracle" and unit.domains != (asked,):
-            continue
-        if manifest.get("carried"):
-            adapters = []
-        elif manifest["combine"] == "merge" and manifest["start_from"] == "base":
-            adapters, projectors = [], []
-        adapters.append(folder.adapter)
-        if "projector" in manifest:
-            projectors.append(folder.projector)
+    manifest = _manifest(run, units[-1]) if units else {}
+    adapters, projectors = _standing(run, units)
+    if manifest.get("combine") == "oracle":
+        if asked is None:
+            names = ", ".join(name for unit in units for name in unit.domains)
+            raise UserError(f"{run.path} answers every domain by a branch of its own; name one with --domain: {names}")
+        adapters, projectors = _standing(run, [unit for unit in units if unit.domains == (asked,)])
     past = Past([Factors.load(path) for path in adapters], [files.read_tensors(path) for path in projectors])
-    if manifest.get("combine") == "oracle" and asked is None:
-        names = ", ".join(name for unit in units for name in unit.domains)
-        raise UserError(f"{run.path} answers every domain by a branch of its own; name one with --domain: {names}")
     if "mixer" in manifest:
         mixer = load_mixer(run.folder(units[-1]).mixer)
         past = mixer.summed(past) if manifest["combine"] == "sum" else replace(past, mixer=mixer)
@@ -126,27 +115,31 @@ def stored_files(run: RunDir, units: list[Unit]) -> dict[str, list[Path]]:
 
     What only `--after` an earlier unit, or an interrupted one, needs is not among them.
     """
-    adapters: list[Path] = []
-    projectors: list[Path] = []
-    bases = [run.kept_by_prepare]
-    for unit in units:
-        folder, manifest = run.folder(unit), _manifest(run, unit)
-        stands_alone = manifest["combine"] == "merge" and manifest["start_from"] == "base"
-        if manifest.get("carried") or stands_alone:
-            adapters = []
-        if stands_alone:
-            projectors = []
-        adapters += [folder.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
-        projectors.append(folder.projector)
-        bases.append(folder.basis)
+    adapters, projectors = _standing(run, units)
+    weights = [path / name for path in adapters for name in ("adapter_config.json", "adapter_model.safetensors")]
+    bases = [run.kept_by_prepare, *(run.folder(unit).basis for unit in units)] if run.kept_by_prepare.is_file() else []
     last = [run.folder(unit) for unit in units[-1:]]
-    if not run.kept_by_prepare.is_file():
-        bases = []
     found = {
-        "answering": adapters + projectors + [folder.mixer for folder in last],
+        "answering": weights + projectors + [folder.mixer for folder in last],
         "learning": bases + [folder.strategy for folder in last],
     }
     return {use: [path for path in paths if path.is_file()] for use, paths in found.items()}
+
+
+def _standing(run: RunDir, units: list[Unit]) -> tuple[list[Path], list[Path]]:
+    """Folders of the branches, and files of the projector's deltas, that later units have not replaced; in order."""
+    adapters: list[Path] = []
+    projectors: list[Path] = []
+    for unit in units:
+        folder, manifest = run.folder(unit), _manifest(run, unit)
+        if manifest.get("carried"):
+            adapters = []
+        elif manifest["combine"] == "merge" and manifest["start_from"] == "base":
+            adapters, projectors = [], []
+        adapters.append(folder.adapter)
+        if "projector" in manifest:
+            projectors.append(folder.projector)
+    return adapters, projectors
 
 
 def _manifest(run: RunDir, unit: Unit) -> dict[str, Any]:
