@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -132,6 +133,17 @@ def run_on_two(
     assert len(ends) == 2, f"ranks {set(range(2)) - set(ends)} did not end: {said}"
     first = min(ends.values())
     return [Ended(children[rank].exitcode, said[rank], ends[rank] - first) for rank in (0, 1)]
+
+
+def launched(code: str, folder: Path, *arguments: Path) -> None:
+    """Run `code` on two processes (gloo) under torch's launcher; they end as the command does, without a shutdown."""
+    script = folder / "child.py"
+    script.write_text(f"import os\n{code}\nos._exit(0)\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    words = [*launch, *map(str, arguments)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def free_port() -> int:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from mllm_keeplora.files import read_tensors
+from tests.integration.processes import launched
 
 CHILD = """
 import json, sys, torch
@@ -37,12 +35,7 @@ def test_an_edit_after_the_first_step_is_what_later_steps_start_from(engine, set
     values = settings(tmp_path / "run", domains=("Alpha",), deepspeed=engine, train={"lr": 1e-6})
     values |= {"strategy": {"name": "finetune", "rank": 4, "alpha": 8}, "eval": {"zero_shot": False, "limit": 2}}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    (tmp_path / "child.py").write_text(CHILD)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    words = [*launch, str(tmp_path / "child.py"), str(tmp_path / "config.json")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched(CHILD, tmp_path, tmp_path / "config.json")
     stored = read_tensors(tmp_path / "run/domains/01_Alpha/adapter/adapter_model.safetensors")
     assert stored
     for name, tensor in stored.items():

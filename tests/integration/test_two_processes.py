@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
+from tests.integration.processes import launched
 from tests.support.tiny import tiny_benchmark
 
 CHILD = """
@@ -23,10 +22,7 @@ with distributed.process_group(deepspeed=False):
 
 
 def test_a_strided_tensor_is_summed_by_its_entries(tmp_path):
-    script = tmp_path / "child.py"
-    script.write_text(CHILD)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, str(script), str(tmp_path)], check=True, timeout=120, capture_output=True)
+    launched(CHILD, tmp_path, tmp_path)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
 
@@ -56,11 +52,7 @@ def test_each_process_looks_into_its_share_and_all_tell_every_fault(settings, wo
         path.unlink()
     config = settings(tmp_path / "out", benchmark=tiny_benchmark(data))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    script = tmp_path / "child.py"
-    script.write_text(CHECKING)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(script), str(tmp_path)], timeout=180, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    launched(CHECKING, tmp_path, tmp_path)
     for rank in (0, 1):
         told = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(told) == 2 and all(any(path.name in each for each in told) for path in broken), told
