@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.models.partition import keeps_step
@@ -12,9 +13,21 @@ if TYPE_CHECKING:
 
 ENDED_SHARE = 0.25  # of the rows; taking them out copies the cache once, as a decoding step does anyway
 KEPT_BY_ROW = frozenset({"full_attention", "sliding_attention", "chunked_attention"})  # layers whose cache has rows
+ROUNDING = 2**-20  # of a logit in float32, relative: eight steps; half precision adds up in float32 and differs by one
 
 
-def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: Iterable[int], pad: int) -> Tensor:
+@dataclass(frozen=True)
+class Decoded:
+    """Answers to a batch: `tokens` (b, n), and `close` (b,) whether a likeliest token led by no more than rounding.
+
+    Rounding depends on the other rows of a batch, and so may such an answer.
+    """
+
+    tokens: Tensor
+    close: Tensor
+
+
+def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: Iterable[int], pad: int) -> Decoded:
     """Most likely tokens after left-padded questions.
 
     `generate` decodes every row until the longest answer is done. Here it is left once a quarter of the rows have
@@ -28,7 +41,7 @@ def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: I
         pad: id behind an end.
 
     Returns:
-        (b, n) new tokens, n at most `max_new_tokens`; the end mark is among them where an answer has ended.
+        New tokens, n at most `max_new_tokens`; the end mark is among them where an answer has ended.
     """
     import torch
 
@@ -36,9 +49,10 @@ def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: I
     in_step = keeps_step(model)
     share = ENDED_SHARE if _rows_may_leave(model, batch) and not in_step else 1.0
     found = batch["input_ids"].new_full((len(batch["input_ids"]), max_new_tokens), pad)
+    close = torch.zeros(len(found), dtype=torch.bool, device=found.device)
     rows, done, inputs = torch.arange(len(found), device=found.device), 0, dict(batch)
     while True:
-        watched = _share_ended(marks, share)
+        watched = _Watched(len(rows), marks, share, _rounding(model))
         result = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens - done,
@@ -46,33 +60,42 @@ def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: I
             num_beams=1,
             eos_token_id=marks.tolist(),
             pad_token_id=pad,
-            stopping_criteria=[watched],
+            logits_processor=[watched.compare],
+            stopping_criteria=[watched.may_leave],
             synced_gpus=in_step,
             return_dict_in_generate=True,
         )
         new = result.sequences[:, inputs["input_ids"].shape[1] :]
         found[rows, done : done + new.shape[1]] = new
         done += new.shape[1]
+        close[rows] |= watched.close
         going = torch.isin(new, marks).any(dim=1).logical_not()
         if done == max_new_tokens or not bool(going.any()):
-            return found[:, :done]
+            return Decoded(found[:, :done], close)
         rows, inputs = rows[going], _continued(model, inputs, result, going)
 
 
-def _share_ended(marks: Tensor, share: float) -> Any:
-    """A criterion of `generate` that stops all rows once this share of them has ended."""
-    import torch
-    from transformers import StoppingCriteria
+class _Watched:
+    """Looks on while `generate` answers: stops all rows once a share has ended, notes where two tokens were close."""
 
-    class ShareEnded(StoppingCriteria):
-        ended: Tensor | bool = False
+    def __init__(self, rows: int, marks: Tensor, share: float, rounding: float):
+        import torch
 
-        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            self.ended = torch.isin(input_ids[:, -1], marks) | self.ended
-            stop = self.ended.float().mean() >= share
-            return stop.expand(len(input_ids))
+        self.marks, self.share, self.rounding = marks, share, rounding
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=marks.device)
+        self.close = self.ended.clone()
 
-    return ShareEnded()
+    def compare(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        first, second = scores.topk(2, dim=-1).values.unbind(-1)
+        self.close |= (first - second <= self.rounding * first.abs()) & ~self.ended
+        return scores
+
+    def may_leave(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        import torch
+
+        self.ended |= torch.isin(input_ids[:, -1], self.marks)
+        stop = self.ended.float().mean() >= self.share
+        return stop.expand(len(input_ids))
 
 
 def _continued(model: Any, inputs: Mapping[str, Tensor], result: Any, going: Tensor) -> dict[str, Any]:
@@ -93,6 +116,13 @@ def _continued(model: Any, inputs: Mapping[str, Tensor], result: Any, going: Ten
     new = result.sequences.shape[1] - inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"][kept], (0, new), value=1)
     return {"input_ids": result.sequences[kept], "attention_mask": mask, name: result[name]}
+
+
+def _rounding(model: Any) -> float:
+    """Relative size of the differences that other rows of a batch make to a logit."""
+    import torch
+
+    return max(torch.finfo(model.dtype).eps, ROUNDING)
 
 
 def _rows_may_leave(model: Any, batch: Mapping[str, Tensor]) -> bool:

@@ -106,7 +106,23 @@ def forget_journals(folder: DomainDir, names: Sequence[str]) -> None:
 def generate(
     base: Base, model: Any, records: Sequence[Record], suffixes: Sequence[str], max_new_tokens: int
 ) -> list[Answer]:
-    """Greedy answers to one batch of questions, each with a suffix appended."""
+    """Greedy answers to one batch of questions, each with a suffix appended.
+
+    Where the likeliest of two tokens is a matter of rounding, and so of the other rows, the question is asked again
+    alone: answers are the same whatever the size of batches and the number of processes. Processes that must answer in
+    step leave it at the batch's answer.
+    """
+    answers, close = _decoded(base, model, records, suffixes, max_new_tokens)
+    if len(records) > 1 and not keeps_step(model):
+        for row in close:
+            [answers[row]], _ = _decoded(base, model, [records[row]], [suffixes[row]], max_new_tokens)
+    return answers
+
+
+def _decoded(
+    base: Base, model: Any, records: Sequence[Record], suffixes: Sequence[str], max_new_tokens: int
+) -> tuple[list[Answer], list[int]]:
+    """Answers, and the rows of those that another batch might have changed."""
     import torch
 
     parameter, prompt = next(base.model.parameters()), base.prompt
@@ -114,10 +130,11 @@ def generate(
     batch = {key: _to(value, parameter) for key, value in batch.items()}
     with torch.inference_mode():
         look_at(base.model, batch)
-        tokens = greedy(model, batch, max_new_tokens, prompt.ends, prompt.tokenizer.pad_token_id)
-    ends = torch.tensor(sorted(prompt.ends), device=tokens.device)
-    ended = torch.isin(tokens, ends).any(dim=1).tolist()
-    return [Answer(text, not end) for text, end in zip(prompt.answers(tokens), ended, strict=True)]
+        found = greedy(model, batch, max_new_tokens, prompt.ends, prompt.tokenizer.pad_token_id)
+    ends = torch.tensor(sorted(prompt.ends), device=found.tokens.device)
+    ended = torch.isin(found.tokens, ends).any(dim=1).tolist()
+    answers = [Answer(text, not end) for text, end in zip(prompt.answers(found.tokens), ended, strict=True)]
+    return answers, found.close.nonzero().flatten().tolist()
 
 
 class Journal:

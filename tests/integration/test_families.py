@@ -98,7 +98,7 @@ def test_rows_that_leave_change_no_answer(run):
     free = model.generate(**batch, **options, eos_token_id=[PAD])[:, length:]
     ends = set(free[:3, 1].tolist()) | set(free[3:5, 3].tolist())
     expected = model.generate(**batch, **options, eos_token_id=list(ends))[:, length:]
-    assert greedy(model, batch, 6, ends, PAD).tolist() == expected.tolist()
+    assert greedy(model, batch, 6, ends, PAD).tokens.tolist() == expected.tolist()
 
 
 def conversations(saved, folder):

@@ -12,6 +12,7 @@ from mllm_keeplora import files
 from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.readers import read_test
 from mllm_keeplora.eval import harness
+from mllm_keeplora.eval.decoding import Decoded
 from mllm_keeplora.eval.harness import Answer, Journal, evaluate_set, forget_journals, generate
 from mllm_keeplora.runs import DomainDir
 
@@ -75,13 +76,35 @@ def test_an_answer_that_reached_the_token_limit_is_marked(base, records, tmp_pat
     def spoken(model, batch, *limits):
         new = torch.full((len(batch["input_ids"]), 4), 17)
         new[::2, 2:] = base.model.generation_config.eos_token_id
-        return new
+        return Decoded(new, torch.zeros(len(new), dtype=torch.bool))
 
     monkeypatch.setattr(harness, "greedy", spoken)
     answers = generate(base, base.model, records, [""] * len(records), 4)
     assert [answer.is_cut for answer in answers] == [False, True] * (len(records) // 2)
     evaluate_set(base, base.model, records, PART, tmp_path / "p.jsonl", "test", 12)
     assert sum(row.get("cut", False) for row in files.read_json_lines(tmp_path / "p.jsonl")) == len(records) // 2
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_close_call_is_asked_again_alone(base, records, monkeypatch, in_step):
+    """Not where processes answer in step: the others would wait for a question that they do not have."""
+    import torch
+
+    asked = []
+
+    def spoken(model, batch, *limits):
+        rows = len(batch["input_ids"])
+        asked.append(rows)
+        new = torch.full((rows, 1), 17 if rows > 1 else 18)
+        return Decoded(new, torch.tensor([rows == 1 or row in (1, 4) for row in range(rows)]))
+
+    monkeypatch.setattr(harness, "greedy", spoken)
+    monkeypatch.setattr(harness, "keeps_step", lambda model: in_step)
+    texts = [answer.text for answer in generate(base, base.model, records[:6], [""] * 6, 4)]
+    in_batch, alone = base.prompt.answers(torch.tensor([[17], [18]]))
+    again = () if in_step else (1, 4)
+    assert asked == [6] + [1] * len(again)
+    assert texts == [alone if row in again else in_batch for row in range(6)]
 
 
 def test_a_suffix_may_depend_on_the_gold_answer(records):

@@ -119,7 +119,7 @@ def test_answers_in_a_batch_are_those_of_each_question_alone(base, batch):
         asked["attention_mask"] = torch.ones_like(asked["attention_mask"])
         look_at(adapters.base, asked)
         with torch.inference_mode():
-            return greedy(adapters.model, asked, 8, range(0, 8), 0)
+            return greedy(adapters.model, asked, 8, range(0, 8), 0).tokens
 
     together = answers(one_hot(*chosen), [0, 1, 2, 3])
     for row, part in enumerate(chosen):

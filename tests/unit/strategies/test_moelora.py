@@ -161,7 +161,7 @@ def test_answers_in_a_batch_are_those_of_each_question_alone(base, batch, taught
         asked["attention_mask"] = torch.ones_like(asked["attention_mask"])
         adapters.look_at(asked)
         with torch.inference_mode():
-            return greedy(adapters.model, asked, 8, range(0, 8), 0)
+            return greedy(adapters.model, asked, 8, range(0, 8), 0).tokens
 
     together = answers([0, 1, 2, 3])
     for row in range(4):
