@@ -72,25 +72,44 @@ class _Seen(Exception):
 
 def _mean_of_pictures(batch: Mapping[str, Tensor], model: Any) -> Tensor:
     """Mean tower feature of each question's pictures, (b, width)."""
-    count, width = len(batch["input_ids"]), _width(model)
-    given = {name: value for name, value in batch.items() if name not in TEXT and value is not None}
+    count, width, given = len(batch["input_ids"]), _width(model), _of_pictures(batch)
     if "pixel_values" not in given:
         return torch.zeros(count, width, device=batch["input_ids"].device)
     rows = _tower_rows(given, model)
-    spans = (batch["input_ids"] == model.config.image_token_id).sum(dim=1)
-    if int(spans.sum()) and len(rows) % int(spans.sum()) == 0:
-        sizes = spans * (len(rows) // int(spans.sum()))
-    elif all(len(value) == count for value in given.values()):  # tiles, as many as a picture's shape asks for
-        alone = [_tower_rows({name: value[[row]] for name, value in given.items()}, model) for row in range(count)]
-        rows, sizes = torch.cat(alone), torch.tensor([len(each) for each in alone], device=rows.device)
-    else:
-        raise UserError(
-            f"{type(model).__name__}: {len(rows)} picture features cannot be dealt out to {count} questions; "
-            "strategy.pictures=false looks at the words alone"
-        )
+    sizes = rows_by_question(batch, model, len(rows)).to(rows.device)
     owner = torch.arange(count, device=rows.device).repeat_interleave(sizes)
     means = rows.new_zeros(count, rows.shape[1]).index_add_(0, owner, rows) / sizes.clamp(min=1).unsqueeze(1)
     return torch.nn.functional.pad(means, (0, width - means.shape[1]))
+
+
+def rows_by_question(batch: Mapping[str, Tensor], model: Any, rows: int) -> Tensor:
+    """How many of the rows that the projector is given for a batch belong to each question, (b,).
+
+    As many as its image tokens have it; of pictures in tiles, whose number depends on a picture's shape, each question
+    is asked alone.
+
+    Raises:
+        UserError: questions of several pictures in tiles, or rows that are not in proportion to the image tokens.
+    """
+    given, spans = _of_pictures(batch), (batch["input_ids"] == model.config.image_token_id).sum(dim=1)
+    if not _in_tiles(given) and int(spans.sum()) and rows % int(spans.sum()) == 0:
+        return spans * (rows // int(spans.sum()))
+    if not all(len(value) == len(spans) for value in given.values()):
+        raise UserError(
+            f"{type(model).__name__}: {rows} picture features cannot be dealt out to {len(spans)} questions; "
+            "strategy.pictures=false looks at the words alone, adapters.projector=frozen leaves out the projector"
+        )
+    alone = ({name: value[[row]] for name, value in given.items()} for row in range(len(spans)))
+    return torch.tensor([len(_tower_rows(each, model)) for each in alone], device=spans.device)
+
+
+def _in_tiles(given: Mapping[str, Tensor]) -> bool:
+    """Whether a picture is cut into as many tiles as its shape asks for (LLaVA-NeXT, OneVision)."""
+    return "image_sizes" in given and given["pixel_values"].ndim == 5
+
+
+def _of_pictures(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in TEXT and value is not None}
 
 
 def _tower_rows(given: Mapping[str, Any], model: Any) -> Tensor:

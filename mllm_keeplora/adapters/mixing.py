@@ -7,12 +7,14 @@ It runs the same in training, in data passes and in generation, where its weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mllm_keeplora.adapters.features import rows_by_question
 from mllm_keeplora.models.partition import streamed
 from mllm_keeplora.models.parts import projector_names
 
@@ -40,7 +42,8 @@ class Mixer(nn.Module):
         super().__init__()
         self.weights: Tensor | None = None
         self._asked: Tensor | None = None
-        self._spans: Tensor | None = None
+        self._rows_of: Callable[[int], Tensor] | None = None
+        self._sizes: dict[int, Tensor] = {}  # of so many rows in a projector, those that belong to each question
         self.projectors: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
@@ -68,9 +71,8 @@ class Mixer(nn.Module):
 
     def look_at(self, batch: Mapping[str, Tensor], model: Any) -> None:
         """Find the weights of a batch before the model runs on it."""
-        self._asked = batch["input_ids"]
-        token = getattr(model.config, "image_token_id", None)
-        self._spans = None if token is None else (self._asked == token).sum(dim=1)
+        self._asked, self._sizes = batch["input_ids"], {}
+        self._rows_of = partial(rows_by_question, batch, model)
         self.weights = self.weigh(batch, model)
 
     def keep_rows(self, rows: Tensor) -> None:
@@ -84,16 +86,14 @@ class Mixer(nn.Module):
 
     def _by_row(self, layer: str, lead: torch.Size) -> Tensor:
         """The weights of each question at its rows: its tokens, or in a projector those of its pictures."""
-        weights = self.weights
-        spans = torch.ones(len(weights), dtype=torch.long, device=weights.device)
-        if layer.startswith(self.projectors) and self._spans is not None:
-            spans = self._spans.to(weights.device)
-        elif lead[0] == len(weights):
+        weights, rows = self.weights, lead.numel()
+        if layer.startswith(self.projectors):
+            if rows not in self._sizes:
+                self._sizes[rows] = self._rows_of(rows).to(weights.device)
+            return weights.repeat_interleave(self._sizes[rows], dim=0).view(*lead, -1)
+        if lead[0] == len(weights):
             return weights.view(len(weights), *[1] * (len(lead) - 1), -1)
-        rows, marked = lead.numel(), int(spans.sum())
-        if marked == 0 or rows % marked:
-            raise RuntimeError(f"{layer}: {tuple(lead)} rows cannot be dealt out to {len(weights)} questions")
-        return weights.repeat_interleave(spans * (rows // marked), dim=0).view(*lead, -1)
+        return weights.repeat_interleave(rows // len(weights), dim=0).view(*lead, -1)  # questions one behind the other
 
     def refuse_unseen(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the base model: weights of other questions are never used."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_keeplora.adapters.features import feature_sizes, prompt_features
+from mllm_keeplora.adapters.features import feature_sizes, prompt_features, rows_by_question
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import BaseConfig, find_config, parse_config, read_yaml, shipped
 from mllm_keeplora.data.collate import TrainCollator, joined
@@ -28,11 +28,14 @@ from mllm_keeplora.models import load_base
 from mllm_keeplora.models.parts import name_parts
 from mllm_keeplora.sequence import run_sequence
 from tests.support.families import FAMILIES, build_family
+from tests.support.mixing import Given
 from tests.support.tiny import tiny_config
+from tests.unit.adapters.conftest import random_factors
 
 # Bases whose own template has no end mark after an answer, or which have no template, name a style in their YAML.
 STYLES = {"llava": "vicuna_v1", "vipllava": "vicuna_v1", "llava-onevision": "onevision"}
 STYLES |= {"llava-next": "llava_mistral", "paligemma": "paligemma", "paligemma2": "paligemma"}
+TILED = ("llava-next", "llava-onevision")  # a picture is cut into as many tiles as its shape asks for
 PAD = 0
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LLAMA = {*ATTENTION, "gate_proj", "up_proj", "down_proj"}
@@ -129,6 +132,29 @@ def test_what_gates_and_routers_see_of_a_question_does_not_depend_on_its_batch(r
     assert together.shape[1] == sum(feature_sizes(saved.base.model)) and together.isfinite().all()
     for row, record in enumerate(records):
         assert torch.allclose(prompt_features(collate([record]), saved.base.model)[0], together[row], atol=1e-5)
+
+
+def test_each_question_is_answered_by_its_own_branch_whatever_its_company(run, tmp_path):
+    """In the projector, too, which sees pictures, or as many tiles of them as their shape asks for."""
+    family, saved = run
+    records, collate = conversations(saved, tmp_path)
+    mixer = Given(2, 4)
+    mixer.table.data = torch.eye(2)[[0, 1, 1, 0]]
+    saved.adapters.restore([random_factors(saved.base, seed) for seed in (1, 2)], [], mixer)
+    batch = collate(records)
+    saved.adapters.look_at(batch)
+    together = logits(saved.adapters.model, batch)
+    for row, record in enumerate(records):
+        alone = collate([record])
+        mixer.table.data[0] = torch.eye(2)[[0, 1, 1, 0][row]]
+        saved.adapters.look_at(alone)
+        found = logits(saved.adapters.model, alone)[0]
+        assert torch.allclose(together[row, : len(found)], found, atol=1e-4), row
+    saved.place = None  # what the adapters hold now is no state of the run
+    if family in TILED:  # not in proportion to image tokens, even where the sums would allow it
+        spans = (batch["input_ids"] == saved.base.model.config.image_token_id).sum(dim=1)
+        sizes = rows_by_question(batch, saved.base.model, int(spans.sum()))
+        assert len(set((sizes / spans).tolist())) > 1
 
 
 def logits(model, batch):

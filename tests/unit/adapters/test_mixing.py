@@ -4,32 +4,16 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Branch, mixers
-from mllm_keeplora.adapters.mixing import Mixer, look_at, mixer_of
+from mllm_keeplora.adapters.mixing import look_at, mixer_of
 from mllm_keeplora.eval.decoding import greedy
+from tests.support.mixing import Given
 from tests.unit.adapters.conftest import ABSENT, HISTORIES, adapt, branch_of, random_branch, random_factors, same
 from tests.unit.conftest import logits_of
 
 
-class Given(Mixer):
-    """Weights as they are given: the first rows of a table for the rows of a batch."""
-
-    kind = "given"
-
-    def __init__(self, parts: int, rows: int = 0, shares: int | None = None):
-        super().__init__()
-        self.shares, self.parts, self.rows = shares, parts, rows
-        self.table = torch.nn.Parameter(torch.ones((rows, parts) if rows else parts))
-
-    def settings(self):
-        return {"parts": self.parts, "rows": self.rows, "shares": self.shares}
-
-    def weigh(self, batch, model):
-        return self.table[: len(batch["input_ids"])] if self.rows else self.table
-
-
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    monkeypatch.setitem(mixers.MIXERS, "given", f"{__name__}:Given")
+    monkeypatch.setitem(mixers.MIXERS, "given", "tests.support.mixing:Given")
 
 
 def one_hot(*chosen, parts=3):
