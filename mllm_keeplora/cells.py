@@ -17,12 +17,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from mllm_keeplora.config import RunConfig, load_config, parse_config, read_yaml
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import FAILED, STOPPED, UserError
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.log import log
-
-FAILED = 1  # exit code of a run that went wrong by itself, e.g. since its loss was not finite
-STOPPED = os.EX_TEMPFAIL  # of a run that a signal stopped and that goes on when it is started again
 
 
 @dataclass(frozen=True)

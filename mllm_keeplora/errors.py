@@ -1,4 +1,13 @@
-"""The one exception that means: the user can mend this. The command line prints it as a sentence and exits with 2."""
+"""The one exception that means: the user can mend this. The command line prints it as a sentence and exits with 2.
+
+And the exit codes of a run that did not come to its end.
+"""
+
+import os
+
+FAILED = 1  # by a fault, such as a loss that is not finite
+STOPPED = os.EX_TEMPFAIL  # 75: by a signal; the same command continues
+INTERRUPTED = 130  # by Ctrl-C; the same command continues
 
 
 class UserError(ValueError):

@@ -3,7 +3,7 @@
 Torchrun itself ends with 1 whatever its workers ended with. A shell or a scheduler could not tell a user's mistake (2)
 from a run that was stopped and goes on when it is started again (75). SIGUSR1 would end torchrun, not reach the
 workers; SIGTERM reaches them, but they are killed 30 seconds later, too soon for a large checkpoint. After a SIGUSR1
-they have all the time they need. Knows nothing of the rest of the package.
+they have all the time they need. Knows of the rest of the package the exit codes only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-STOPPED = os.EX_TEMPFAIL  # 75: ended by a signal before it was done; the same command continues
+from mllm_keeplora.errors import STOPPED
 
 
 def main(arguments: Sequence[str]) -> int:

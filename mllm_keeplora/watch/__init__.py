@@ -20,11 +20,10 @@ from typing import NoReturn
 from mllm_keeplora import distributed
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.watch import peers
-from mllm_keeplora.watch.signals import INTERRUPTED, Stopped, once_for_forks
+from mllm_keeplora.watch.signals import Stopped, once_for_forks
 from mllm_keeplora.watch.watcher import MISTAKE_S, Watcher, name_of, short
 
 __all__ = [
-    "INTERRUPTED",
     "Stopped",
     "enter",
     "stop_agreed",

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-STOPPED = os.EX_TEMPFAIL  # 75: ended by a signal before it was done; the same command continues
-INTERRUPTED = 130  # by Ctrl-C
+from mllm_keeplora.errors import INTERRUPTED, STOPPED
+
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 
 
