@@ -179,7 +179,7 @@ def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
         parts = name_parts(model, config.adapters.projector, config.adapters.target)
         long, answers = _lengths(prompt, checked.benchmark)
         shape = (long, answers, len(checked.benchmark.domains), dtype, torch.cuda.is_available())
-        return estimate(config, checked.strategy.options, model, parts, *shape, distributed.world_size())
+        return estimate(config, checked.strategy, model, parts, *shape, distributed.world_size())
     except (OSError, RuntimeError, AttributeError, ValueError) as error:
         log.info("memory is not estimated: %s", str(error).strip().splitlines()[0])
         return None

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.hooks import removed_afterwards
 from mllm_keeplora.models.parts import Parts
-from mllm_keeplora.strategies import StrategyOptions
+from mllm_keeplora.strategies import Strategy, StrategyOptions
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +52,13 @@ class Traced:
 
 
 def estimate(
-    config: RunConfig, options: StrategyOptions, model: Any, parts: Parts, tokens: int, answer_tokens: float,
+    config: RunConfig, strategy: Strategy, model: Any, parts: Parts, tokens: int, answer_tokens: float,
     domains: int, dtype: torch.dtype, on_gpu: bool, world: int = 1,
 ) -> Estimate:  # fmt: skip
-    """Memory of every stage of a run.
+    """Memory of every stage of a run; of stages that a strategy has no use for nothing is said.
 
     Args:
-        config, options: of the run and of its strategy.
+        config, strategy: of the run.
         model, parts: skeleton of the base, and its parts; the skeleton is no use afterwards.
         tokens: of a long record, image tokens included; answer_tokens: of those that carry loss.
         domains: learnt before and by this run.
@@ -65,6 +66,7 @@ def estimate(
         world: processes that ZeRO divides over.
     """
     layers = [model.get_submodule(name) for name in parts.target_layers]
+    options = strategy.options
     item, train = dtype.itemsize, config.train
     zero = _settings(config.deepspeed).get("zero_optimization", {})
     stage, offloaded = int(zero.get("stage", 0)), "offload_optimizer" in zero
@@ -75,9 +77,9 @@ def estimate(
     states, moved = _states(config, options, model, parts, layers, stage, world, offloaded)
     common = {
         "weights": 0.0 if host else weights / (world if stage == 3 else 1),  # offloaded ones come layer by layer
-        "past domains": _past(config, options, layers, item, domains, world if stage == 3 else 1),
+        "past domains": _past(config, strategy, layers, item, domains, world if stage == 3 else 1),
     }
-    kept = {"kept bases": 4 * sum(layer.in_features**2 for layer in layers) // 2}  # half of every space
+    kept = {"kept bases": 4 * sum(layer.in_features**2 for layer in layers) // 2 if _keeps_features(options) else 0}
     common |= {} if on_gpu else kept  # beside a GPU they are on the host
     widest, outputs = (max(each) for each in zip(*((m.in_features, m.out_features) for m in layers), strict=True))
     decomposition = DOUBLES * 8 * widest**2
@@ -102,6 +104,9 @@ def estimate(
                         "decomposition": decomposition, "forward": forward * probe},
         "evaluate": {**common, "keys and values": cache * asked, "forward": forward * asked},
     }  # fmt: skip
+    unused = set() if hasattr(options, "grad_samples") else {"prepare", "gradient"}
+    unused |= set() if _keeps_features(options) else {"consolidate"}
+    stages = {name: parts for name, parts in stages.items() if name not in unused}
     where = f"{'GPU' if on_gpu else 'CPU'}, {str(dtype).removeprefix('torch.')}, records of {tokens} tokens"
     return Estimate(stages, host + moved + (sum(kept.values()) if on_gpu else 0.0), where)
 
@@ -110,15 +115,26 @@ def _rank(options: StrategyOptions) -> int:
     return getattr(options, "rank", 0)
 
 
+def _keeps_features(options: StrategyOptions) -> bool:
+    """Whether kept bases grow by the inputs of layers; GainLoRA does what its base method does."""
+    return hasattr(options, "feature_samples") or hasattr(options, "base_options")
+
+
 def _past(
-    config: RunConfig, options: StrategyOptions, layers: list, item: int, domains: int, shares: int
+    config: RunConfig, strategy: Strategy, layers: list, item: int, domains: int, shares: int
 ) -> float:  # fmt: skip
-    """Merged: pristine copies of the target weights, divided as they are. Factors: of all domains, or dense ones."""
+    """Merged: pristine copies of the target weights, divided as they are. Factors: of all domains, or dense ones.
+
+    Branches that are weighed by the question are factors always.
+    """
+    factors = 4 * _rank(strategy.options) * domains * sum(m.in_features + m.out_features for m in layers)
+    if strategy.combine in LIVE:
+        return factors
     numel = sum(layer.weight.numel() for layer in layers)
     merged_by_itself = config.adapters.history == "auto" and config.base.quantization is None and item == 4
     if config.adapters.history == "merged" or merged_by_itself:
         return numel * item / shares
-    return min(4 * _rank(options) * domains * sum(m.in_features + m.out_features for m in layers), 4 * numel)
+    return min(factors, 4 * numel)
 
 
 def _moments(options: StrategyOptions, widths: tuple[int, ...], item: int) -> float:
@@ -139,13 +155,14 @@ def _states(
     offloaded: bool,
 ) -> tuple[float, float]:  # fmt: skip
     """Bytes of the branch and of what its training keeps, on a device and on its host."""
-    trained = _rank(options) * sum(layer.out_features for layer in layers)
+    first = _rank(options) * sum(layer.in_features for layer in layers)
+    is_frozen = getattr(options, "freeze_a", False)
+    trained = _rank(options) * sum(layer.out_features for layer in layers) + (0 if is_frozen else first)
     if config.adapters.projector == "full":
         trained += sum(p.numel() for name in parts.projectors for p in model.get_submodule(name).parameters())
     divided = {1: ADAM, 2: ADAM + GRADIENT, 3: ADAM + GRADIENT + MASTER}.get(stage, 0)
     share = trained * divided / world
-    frozen = 4 * _rank(options) * sum(layer.in_features for layer in layers)
-    device = trained * (ADAM + GRADIENT + MASTER - divided) + frozen
+    device = trained * (ADAM + GRADIENT + MASTER - divided) + (4 * first if is_frozen else 0)
     return (device, share) if offloaded else (device + share, 0.0)
 
 

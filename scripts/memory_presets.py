@@ -71,9 +71,9 @@ def estimated(preset: Preset) -> Estimate:
     config = load_config("mini_dcl", [*common, *own])
     model = skeleton(*SIZES[preset.size])
     parts = name_parts(model, config.adapters.projector, config.adapters.target)
-    options = build_strategy(config.strategy).options
+    strategy = build_strategy(config.strategy)
     shape = (TOKENS, ANSWER, DOMAINS, torch.bfloat16, True, preset.gpus)
-    return estimate(config, options, model, parts, *shape)
+    return estimate(config, strategy, model, parts, *shape)
 
 
 def skeleton(width: int, inner: int, blocks: int, heads: int) -> Any:

@@ -10,12 +10,13 @@ from mllm_keeplora.strategies import build_strategy
 from tests.support.tiny import tiny_config
 
 
-def estimated(tiny_folder, base, tokens=40, domains=2, world=1, **changes):
+def estimated(tiny_folder, base, tokens=40, domains=2, world=1, strategy=None, **changes):
     values = tiny_config(tiny_folder, tiny_folder, tiny_folder / "run", **changes)
+    values["strategy"] = strategy or values["strategy"]
     config = parse_config(values, origin="test")
-    options = build_strategy(config.strategy, "test").options
+    built = build_strategy(config.strategy, "test")
     model = skeleton(str(tiny_folder), torch.float32)
-    return estimate(config, options, model, base.parts, tokens, 2, domains, torch.float32, on_gpu=False, world=world)
+    return estimate(config, built, model, base.parts, tokens, 2, domains, torch.float32, on_gpu=False, world=world)
 
 
 def saved_by(decoder, width, tokens):
@@ -68,3 +69,21 @@ def test_zero_divides_what_it_divides(base, tiny_folder):
     assert states == sorted(states, reverse=True)
     assert 2 * three.stages["train"]["weights"] == two.stages["train"]["weights"]
     assert one.host == 0.0 and away.host > one.stages["train"]["weights"]
+
+
+def test_stages_and_past_are_those_of_the_strategy(base, tiny_folder):
+    ours = estimated(tiny_folder, base)
+    plain, routed, projected = (
+        estimated(tiny_folder, base, domains=9, strategy={"name": name, "rank": 4, "alpha": 8})
+        for name in ("finetune", "routed", "gpm")
+    )
+    assert list(ours.stages) == ["prepare", "gradient", "train", "consolidate", "evaluate"]
+    assert list(plain.stages) == list(routed.stages) == ["train", "evaluate"]
+    assert list(projected.stages) == ["train", "consolidate", "evaluate"]
+    layers = [base.model.get_submodule(name) for name in base.parts.target_layers]
+    into, out = 4 * sum(m.in_features for m in layers), 4 * sum(m.out_features for m in layers)
+    assert ours.stages["train"]["branch and optimizer"] == 16 * out + 4 * into
+    assert plain.stages["train"]["branch and optimizer"] == 16 * (out + into)
+    assert plain.stages["train"]["past domains"] == 4 * sum(m.weight.numel() for m in layers)
+    assert routed.stages["train"]["past domains"] == 4 * 9 * (into + out)
+    assert plain.stages["train"]["kept bases"] == 0 < projected.stages["train"]["kept bases"]
