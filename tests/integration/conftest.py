@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,17 @@ from tests.integration.processes import run_in_child
 from tests.support.tiny import tiny_benchmark, tiny_config, write_tiny_data, write_tiny_llava
 
 TRAIN, TEST = 12, 8  # records a domain: with batches of 4 and two epochs six optimiser steps, two batches of questions
+
+OPTIONS = {  # what a strategy needs to run on the tiny world; all questions begin with the same one
+    "gainlora": {"pictures": True, "base_options": {"feature_samples": TRAIN}},
+    "keeplora": {"grad_samples": TRAIN, "feature_samples": TRAIN},
+    "moelora": {"experts": 2},
+}
+
+
+def strategy_of(name: str) -> dict[str, Any]:
+    """A strategy's settings in the tiny world."""
+    return {"name": name, "rank": 4, "alpha": 8, **OPTIONS.get(name, {})}
 
 
 @pytest.fixture(scope="session")

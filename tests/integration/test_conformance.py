@@ -1,6 +1,6 @@
 """What every registered strategy has to keep, whatever it learns: one tiny run each, interrupted once and once not.
 
-A new strategy is found here by its row in the registry; what it needs to run on a tiny model it states in TINY.
+A new strategy is found here by its row in the registry; what it needs to run on a tiny model it states in conftest.py.
 """
 
 from __future__ import annotations
@@ -25,14 +25,8 @@ from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.sequence import run_sequence
 from mllm_keeplora.strategies import STRATEGIES
 from mllm_keeplora.training.fit import DomainTrainer, Reporter
-from tests.integration.conftest import TRAIN
+from tests.integration.conftest import strategy_of
 from tests.integration.processes import differing, leftovers, results
-
-TINY = {
-    "gainlora": {"pictures": True, "base_options": {"feature_samples": TRAIN}},  # all questions begin with the same one
-    "keeplora": {"grad_samples": TRAIN, "feature_samples": TRAIN},
-    "moelora": {"experts": 2},
-}
 
 
 @dataclass
@@ -81,7 +75,7 @@ def _run(settings, output: Path, strategy: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mllm_keeplora.eval.page.render_html", lambda *args, **keywords: "left out")
         values = settings(output)
-        values["strategy"] = {"name": strategy, "rank": 4, "alpha": 8, **TINY.get(strategy, {})}
+        values["strategy"] = strategy_of(strategy)
         run_sequence(parse_config(values, origin="test"))
 
 

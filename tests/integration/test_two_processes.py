@@ -1,11 +1,19 @@
-"""Sums over two real processes (gloo): what is summed is the tensor, whatever its strides."""
+"""Two real processes (gloo) do what one does: sums, checks, and every strategy's sequence."""
 
 from __future__ import annotations
 
 import json
 import shutil
 
-from tests.integration.processes import launched
+import pytest
+import torch
+
+from mllm_keeplora.adapters.mixing import look_at
+from mllm_keeplora.data.collate import TrainCollator
+from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.strategies import STRATEGIES
+from tests.integration.conftest import strategy_of
+from tests.integration.processes import launched, run_in_child, run_on_two
 from tests.support.tiny import tiny_benchmark
 
 CHILD = """
@@ -56,3 +64,25 @@ def test_each_process_looks_into_its_share_and_all_tell_every_fault(settings, wo
     for rank in (0, 1):
         told = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(told) == 2 and all(any(path.name in each for each in told) for path in broken), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_learns_the_same_in_two_processes(settings, tmp_path, strategy):
+    """The same records in every global batch, half of them each: the same model but for the order of sums."""
+    runs = [tmp_path / name for name in ("one", "two")]
+    one, two = (settings(run, strategy=strategy_of(strategy), eval={"limit": 2, "zero_shot": False}) for run in runs)
+    assert run_in_child(one) == 0
+    assert [(end.code, end.err[-4000:] if end.code else "") for end in run_on_two(two, tmp_path)] == [(0, "")] * 2
+    found, wanted = (logits(load_run(run), strategy) for run in runs)
+    before = logits(load_run(runs[0]), strategy, after=0)
+    assert (found - wanted).norm() < 1e-3 * (wanted - before).norm()
+
+
+def logits(saved, strategy: str, after: int = 2) -> torch.Tensor:
+    domain = "Beta" if STRATEGIES[strategy].needs_domain_id and after else None
+    records = [saved.benchmark.train_records("Beta")[index].first_exchange() for index in range(4)]
+    batch, model = TrainCollator(saved.base.prompt)(records), saved.restore(after, domain)
+    look_at(saved.base.model, batch)
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
