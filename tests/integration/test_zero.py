@@ -94,6 +94,7 @@ def test_a_sequence_agrees_with_that_of_one_process_at_the_same_global_batch(zer
     assert results(zero)["domains"] == results(two)["domains"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_a_training_ends_as_one_that_was_not(engine, zero, settings, tmp_path):
     """The process that is killed has saved two checkpoints; the tolerance is that of one process against two."""
     values = config_of(engine, settings, tmp_path / "run")
