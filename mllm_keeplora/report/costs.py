@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from mllm_keeplora.report.export import Table
@@ -13,7 +14,7 @@ HEADS = ["", "trained parameters", "stored to answer", "stored to go on", "train
 
 
 def costs(groups: Sequence[Group]) -> Table | None:
-    """A row per group: means over its seeds; times relative to sequential LoRA. None where nothing is recorded.
+    """A row per group: means over seeds; times, medians, relative to sequential LoRA. None where nothing is recorded.
 
     Trained parameters are the most of any domain. Stored is what the state after the last domain needs: to answer,
     and besides that to learn a further domain.
@@ -35,7 +36,10 @@ def _mean(group: Group, of: Any) -> float:
 
 
 def _ratio(group: Group, reference: Group | None, stage: str) -> str:
-    """How many times as long as the reference; the passes before and after a domain count as training."""
+    """How many times as long as the reference; the passes before and after a domain count as training.
+
+    Medians, since a run that had to share its machine, or was halted, says nothing about its strategy.
+    """
     if reference is None:
         return NOT_MEASURED
     stages = ("gradient", "train", "consolidate") if stage == "train" else (stage,)
@@ -43,5 +47,5 @@ def _ratio(group: Group, reference: Group | None, stage: str) -> str:
     def seconds(run: Mapping[str, Any]) -> float:
         return sum(run["wall_seconds"].get(each, 0.0) for each in stages)
 
-    own, theirs = _mean(group, seconds), _mean(reference, seconds)
+    own, theirs = (median(map(seconds, each.runs)) for each in (group, reference))
     return f"{own / theirs:.2f}" if theirs else NOT_MEASURED
