@@ -106,8 +106,9 @@ def paired_differences(group: Group, reference: Group, key: str) -> dict[int, fl
 
 
 def find_group(groups: Sequence[Group], strategy: str) -> Group | None:
-    """The group of a strategy, if there is exactly one."""
+    """The only group of a strategy, or of several the only one that has its name."""
     found = [group for group in groups if group.strategy == strategy]
+    found = found if len(found) == 1 else [group for group in found if group.family == strategy]
     return found[0] if len(found) == 1 else None
 
 

@@ -116,6 +116,15 @@ def test_differences_are_paired_by_seed_not_by_place(make):
     assert paired_differences(ours, theirs, "last") == {1: 30.0, 3: 23.0}
 
 
+def test_of_two_variants_of_the_reference_that_of_its_name_is_meant(make):
+    plain, other = make("finetune", 1, 50.0), make("olora", 1, 50.0)
+    carried = make("finetune", 1, 50.0, lr=4e-3, name="finetune_carried")
+    assert find_group(group_runs([carried, other, plain]), "finetune").family == "finetune"
+    assert find_group(group_runs([carried, other]), "finetune").family == "finetune_carried"
+    plain["name"] = "mine"
+    assert find_group(group_runs([carried, other, plain]), "finetune") is None
+
+
 def test_the_share_of_joint_is_taken_of_its_mean(make):
     groups = group_runs([make("joint", 1, 90.0), make("joint", 2, 100.0), make("keeplora", 1, 76.0)])
     assert shares_of_upper(groups[1], find_group(groups, "joint")) == [0.8]
