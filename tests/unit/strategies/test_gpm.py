@@ -220,6 +220,19 @@ def test_under_plain_gradient_descent_both_modes_follow_the_reference(base, tiny
         assert gradient.abs().max() > 1e-4 and not np.array_equal(now, A.numpy())
 
 
+def test_what_a_step_gives_no_gradient_is_left_alone(base, tiny_records, tmp_path):
+    """As the projector after a step without pictures."""
+    strategy, context = second_domain(base, tiny_records, options_of(mode="grad"), tmp_path)
+    strategy.before_domain(context)
+    trained = context.branches.trainable()
+    for name, parameter in trained.items():
+        parameter.grad = None if "projector" in name else torch.ones_like(parameter)
+    strategy.around_step(context, "grad")
+    assert [name for name, parameter in trained.items() if parameter.grad is None] == [
+        name for name in trained if "projector" in name
+    ]
+
+
 def test_with_an_empty_memory_training_is_plain_lora_bit_for_bit(new_base, tiny_records, tmp_path):
     """Two domains, and a memory that grows by nothing."""
     runs = []
