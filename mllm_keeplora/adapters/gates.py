@@ -67,18 +67,19 @@ class Gates(Mixer):
         parts: number of gates.
         d, width, head: of every gate.
         words: how many of the d features are of words; the others are of pictures.
+        rate: learning rate of the gates as a multiple of the run's.
     """
 
     kind = "gates"
 
-    def __init__(self, parts: int, d: int, width: int, head: Literal["cosine", "dot"], words: int):
+    def __init__(self, parts: int, d: int, width: int, head: Literal["cosine", "dot"], words: int, rate: float = 1.0):
         super().__init__()
-        self.d, self.width, self.head, self.words = d, width, head, words
+        self.d, self.width, self.head, self.words, self.rate = d, width, head, words, rate
         self.gates = nn.ModuleList(Gate(d, width, head) for _ in range(parts))
         self.gates[:-1].requires_grad_(False)
 
     def settings(self) -> dict[str, Any]:
-        facts = {"d": self.d, "width": self.width, "head": self.head, "words": self.words}
+        facts = {"d": self.d, "width": self.width, "head": self.head, "words": self.words, "rate": self.rate}
         return {"parts": len(self.gates), **facts}
 
     @property

@@ -135,7 +135,9 @@ class GainLoRA(Strategy):
         if context.branches.past:
             gates = context.branches.past_mixer.grown()
         else:
-            gates = Gates(1, d, self.options.gate_width, self.options.gate_head, _words(context))
+            gates = Gates(
+                1, d, self.options.gate_width, self.options.gate_head, _words(context), self.options.gate_rate
+            )
             apart = torch.Generator().manual_seed(context.rng.initial_seed() + 1)  # the base draws what it would alone
             gates.newest.begin(apart)
         with torch.no_grad():

@@ -14,6 +14,7 @@ from mllm_keeplora.strategies.inflora import InfLoRA
 from mllm_keeplora.strategies.olora import OLoRA
 
 BASES: dict[str, type[Strategy]] = {"gpm": GPM, "inflora": InfLoRA, "olora": OLoRA}
+DEFAULTS = {"inflora": {"energy": 0.995}}  # that of gated runs on T5, as the energy of gates is
 
 
 class GainLoRAOptions(StrategyOptions):
@@ -26,6 +27,7 @@ class GainLoRAOptions(StrategyOptions):
     base: str = "inflora"  # that of the published code
     base_options: dict[str, Any] = Field(default_factory=dict)
     gate_width: int = Field(100, ge=1)
+    gate_rate: float = Field(1.0, gt=0.0, lt=float("inf"), description="times train.lr; one rate, 3e-4, is published")
     gate_head: Literal["cosine", "dot"] = "cosine"  # the published numbers come from the cosine; dot is the paper's
     gate_samples: int | float = Field(1024, gt=0)
     gate_energy: float = Field(0.995, ge=0.0, le=1.0)
@@ -73,5 +75,5 @@ def options_of_base(own: Mapping[str, Any], base_options: Mapping[str, Any]) -> 
     Raises:
         ValidationError: it does not take them.
     """
-    given = {"rank": own["rank"], "alpha": own["alpha"], **base_options}
+    given = {"rank": own["rank"], "alpha": own["alpha"], **DEFAULTS.get(own["base"], {}), **base_options}
     return BASES[own["base"]].Options.model_validate(given)

@@ -238,7 +238,7 @@ def test_a_closed_new_gate_gives_the_model_before_the_domain(new_base, questions
 @pytest.mark.parametrize("name", ["gpm", "inflora", "olora"])
 def test_gates_that_are_all_open_give_the_base_method(name, new_base, questions, tmp_path, monkeypatch):
     """(e) Trained by gradient descent, which does not enlarge what rounding makes different."""
-    own = {"feature_samples": 12} if name != "olora" else {"lambda1": 1e-3}
+    own = {"feature_samples": 12, "energy": 0.98} if name != "olora" else {"lambda1": 1e-3}
     monkeypatch.setattr(Gates, "weigh", opened_wide)
     learnt = []
     for strategy in (gainlora(base=name, base_options=own), BASES[name](BASES[name].Options(rank=4, alpha=8.0, **own))):
@@ -310,6 +310,15 @@ def test_a_domain_that_asks_what_a_past_one_asked_is_refused_unless_pictures_tel
     seen = teach(new_base(), tiny_records, tmp_path / "pictures", pictures=True)
     past, own = (weights_for(seen.base, seen.adapters.mixer, tiny_records[name])[:, 1] for name in ("Alpha", "Beta"))
     assert past.max() < 1e-3 < 1e-1 < own.mean()
+
+
+def test_gates_have_a_rate_of_their_own(new_base, questions, tmp_path):
+    """A first domain, which nothing constrains: gates at a vanishing rate stay as they were opened, branches move."""
+    found = teach(new_base(), questions, tmp_path, gate_rate=1e-9)
+    for one, other in zip(found.adapters.mixer.newest.parameters(), found.opened.newest.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert all(B.abs().max() > 1e-3 for B in found.adapters.read().B.values())
+    assert found.adapters.mixer.grown().rate == 1e-9
 
 
 # -- the strategy ----------------------------------------------------------------------------------------------------
@@ -391,6 +400,7 @@ def test_the_base_method_has_its_own_options_beside_the_shared_rank_and_alpha():
     options = GainLoRAOptions(rank=3, alpha=7.0, base="inflora", base_options={"energy": 0.5})
     own = GainLoRA(options).base.options
     assert (own.rank, own.alpha, own.energy) == (3, 7.0, 0.5)
+    assert GainLoRA(GainLoRAOptions()).base.options.energy == 0.995
 
 
 def test_what_the_base_method_needs_is_needed_beside_whole_parameters():
