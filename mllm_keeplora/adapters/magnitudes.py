@@ -24,7 +24,8 @@ class Magnitudes(Mixer):
         rate: learning rate of the magnitudes as a multiple of the run's.
 
     Attributes:
-        magnitudes: (parts,), trained.
+        start: (parts,), the magnitudes as training begins; float32 whatever precision trained parameters have.
+        moved: (parts,), trained, what they have become since. By itself it is as exact in bfloat16 as it is small.
         scales: (layers, parts), fixed; a branch whose scales are 0 takes no part.
     """
 
@@ -33,12 +34,18 @@ class Magnitudes(Mixer):
     def __init__(self, layers: Sequence[str], parts: int, rate: float = 1.0):
         super().__init__()
         self.layers, self.rate = list(layers), rate
-        self.magnitudes = nn.Parameter(torch.ones(parts))
+        self.register_buffer("start", torch.ones(parts))
+        self.moved = nn.Parameter(torch.zeros(parts))
         self.register_buffer("scales", torch.ones(len(self.layers), parts))
         self._rows = {layer: row for row, layer in enumerate(self.layers)}
 
+    @property
+    def magnitudes(self) -> Tensor:
+        """(parts,) float32."""
+        return self.start + self.moved.float()
+
     def settings(self) -> dict[str, Any]:
-        return {"layers": self.layers, "parts": len(self.magnitudes), "rate": self.rate}
+        return {"layers": self.layers, "parts": len(self.start), "rate": self.rate}
 
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> None:
         """Every question is answered alike."""

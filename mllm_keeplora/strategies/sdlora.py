@@ -101,7 +101,7 @@ class SDLoRA(Strategy):
     def after_domain(self, context: Context) -> None:
         import torch
 
-        magnitudes = context.branches.mixer.magnitudes.detach().float().cpu()
+        magnitudes = context.branches.mixer.magnitudes.detach().cpu()
         in_use = torch.cat([self.in_use[: len(magnitudes) - 1], torch.tensor([True])])
         scales = self._scales(context)
         scales = torch.cat([scales, torch.ones(len(scales), 1)], dim=1)
@@ -129,7 +129,8 @@ class SDLoRA(Strategy):
         from mllm_keeplora.adapters.magnitudes import Magnitudes
 
         mixer = Magnitudes(context.target_layers, len(magnitudes), self.options.magnitude_rate)
-        mixer.load_state_dict({"magnitudes": magnitudes, "scales": scales})
+        mixer.start.copy_(magnitudes)
+        mixer.scales.copy_(scales)
         return mixer
 
     def _scales(self, context: Context) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mllm_keeplora.adapters.magnitudes import Magnitudes
 from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
 from mllm_keeplora.adapters.stored import Past, past_of, updates_of
 from mllm_keeplora.config import StrategyConfig
@@ -135,7 +136,7 @@ def test_every_magnitude_and_the_newest_branch_alone_get_a_gradient(taught, new_
     for part, factors in enumerate([*adapters.past, adapters.read()]):
         products = products_of(factors)
         wanted = sum(float((gradients[layer] * products[layer]).sum()) for layer in products)
-        assert float(adapters.mixer.magnitudes.grad[part]) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+        assert float(adapters.mixer.moved.grad[part]) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("history", HISTORIES)
@@ -150,9 +151,7 @@ def test_earlier_branches_stay_bit_for_bit_while_their_magnitudes_train(taught, 
     fit(strategy, context, tmp_path / "last")
     after = snapshot(adapters.model)
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(adapters.trainable())
-    assert (
-        after["base_model.model.branch_mixer.magnitudes"] != before["base_model.model.branch_mixer.magnitudes"]
-    ).all()
+    assert (after["base_model.model.branch_mixer.moved"] != before["base_model.model.branch_mixer.moved"]).all()
     for factors, (A, B) in zip(adapters.past, stored, strict=True):
         assert all(torch.equal(factors.A[layer], A[layer]) and torch.equal(factors.B[layer], B[layer]) for layer in A)
 
@@ -172,6 +171,13 @@ def test_magnitudes_have_a_rate_of_their_own(new_base, tiny_records, tmp_path):
         branches.append(adapters.read())
     assert moved[1] == pytest.approx(8 * moved[0], rel=0.2) and abs(moved[0]) > 1e-5
     assert branches[0].B.keys() == branches[1].B.keys()
+
+
+def test_a_small_move_survives_half_precision(base):
+    """DeepSpeed casts what is trained; near 1 numbers in bfloat16 are 0.004 apart."""
+    mixer = Magnitudes(base.parts.target_layers, 2)
+    mixer.moved.data = torch.full((2,), 0.0012, dtype=torch.bfloat16)
+    assert torch.allclose(mixer.magnitudes, torch.full((2,), 1.0012), rtol=0, atol=1e-5)
 
 
 # -- ranks that shrink ------------------------------------------------------------------------------------------------
@@ -218,7 +224,7 @@ def absorbed(taught, base, disturbance=0.0, **options):
     strategy.before_domain(context)
     factors = inside_the_span(adapters, (0.6, -1.7), disturbance)
     adapters.load(factors, {})
-    adapters.mixer.magnitudes.data[-1] = 1.3
+    adapters.mixer.start.data[-1] = 1.3
     return strategy, adapters, context, factors
 
 
@@ -268,11 +274,11 @@ def test_a_dropped_direction_stays_out_of_later_domains(taught, new_base, tiny_r
     strategy.before_domain(context)
     batch = encode(base, tiny_records["Alpha"][:4])
     before = live_logits(adapters, batch)
-    adapters.mixer.magnitudes.data[1:3] = 5.0
+    adapters.mixer.start.data[1:3] = 5.0
     assert torch.equal(live_logits(adapters, batch), before)
     adapters.look_at(batch)
     adapters.model(**batch).loss.backward()
-    gradient = adapters.mixer.magnitudes.grad
+    gradient = adapters.mixer.moved.grad
     assert gradient[0] != 0 and gradient[1:3].tolist() == [0, 0]
 
 
