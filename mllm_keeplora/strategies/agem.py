@@ -2,7 +2,8 @@
 
 One low-rank branch is trained on from domain to domain. Before every step the gradient g of the batch meets the
 gradient r of the mean loss on random records of a buffer, all trained parameters as one vector:
-if g.r < 0, then g <- g - (g.r / r.r) r, the nearest vector that does not raise the buffered records' loss.
+if g.r < 0, then g <- g - (g.r / r.r) r, the nearest vector that does not raise the buffered records' loss. Clipping and
+Adam come after it, and Adam's step may have another direction; published is plain gradient descent.
 Source: Chaudhry et al. 2019 (ICLR, arXiv 1812.00420), the projection rule of A-GEM; r is without dropout, as there.
 Departures from the published code (facebookresearch/agem): the buffer is a uniform sample of all records seen, as
 there are no classes to take equally many of; both means are over answer tokens; records are drawn with replacement.

@@ -2,7 +2,7 @@
 
 One low-rank branch is trained on from domain to domain. The buffer is a uniform sample of all records of the domains
 finished so far (a reservoir of references); the loss is the mean over the answer tokens of new and buffered records
-together, L = (sum of new + sum of buffered) / (tokens of both).
+together, L = (sum of new + sum of buffered) / (tokens of both). It passes up to twice the records of other methods.
 Source: Chaudhry et al. 2019 (arXiv 1902.10486), which takes as many buffered records as new ones at every step.
 Departures from the published code (facebookresearch/agem): each domain's records are offered to the buffer once and
 after the domain, so that several epochs count no more than one and only earlier domains are replayed; records are drawn
