@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parents[2] / "README.md"
 
 
+@pytest.mark.slow
 def test_own_data_example_of_the_readme_learns_its_domain(tmp_path):
     section = README.read_text(encoding="utf-8").split("## Your own data")[1].split("\n## ")[0]
     (script,) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)

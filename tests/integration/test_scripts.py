@@ -62,7 +62,8 @@ def test_eval_only_asks_a_saved_run_with_two_processes(launched):
     assert float(percent) == pytest.approx(results(launched / "the run")["metrics"]["last"], abs=0.01)
 
 
-@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_run_multinode_meets_at_the_head_and_continues_the_run(launched, nodes):
     before = json.loads((launched / "the run/run.json").read_text())["stages"]
     overrides = [f"output={launched / 'the run'}", f"threads={nodes + 1}"]
