@@ -109,8 +109,8 @@ def generate(
     """Greedy answers to one batch of questions, each with a suffix appended.
 
     Where the likeliest of two tokens is a matter of rounding, and so of the other rows, the question is asked again
-    alone: answers are the same whatever the size of batches and the number of processes. Processes that must answer in
-    step leave it at the batch's answer.
+    alone, so that neither the size of batches nor the number of processes tips it. Processes that must answer in step
+    leave it at the batch's answer.
     """
     answers, close = _decoded(base, model, records, suffixes, max_new_tokens)
     if len(records) > 1 and not keeps_step(model):

@@ -106,7 +106,7 @@ def estimate(
     }  # fmt: skip
     unused = set() if hasattr(options, "grad_samples") else {"prepare", "gradient"}
     unused |= set() if _keeps_features(options) else {"consolidate"}
-    stages = {name: parts for name, parts in stages.items() if name not in unused}
+    stages = {name: taken for name, taken in stages.items() if name not in unused}
     where = f"{'GPU' if on_gpu else 'CPU'}, {str(dtype).removeprefix('torch.')}, records of {tokens} tokens"
     return Estimate(stages, host + moved + (sum(kept.values()) if on_gpu else 0.0), where)
 

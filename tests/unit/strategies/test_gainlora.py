@@ -313,7 +313,7 @@ def test_a_domain_that_asks_what_a_past_one_asked_is_refused_unless_pictures_tel
 
 
 def test_gates_have_a_rate_of_their_own(new_base, questions, tmp_path):
-    """A first domain, which nothing constrains: gates at a vanishing rate stay as they were opened, branches move."""
+    """At a vanishing one they stay as they were opened, and branches move."""
     found = teach(new_base(), questions, tmp_path, gate_rate=1e-9)
     for one, other in zip(found.adapters.mixer.newest.parameters(), found.opened.newest.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
