@@ -15,12 +15,9 @@ PLACES = (
     (10, 24, "left", "bottom"), (10, -24, "left", "top"), (-10, 24, "right", "bottom"), (-10, -24, "right", "top"),
 )  # fmt: skip
 
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))  # where colours come round again
-CROWDED, FULL = (
-    4,
-    8,
-)  # with more curves only ends and choices are labelled, and small losses get more room than large ones;
-# with more than FULL choices alone are labelled, by the curve's name, and the legend stands beside the picture
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+CROWDED = 4  # with more curves only ends and choices are labelled, and small losses get more room than large ones
+FULL = 8  # with more, choices alone are labelled, by the curve's name, and the legend stands beside the picture
 
 
 def trade_off_figure(
@@ -48,10 +45,10 @@ def trade_off_figure(
     axes = figure.subplots()
     labels = []
     for i, (name, points) in enumerate(curves.items()):
-        colour = LINE_COLOURS[dark][i % len(LINE_COLOURS[dark])]
+        style = curve_style(i, dark)
+        colour = style["color"]
         xs, ys = [point[1] for point in points], [point[2] for point in points]
-        style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i // len(MARKERS) % len(DASHES)]}
-        axes.plot(xs, ys, color=colour, markersize=5, linewidth=1.6, label=name, **style)
+        axes.plot(xs, ys, markersize=5, linewidth=1.6, label=name, **style)
         for setting, x, y in points:
             if (name, setting) in chosen:
                 axes.plot([x], [y], marker="o", markersize=13, markerfacecolor="none", color=colour, linestyle="none")
@@ -76,6 +73,16 @@ def trade_off_figure(
     _place(axes, labels, [legend])
     axes.axhline(0, color=FAINT[dark], linewidth=0.8, zorder=1)
     return png_of(figure, dark)
+
+
+def curve_style(i: int, dark: bool = False) -> dict[str, Any]:
+    """Colour, marker and line of the i-th curve; where colours come round again, the other two move on."""
+    turn = i // len(MARKERS)
+    return {
+        "color": LINE_COLOURS[dark][i % len(LINE_COLOURS[dark])],
+        "marker": MARKERS[(i + turn) % len(MARKERS)],
+        "linestyle": DASHES[turn % len(DASHES)],
+    }
 
 
 def _place(axes: Any, labels: Sequence[tuple[str, float, float, str]], taken: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mllm_keeplora.report import data_uri, domain_curves_figure, figures, save_png, score_matrix_figure
 from mllm_keeplora.report.figures import _colour_scale, _draw_cell, _spread
+from mllm_keeplora.report.trade_off import curve_style
 
 
 def cut(results, num_domains=2):
@@ -115,6 +116,13 @@ def test_titles_must_match_the_runs(results):
 def test_crowded_labels_move_apart_around_their_mean():
     assert _spread([10.0, 50.0, 51.0], 5.0) == pytest.approx([10.0, 48.0, 53.0])
     assert _spread([10.0, 14.0, 18.0, 19.0], 4.0) == pytest.approx([9.25, 13.25, 17.25, 21.25])
+
+
+def test_two_dozen_curves_differ_in_two_ways_from_each_other():
+    styles = [curve_style(i) for i in range(24)]
+    for i, one in enumerate(styles):
+        for other in styles[:i]:
+            assert sum(one[key] != other[key] for key in one) >= 2, (one, other)
 
 
 def test_a_figure_can_be_saved_and_inlined(results, tmp_path):
