@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mllm_keeplora.errors import UserError, known, several
+from mllm_keeplora.errors import UserError, known, several, validation_faults
 
 SHARED_OPTIONS = {"name", "rank", "alpha"}  # of every strategy: they stay when an override names another one
 RUNTIME = {"runtime": True}  # a key that cannot change results: it may differ when a run is continued
@@ -162,31 +162,15 @@ def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise several(validation_faults(error, origin)) from None
+        raise several(validation_faults(error, origin, RunConfig)) from None
     for domain, own in config.per_domain.items():
         try:
             TrainConfig.model_validate(own.train)
         except ValidationError as error:
-            faults += validation_faults(error, origin, prefix=f"per_domain.{domain}.train.")
+            faults += validation_faults(error, origin, TrainConfig, prefix=f"per_domain.{domain}.train.")
     if faults:
         raise several(faults)
     return config
-
-
-def validation_faults(error: ValidationError, origin: str, prefix: str = "") -> list[str]:
-    """One sentence a fault: key, what is allowed, the value got, where it came from."""
-    faults = []
-    for item in error.errors():
-        key = prefix + ".".join(str(part) for part in item["loc"])
-        if item["type"] == "missing":
-            faults.append(f"{key} is missing ({origin})")
-        elif item["type"] == "extra_forbidden":
-            faults.append(f"{key} is not a known key, got {item['input']!r} ({origin})")
-        elif item["type"] == "model_type":
-            faults.append(f"{key} must hold keys and values, got {item['input']!r} ({origin})")
-        else:
-            faults.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r} ({origin})")
-    return faults
 
 
 def result_defining(section: BaseModel) -> dict[str, Any]:

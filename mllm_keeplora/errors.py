@@ -3,7 +3,14 @@
 And the exit codes of a run that did not come to its end.
 """
 
+from __future__ import annotations
+
+import difflib
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 FAILED = 1  # by a fault, such as a loss that is not finite
 STOPPED = os.EX_TEMPFAIL  # 75: by a signal; the same command continues
@@ -47,3 +54,39 @@ def several(faults: list[str], shown: int = 20, more: int = 0) -> UserError:
 def known(names) -> str:
     """The allowed names, as error messages show them."""
     return ", ".join(sorted(names)) or "none"
+
+
+def validation_faults(error: ValidationError, origin: str, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One sentence a fault: key, what is allowed, the value got, where it came from.
+
+    Args:
+        error: what `model` refused.
+        origin: file or place that the values came from.
+        model: of an unknown key, its keys that read alike are told, or all of them.
+        prefix: of the keys, as in "strategy."
+    """
+    faults = []
+    for item in error.errors():
+        key = prefix + ".".join(str(part) for part in item["loc"])
+        if item["type"] == "missing":
+            faults.append(f"{key} is missing ({origin})")
+        elif item["type"] == "extra_forbidden":
+            faults.append(f"{key} is not a known key, got {item['input']!r}{_allowed(model, item['loc'])} ({origin})")
+        elif item["type"] == "model_type":
+            faults.append(f"{key} must hold keys and values, got {item['input']!r} ({origin})")
+        else:
+            faults.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r} ({origin})")
+    return faults
+
+
+def _allowed(model: type[BaseModel] | None, place: tuple[int | str, ...]) -> str:
+    """What may stand in a place, as far as the model's fields tell."""
+    *sections, last = place
+    for section in sections:
+        field = model.model_fields.get(str(section)) if model is not None else None
+        kind = field.annotation if field is not None else None
+        model = kind if isinstance(kind, type) and hasattr(kind, "model_fields") else None
+    if model is None:
+        return ""
+    alike = difflib.get_close_matches(str(last), model.model_fields, n=3)
+    return f"; did you mean {' or '.join(alike)}?" if alike else f"; known: {known(model.model_fields)}"

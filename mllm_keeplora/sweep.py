@@ -24,8 +24,8 @@ from mllm_keeplora import files
 from mllm_keeplora.cells import Cell, Runner, log_of, visible_devices
 from mllm_keeplora.check import check_run
 from mllm_keeplora.comparison import Choice, write_comparison
-from mllm_keeplora.config import apply_override, find_config, read_yaml, validation_faults
-from mllm_keeplora.errors import UserError, several
+from mllm_keeplora.config import apply_override, find_config, read_yaml
+from mllm_keeplora.errors import UserError, several, validation_faults
 from mllm_keeplora.eval.results import Results, digest_of_data
 from mllm_keeplora.log import log
 from mllm_keeplora.opening import graded_parts
@@ -80,7 +80,7 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = ()) -> SweepConfig
     try:
         sweep = SweepConfig.model_validate(values)
     except ValidationError as error:
-        raise several(validation_faults(error, str(source))) from None
+        raise several(validation_faults(error, str(source), SweepConfig)) from None
     if len(set(sweep.tune.grid)) < len(sweep.tune.grid) or len(set(sweep.final.seeds)) < len(sweep.final.seeds):
         raise UserError(f"tune.grid and final.seeds must not name a value twice ({source})")
     seen: dict[str, str] = {}

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mllm_keeplora.config import DomainOverride, RunConfig, find_config, read_yaml, validation_faults
+from mllm_keeplora.config import DomainOverride, RunConfig, find_config, read_yaml
 from mllm_keeplora.data.benchmarks import Benchmark
-from mllm_keeplora.errors import UserError, known, several
+from mllm_keeplora.errors import UserError, known, several, validation_faults
 from mllm_keeplora.metrics import SCORERS, UNGRADED
 
 DATA_ROOT = "MLLM_KEEPLORA_DATA"
@@ -155,7 +155,7 @@ def _parse(values: dict[str, Any], origin: str, root: Path) -> tuple[Benchmark, 
     try:
         return Benchmark.model_validate({"root": root, **values}), origin
     except ValidationError as error:
-        raise several(validation_faults(error, origin)) from None
+        raise several(validation_faults(error, origin, Benchmark)) from None
 
 
 def _generate(name: str, origin: str, progress: Callable[[int, int], None] | None) -> Path:

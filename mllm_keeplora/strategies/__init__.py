@@ -9,8 +9,8 @@ import sys
 
 from pydantic import ValidationError
 
-from mllm_keeplora.config import StrategyConfig, validation_faults
-from mllm_keeplora.errors import UserError, known, several
+from mllm_keeplora.config import StrategyConfig
+from mllm_keeplora.errors import UserError, known, several, validation_faults
 from mllm_keeplora.strategies.agem import AGEM
 from mllm_keeplora.strategies.base import Context, DomainInfo, Strategy, StrategyOptions
 from mllm_keeplora.strategies.ewc import EWC
@@ -64,7 +64,7 @@ def build_strategy(config: StrategyConfig, origin: str = "config") -> Strategy:
     try:
         options = strategy.Options.model_validate({**preset, **config.options})
     except ValidationError as error:
-        raise several(validation_faults(error, origin, prefix="strategy.")) from None
+        raise several(validation_faults(error, origin, strategy.Options, prefix="strategy.")) from None
     return strategy(options)
 
 

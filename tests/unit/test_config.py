@@ -40,7 +40,11 @@ def test_missing_keys_are_named_all_at_once():
 
 
 def test_an_unknown_key_is_named_with_its_value_and_origin():
-    assert refusal(train={"rate": 3}) == "train.rate is not a known key, got 3 (here.yaml)"
+    assert refusal(train={"lrr": 3}) == "train.lrr is not a known key, got 3; did you mean lr? (here.yaml)"
+    message = refusal(adapters={"rate": 3})
+    assert message == (
+        "adapters.rate is not a known key, got 3; known: dropout, history, projector, target (here.yaml)"
+    )
 
 
 @pytest.mark.parametrize(
