@@ -26,6 +26,11 @@ from mllm_keeplora.record_check import load_prompt, token_faults
 from mllm_keeplora.strategies import Strategy, build_strategy
 from mllm_keeplora.training.deepspeed import zero_stage
 
+IN_ZERO3 = {  # what a strategy may need that it does not have there
+    "parameters": "needs its trained parameters whole, which ZeRO-3 divides",
+    "forwards": "runs the model more often in one process than in another, which ZeRO-3 does not allow",
+}
+
 
 @dataclass
 class Checked:
@@ -132,11 +137,9 @@ def _unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list
             f"deepspeed {config.deepspeed!r}: strategy {name} needs the gradients between backward and step, which "
             "DeepSpeed does not give; deepspeed may be null"
         )
-    elif "parameters" in strategy.needs and stage == 3:
-        faults.append(
-            f"deepspeed {config.deepspeed!r}: strategy {name} needs its trained parameters whole, which ZeRO-3 "
-            "divides; deepspeed may be null, zero1 or zero2"
-        )
+    elif stage == 3 and strategy.needs & IN_ZERO3.keys():
+        why = " and ".join(text for need, text in IN_ZERO3.items() if need in strategy.needs)
+        faults.append(f"deepspeed {config.deepspeed!r}: strategy {name} {why}; deepspeed may be null, zero1 or zero2")
     if config.adapters.projector == "full" and strategy.combine in LIVE:
         faults.append(
             f"adapters.projector is full: strategy {name} weighs its branches by the question, which a projector "

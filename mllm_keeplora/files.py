@@ -65,6 +65,9 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
     """A safetensors file; tensors are moved to the CPU and made contiguous."""
     from safetensors.torch import save_file
 
+    for name, tensor in tensors.items():
+        if not hasattr(tensor, "detach"):
+            raise TypeError(f"{path}: {name} must be a tensor, got {type(tensor).__name__}")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
 

@@ -88,6 +88,10 @@ class DomainDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def training_state(self) -> Path:
+        return self.checkpoints / "finished.safetensors"
+
     def predictions(self, domain: str) -> Path:
         return self.path / "predictions" / f"{domain}.jsonl"
 

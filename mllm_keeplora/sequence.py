@@ -74,6 +74,7 @@ def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:
         run.once(f"{unit.key}/gradient", partial(learner.gradient, unit))
         run.once(f"{unit.key}/train", partial(learner.train, unit))
         run.once(f"{unit.key}/consolidate", partial(learner.consolidate, unit))
+        learner.discard_checkpoints(unit)
         if config.diagnostics.samples:
             run.once(f"{unit.key}/diagnose", partial(learner.diagnose, unit))
         evaluate(learner, unit)

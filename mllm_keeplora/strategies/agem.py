@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from mllm_keeplora.strategies.base import Context, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, StrategyOptions
 from mllm_keeplora.strategies.buffered import Buffered, BufferOptions
 
 
@@ -32,7 +32,7 @@ class AGEM(Buffered):
     options: AGEMOptions
 
     @property
-    def needs(self) -> frozenset[Literal["gradients", "parameters"]]:
+    def needs(self) -> frozenset[Need]:
         return frozenset({"gradients"})
 
     def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:

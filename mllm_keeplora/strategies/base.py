@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
 
 S, T = TypeVar("S"), TypeVar("T")
+Need = Literal["gradients", "parameters", "forwards"]
 
 
 class StrategyOptions(BaseModel):
@@ -101,7 +102,8 @@ class Context(Protocol):
     def token_mean(self, values: Tensor) -> Tensor:
         """Mean of an extra loss over answer tokens, (n,) in this micro-batch: every token of the step counts alike.
 
-        As in the task loss, micro-batches and processes with more tokens weigh more.
+        As in the task loss, micro-batches and processes with more tokens weigh more. Divided is by the answer tokens of
+        the training batch, as `batch` left it, whichever tokens the values are of.
         """
 
     @property
@@ -115,8 +117,8 @@ class Context(Protocol):
     def drawn(self, population: int, count: int) -> list[int]:
         """Numbers below `population`, drawn with replacement for this optimizer step: this micro-batch's part.
 
-        `count` are drawn for the whole step, whatever its processes and micro-batches; in `around_step` it is this
-        process's part.
+        `count` are drawn for the whole step, whatever its processes and micro-batches. `batch` and `extra_loss` of a
+        micro-batch get the same part of the same draw; `around_step` gets this process's part.
         """
 
     def batch_of(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
@@ -124,6 +126,13 @@ class Context(Protocol):
 
     def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Two batches as one."""
+
+    def answer_logits(self, references: Sequence[tuple[int, int]]) -> Tensor:
+        """Logits of the model as it is now at the answers of training records, (n, vocabulary); at least one record.
+
+        References as in `batch_of`; tokens in the order of the records, dropout off. With gradient, unless the caller
+        forbids it. A strategy that calls it unequally often in its processes needs `forwards`.
+        """
 
     def loss_gradients(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """Gradient of training records' mean loss over answer tokens by trained parameter, dropout off.
@@ -162,11 +171,22 @@ class Context(Protocol):
         """Change a trained parameter outside the optimiser, its float32 master copy included."""
 
     def log(self, facts: dict[str, Any]) -> None:
-        """Enter facts of this domain in the run's records."""
+        """Enter facts in the run's records: those of a domain in its gradient.json, those of `prepare` in run.json.
+
+        The main process's count, and of one key the last.
+        """
 
 
 class Strategy:
-    """Base of all strategies. `stream` and the other declarations tell the sequence how to drive it."""
+    """Base of all strategies. `stream` and the other declarations tell the sequence how to drive it.
+
+    A run may be killed and continued anywhere, by a new object. What a hook leaves in an attribute lasts so far:
+
+        prepare                           no further: kept are `context.kept` and what is logged
+        before_domain                     no further: kept is the branch that it opens
+        batch, extra_loss, around_step    until `after_domain`, if `training_state` gives it
+        after_domain                      until the next domain's, if `state_dict` gives it
+    """
 
     Options: ClassVar[type[StrategyOptions]] = StrategyOptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -179,11 +199,12 @@ class Strategy:
         self.options = options
 
     @property
-    def needs(self) -> frozenset[Literal["gradients", "parameters"]]:
+    def needs(self) -> frozenset[Need]:
         """What DeepSpeed takes away, and a run with it is refused for.
 
         `gradients`: whole ones between backward and step (no DeepSpeed at all). `parameters`: whole trained ones
-        outside of the model's forward (no ZeRO-3).
+        outside of the model's forward (no ZeRO-3). `forwards`: of its own, more in one process than in another (no
+        ZeRO-3).
         """
         return frozenset()
 
@@ -209,10 +230,26 @@ class Strategy:
         return 0.0
 
     def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:
-        """Before clipping and the optimiser's step (`grad`), and after it (`post`)."""
+        """Before clipping and the optimiser's step (`grad`), and after it (`post`).
+
+        Gradients are those of task loss and extra loss together, over all processes and micro-batches.
+        """
 
     def after_domain(self, context: Context) -> None:
         """Statistics and growth, with the finished branch active and not yet merged."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a training adds up beside its parameters (a path integral, a running mean).
+
+        It goes into every checkpoint, and to `after_domain`. The main process alone is asked.
+        """
+        return {}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Before a training's first step: take back what `training_state` gave, on the CPU; empty at its start.
+
+        Also before `after_domain`, where that runs in another process than the training did.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must survive to the next domain beyond branches and kept bases."""

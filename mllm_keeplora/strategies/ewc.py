@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
 from mllm_keeplora.strategies.plain import carried_branch
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class EWC(Strategy):
         self.optimum: list[ByName] = []  # theta*, likewise
 
     @property
-    def needs(self) -> frozenset[Literal["gradients", "parameters"]]:
+    def needs(self) -> frozenset[Need]:
         return frozenset({"parameters"})  # the penalty reads them outside of the model's forward
 
     def before_domain(self, context: Context) -> None:

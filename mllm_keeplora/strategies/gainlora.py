@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
 from mllm_keeplora.strategies.gainlora_options import BASES, GainLoRAOptions, options_of_base
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class GainLoRA(Strategy):
         self._before: dict[str, Tensor] = {}
 
     @property
-    def needs(self) -> frozenset[Literal["gradients", "parameters"]]:
+    def needs(self) -> frozenset[Need]:
         return frozenset({"parameters"}) | self.base.needs
 
     def prepare(self, context: Context) -> None:
@@ -110,6 +110,12 @@ class GainLoRA(Strategy):
 
         self.base.load_state_dict(_part(state, OF_BASE))
         self.memories = {layer: Basis.from_columns(each) for layer, each in _part(state, OF_MEMORY).items()}
+
+    def training_state(self) -> dict[str, Tensor]:
+        return self.base.training_state()
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        self.base.load_training_state(state)
 
     # -- parts of the above ---------------------------------------------------------------------------------------
 

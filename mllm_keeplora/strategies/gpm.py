@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
 from mllm_keeplora.strategies.kept_features import KeptFeatureOptions, begin_kept, grow_kept, open_outside
 from mllm_keeplora.strategies.plain import fresh_branch
 
@@ -40,7 +40,7 @@ class GPM(Strategy):
     options: GPMOptions
 
     @property
-    def needs(self) -> frozenset[Literal["gradients", "parameters"]]:
+    def needs(self) -> frozenset[Need]:
         return frozenset({"gradients"}) if self.options.mode == "grad" else frozenset()
 
     def prepare(self, context: Context) -> None:

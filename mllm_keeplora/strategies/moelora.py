@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
 from mllm_keeplora.strategies.plain import carried_branch
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class MoELoRA(Strategy):
     options: MoELoRAOptions
 
     @property
-    def needs(self) -> frozenset[Literal["parameters"]]:
+    def needs(self) -> frozenset[Need]:
         """Routers run inside of other layers, for which ZeRO-3 would have to fetch their weights in between."""
         return frozenset({"parameters"})
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
 from mllm_keeplora.strategies.plain import fresh_branch
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class OLoRA(Strategy):
         self._past: dict[str, Tensor] = {}  # layer -> A of all earlier domains, where the parameters are
 
     @property
-    def needs(self) -> frozenset[Literal["gradients", "parameters"]]:
+    def needs(self) -> frozenset[Need]:
         return frozenset({"parameters"})
 
     def before_domain(self, context: Context) -> None:

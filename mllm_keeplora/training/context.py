@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,7 +93,7 @@ class RunContext:
         self.probe_batch_size = probe_batch_size
         self.sources = sources or Sources()
         self.seed = seed
-        self.share = (distributed.rank(), distributed.world_size())  # of a draw; the training counts its micro-batches
+        self.share = (distributed.rank(), distributed.world_size())  # this process's of a draw: see `micro_batch`
         self.full_batch = max(1, len(records))  # records of a whole optimizer step: the training says how many
         self._earlier: dict[int, Sequence[Record]] = {}
         self.tokens_each: Tensor | None = None  # mean answer tokens of a step's micro-batches: the training says
@@ -174,6 +175,14 @@ class RunContext:
         place, places = self.share
         return [draws.randrange(population) for _ in range(count)][place::places]
 
+    @contextmanager
+    def micro_batch(self, number: int, count: int) -> Iterator[None]:
+        """Within it, what is drawn is the part of one of so many micro-batches of the optimizer step."""
+        rank, world = whole = self.share
+        self.share = (number * world + rank, count * world)
+        yield
+        self.share = whole
+
     def batch_of(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         records = [self._of_domain(domain)[index] for domain, index in references]
         device = next(self.branches.base.parameters()).device
@@ -181,6 +190,12 @@ class RunContext:
 
     def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return joined(first, second, self.collator.prompt.tokenizer.pad_token_id)
+
+    def answer_logits(self, references: Sequence[tuple[int, int]]) -> Tensor:
+        trains = self.optimizer is not None
+        assert not (trains and self.branches.mixer), "live branches are weighed for one batch at a time in a training"
+        with evaluating(self.branches.model):
+            return self._answer_logits(self.batch_of(references))
 
     def loss_gradients(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """Of the mean loss over the answers' tokens of all processes' records, a few records at a time."""
@@ -270,10 +285,14 @@ class RunContext:
         import torch
 
         trained = self.branches.trainable()
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        self.branches.look_at(batch)
-        with evaluating(self.branches.model), supervised_logits(self.branches.base, batch["labels"]):
-            losses = token_losses(self.branches.model(**inputs).logits, batch["labels"])
+        with evaluating(self.branches.model):
+            losses = token_losses(self._answer_logits(batch)[None], batch["labels"])
         found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
         pairs = zip(trained.items(), found, strict=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}, losses.numel()
+
+    def _answer_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        self.branches.look_at(batch)
+        with supervised_logits(self.branches.base, batch["labels"]):
+            return self.branches.model(**inputs).logits[0]

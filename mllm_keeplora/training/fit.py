@@ -25,8 +25,9 @@ from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import release_from_engine
 from mllm_keeplora.training.order import FilledSampler, Records
+from mllm_keeplora.training.state import read_training_state, write_training_state
 
-WEIGHTS, COMPLETE = "trained.safetensors", "complete.json"
+WEIGHTS, STATE, COMPLETE = "trained.safetensors", "strategy.safetensors", "complete.json"
 
 
 def fit_domain(
@@ -67,11 +68,13 @@ def fit_domain(
     )
     trainer.lr_full = settings.lr_projector
     trainer.remove_callback(PrinterCallback)
+    checkpoint = last_checkpoint(Path(arguments.output_dir), identity)
+    read_training_state(strategy, Path(checkpoint) / STATE if checkpoint else None)
     steps = math.ceil(len(context.records) / settings.batch_size * epochs)
     with progress_bar(f"{context.domain.name}: train", steps) as advance, branches.plan_kept():
         reporter = Reporter(context, strategy, metrics_file, advance)
         trainer.add_callback(reporter)
-        outcome = trainer.train(resume_from_checkpoint=last_checkpoint(Path(arguments.output_dir), identity))
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if reporter.stopped:
         distributed.barrier()  # no process leaves before the checkpoint is whole
         watch.stop_saved()
@@ -165,28 +168,39 @@ class DomainTrainer(Trainer):
         self.context = context
         self.identity = identity
         self.lr_full: float | None = None
+        self.looked_at = 0  # micro-batches of this optimizer step whose loss is computed
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.context.branches.look_at(inputs)
         with supervised_logits(self.context.branches.base, inputs["labels"]):
             loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
-        extra = self.strategy.extra_loss(self.context, inputs, outputs)
-        loss = loss + extra / self.current_gradient_accumulation_steps
+        with self.context.micro_batch(self.looked_at, self.current_gradient_accumulation_steps):
+            extra = self.strategy.extra_loss(self.context, inputs, outputs)
+        self.looked_at += 1
+        total = loss + extra / self.current_gradient_accumulation_steps
+        if total.ndim or not torch.isfinite(total):
+            raise RuntimeError(self._blame(loss, extra))
+        return (total, outputs) if return_outputs else total
+
+    def _blame(self, loss: torch.Tensor, extra: Any) -> str:
+        """What is wrong with a loss that is no finite number."""
+        where = f"in domain {self.context.domain.name}, optimizer step {self.state.global_step}"
         if not torch.isfinite(loss):
-            where = f"{self.context.domain.name}, optimizer step {self.state.global_step}"
-            raise RuntimeError(f"the loss is {loss.item()} in domain {where}; lower train.lr or look at the data")
-        return (loss, outputs) if return_outputs else loss
+            return f"the loss is {loss.item()} {where}; lower train.lr or look at the data"
+        name = f"{type(self.strategy).__name__}.extra_loss"
+        if getattr(extra, "ndim", 0):
+            return f"{name} must give one number, got shape {tuple(extra.shape)} {where}"
+        return f"{name} is {float(extra)} {where}; lower train.lr or the weight of that loss"
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, changed by the strategy before their tokens are counted."""
         taken = list(itertools.islice(epoch_iterator, num_batches))
-        rank, world = distributed.rank(), distributed.world_size()
         for number, batch in enumerate(taken):
-            self.context.share = (number * world + rank, len(taken) * world)
-            taken[number] = self.strategy.batch(self.context, batch)
-        self.context.share = (rank, world)  # what is drawn around the step has no micro-batches
+            with self.context.micro_batch(number, len(taken)):
+                taken[number] = self.strategy.batch(self.context, batch)
+        self.looked_at = 0
         count = self._get_num_items_in_batch(taken, device)  # of all processes
-        self.context.tokens_each = count / (len(taken) * world) if taken else None
+        self.context.tokens_each = count / (len(taken) * distributed.world_size()) if taken else None
         return taken, count
 
     def _get_train_sampler(self, train_dataset=None):
@@ -222,6 +236,7 @@ class DomainTrainer(Trainer):
         trained = {name: copy_of(parameter) for name, parameter in self.context.branches.trainable().items()}
         if self.args.should_save:
             files.write_tensors(Path(output_dir) / WEIGHTS, trained)
+            write_training_state(self.strategy, Path(output_dir) / STATE)
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)

@@ -26,6 +26,7 @@ from mllm_keeplora.training.context import RunContext, Sources
 from mllm_keeplora.training.deepspeed import deepspeed_file, divided_loading
 from mllm_keeplora.training.diagnose import capacity_of, changes_of, inputs_of, sets_to_look_at, slices_of
 from mllm_keeplora.training.seeds import seed_everything, stage_seed
+from mllm_keeplora.training.state import read_training_state, write_training_state
 from mllm_keeplora.training.units import training_records
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class Learner:
             files.write_tensors(self.run.kept_by_prepare, {name: basis.columns for name, basis in self.kept.items()})
         distributed.barrier()
         self.place = None  # the next stage reads the file, the same whether the run was interrupted or not
-        return {"target_layers": len(self.base.parts.target_layers), **_ranks(self.kept)}
+        logged = {"logged": context.facts} if context.facts else {}
+        return {"target_layers": len(self.base.parts.target_layers), **_ranks(self.kept), **logged}
 
     def gradient(self, unit: Unit) -> dict[str, Any]:
         """Open the unit's branch (for KeepLoRA after a gradient pass) and keep its start on disk."""
@@ -129,6 +131,8 @@ class Learner:
                     files.write_tensors(folder.projector, full)
                 if self.adapters.mixer is not None:
                     save_mixer(folder.trained_mixer, self.adapters.mixer)
+                write_training_state(self.strategy, folder.training_state)
+                _add_facts(folder, context.facts)
         return facts
 
     def consolidate(self, unit: Unit) -> dict[str, Any]:
@@ -147,15 +151,17 @@ class Learner:
             state = self.strategy.state_dict()
             if state:
                 files.write_tensors(folder.strategy, state)
-            facts = files.read_json(folder.gradient)
-            files.write_json(folder.gradient, {**facts, **context.facts})
+            _add_facts(folder, context.facts)
         distributed.barrier()
         self.open_unit = None
         self.place = None  # forces the merge from files, the same whether the run was interrupted or not
         self.bring_to(unit.index, asked=unit.domains[0])
-        if distributed.is_main():
-            shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return _ranks(self.kept)
+
+    def discard_checkpoints(self, unit: Unit) -> None:
+        """Free their disk, once the ledger says that nothing needs them."""
+        if distributed.is_main():
+            shutil.rmtree(self.folder(unit).checkpoints, ignore_errors=True)
 
     def diagnose(self, unit: Unit) -> dict[str, Any]:
         """Measure what the unit did to the model, on a few records of every set; nothing is changed."""
@@ -218,6 +224,7 @@ class Learner:
             self.adapters.load(Factors.load(folder.adapter), full)
             if self.adapters.mixer is not None:
                 self.adapters.mixer.load_state_dict(load_mixer(folder.trained_mixer).state_dict())
+            read_training_state(self.strategy, folder.training_state)
         self.open_unit = unit
 
     def _same_start_everywhere(self, folder: DomainDir) -> None:
@@ -257,6 +264,11 @@ class Learner:
             unit.name, num_records, epochs, world * micro * steps, world, micro, steps,
             f"{sum(parameter.numel() for parameter in trained.values()):,}",
         )  # fmt: skip
+
+
+def _add_facts(folder: DomainDir, facts: dict[str, Any]) -> None:
+    if facts:
+        files.write_json(folder.gradient, {**files.read_json(folder.gradient), **facts})
 
 
 def _ranks(kept: dict[str, Basis]) -> dict[str, int]:

@@ -68,10 +68,11 @@ def test_each_process_looks_into_its_share_and_all_tell_every_fault(settings, wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_strategy_learns_the_same_in_two_processes(settings, tmp_path, strategy):
-    """The same records in every global batch, half of them each: the same model but for the order of sums."""
+def test_a_strategy_learns_the_same_in_two_processes_and_in_micro_batches(settings, tmp_path, strategy):
+    """The same records in every global batch, a quarter of them at a time: the same model but for the order of sums."""
     runs, given = [tmp_path / name for name in ("one", "two")], strategy_of(strategy)
     one, two = ({**settings(run, eval={"limit": 2, "zero_shot": False}), "strategy": given} for run in runs)
+    two["train"] = {**two["train"], "micro_batch_size": 1}
     assert run_in_child(one) == 0
     assert [(end.code, end.err[-4000:] if end.code else "") for end in run_on_two(two, tmp_path)] == [(0, "")] * 2
     one, two = map(load_run, runs)

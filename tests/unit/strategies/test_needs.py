@@ -5,26 +5,51 @@ import pytest
 from mllm_keeplora import load_config
 from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.check import _unfit_for
+from mllm_keeplora.config import shipped
 from mllm_keeplora.strategies import STRATEGIES, build_strategy, summary_of
+from mllm_keeplora.strategies.ewc import EWC
+from mllm_keeplora.sweep import load_sweep, tune_cell
 
 
 def faults_of(name, stage, *overrides):
-    config = load_config("mini_dcl" if name == "keeplora" else f"mini_dcl_{name}", list(overrides))
+    config = load_config("mini_dcl_finetune", [f"strategy.name={name}", *overrides])
     return _unfit_for(config, build_strategy(config.strategy), stage)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_each_has_a_run_of_its_own_and_a_sentence_about_it(name):
-    config = load_config("mini_dcl" if name == "keeplora" else f"mini_dcl_{name}")
-    assert config.strategy.name == name and faults_of(name, None) == []
+def test_each_has_a_sentence_about_it_and_runs_with_its_defaults(name):
     assert 20 < len(summary_of(name)) <= 130 and summary_of(name).endswith(".")
+    assert faults_of(name, None) == []
+
+
+@pytest.mark.parametrize("run", [name for name in shipped("runs") if name.startswith("mini_dcl_")])
+def test_a_shipped_run_is_of_the_strategy_that_it_is_named_for(run):
+    config = load_config(run)
+    assert run == f"mini_dcl_{config.strategy.name}"
+    assert _unfit_for(config, build_strategy(config.strategy), None) == []
+
+
+def test_every_strategy_of_the_comparison_has_a_run():
+    sweep = load_sweep("mini_all")
+    compared = {tune_cell(sweep, label, 1e-3).config().strategy.name for label in sweep.strategies}
+    assert compared - {"keeplora"} == {
+        name.removeprefix("mini_dcl_") for name in shipped("runs") if "mini_dcl_" in name
+    }
+
+
+def test_each_need_that_zero3_does_not_meet_is_told(monkeypatch):
+    monkeypatch.setattr(EWC, "needs", frozenset({"parameters", "forwards"}))
+    (fault,) = faults_of("ewc", 3, "deepspeed=zero3")
+    assert "whole" in fault and "more often in one process than in another" in fault
+    monkeypatch.setattr(EWC, "needs", frozenset({"forwards"}))
+    assert faults_of("ewc", 2, "deepspeed=zero2") == [] and "whole" not in faults_of("ewc", 3, "deepspeed=zero3")[0]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_is_refused_where_it_takes_away_what_is_needed(name, stage):
     needs = STRATEGIES[name](STRATEGIES[name].Options()).needs
-    taken = {"gradients"} if stage == 2 else {"gradients", "parameters"}
+    taken = {"gradients"} if stage == 2 else {"gradients", "parameters", "forwards"}
     faults = faults_of(name, stage, f"deepspeed=zero{stage}")
     assert len(faults) == bool(needs & taken)
     assert all(f"'zero{stage}'" in fault and f"strategy {name} needs" in fault for fault in faults)
