@@ -52,6 +52,7 @@ with distributed.process_group(deepspeed=False):
 """
 
 
+@pytest.mark.slow
 def test_each_process_looks_into_its_share_and_all_tell_every_fault(settings, world, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(world / "data", data)
