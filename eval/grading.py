@@ -121,6 +121,11 @@ def submission_rows(records: Sequence[Record], predictions: Sequence[str], part:
     ]
 
 
+def answers_to(rows: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> bool:
+    """Whether rows of a predictions file answer these questions, in their order."""
+    return [(row["id"], row["question"]) for row in rows] == [(record.id, record.question) for record in records]
+
+
 def regrade(predictions: Path, part: TestSet, records: Sequence[Record]) -> float | None:
     """Grade stored answers again, by the rule that the set has now; no model is needed.
 
@@ -128,8 +133,7 @@ def regrade(predictions: Path, part: TestSet, records: Sequence[Record]) -> floa
         ValueError: the stored answers are to other questions.
     """
     rows = files.read_json_lines(predictions)
-    asked = [(record.id, record.question) for record in records]
-    if [(row["id"], row["question"]) for row in rows] != asked:
+    if not answers_to(rows, records):
         raise ValueError(f"{predictions} answers other questions than the set has now")
     graded = grade_set(part, records, [row["prediction"] for row in rows])
     told = rows_of(records, [row["prediction"] for row in rows], graded.scores, [row.get("cut", False) for row in rows])

@@ -8,17 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import distributed
+from mllm_keeplora import distributed, files
 from mllm_keeplora.adapters import Adapters, adapters_for, merge_for_good
 from mllm_keeplora.adapters.stored import is_oracle, past_of
 from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
+from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError, known
-from mllm_keeplora.eval.grading import regrade, stored_percent
+from mllm_keeplora.eval.grading import answers_to, regrade, stored_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.rows import asked_records, evaluate_named
+from mllm_keeplora.log import log
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 
@@ -48,6 +50,17 @@ class SavedRun:
         split = self.config.eval.split
         return Benchmark(name=record["benchmark"], domains=domains, suites=suites, split=split)
 
+    def changed_files(self, name: str) -> dict[str, tuple[Path, str]]:
+        """Files that a set is graded by and that are not those of the run any more: key -> path, digest now."""
+        (recorded,) = (e for e in [*self.run.record["domains"], *self.run.record["suites"]] if e["name"] == name)
+        keys = [key for key in ("test", "validation", "references") if key in recorded["sha256"]]
+        paths = {key: Path(recorded["files"][key]) for key in keys}
+        missing = [path for path in paths.values() if not path.exists()]
+        if missing:
+            raise UserError(f"{name}: its data file {missing[0]} does not exist any more ({self.run.path})")
+        now = {key: digest(path) for key, path in paths.items()}
+        return {key: (paths[key], now[key]) for key in keys if now[key] != recorded["sha256"][key]}
+
     def load(self, after: int | None = None, domain: str | None = None) -> tuple[Any, Any]:
         """Plain transformers model with everything learnt by the first `after` units merged, and its processor.
 
@@ -67,6 +80,11 @@ class SavedRun:
         past = past_of(self.run, self.first(after), domain)
         merge_for_good(base.model, *past.merged("a merged model"))
         return base.model, base.processor
+
+    @property
+    def names(self) -> list[str]:
+        """Domains and suites of the run."""
+        return [each["name"] for each in [*self.run.record["domains"], *self.run.record["suites"]]]
 
     def folder(self, after: int) -> DomainDir:
         return self.run.folder(self.run.units[after - 1] if after else BASE_UNIT)
@@ -151,12 +169,14 @@ def evaluate(
         UserError: unknown name, unfinished unit, unreadable data; another process works on the run.
     """
     saved = run if isinstance(run, SavedRun) else load_run(run)
-    after = len(saved.run.finished_units) if after is None else after
+    after = len(saved.first(after))
     benchmark, names = _sets(saved, domains, suite)
     config = saved.config
     if batch_size is not None:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": batch_size})})
     scores = {}
+    for name in names:
+        _refuse_other_questions(saved, benchmark, name, saved.folder(after).predictions(name))
     with saved.run.locked():
         for name in names:
             model = saved.restore(after, asked=name)
@@ -167,7 +187,9 @@ def evaluate(
 
 
 def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, float | None]]:
-    """Grade every stored prediction of a run again by the scorers as they are now; no model is loaded.
+    """Grade every stored prediction of a run again by scorers and gold answers as they are now; no model is loaded.
+
+    Gold answers that have changed are noted in the ledger, and are the run's own from then on.
 
     Returns:
         (unit key, set, score in percent before, score now), in the order of the units.
@@ -190,7 +212,29 @@ def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, fl
                 except ValueError as error:
                     raise UserError(str(error)) from None
                 changed.append((unit.key, name, before, now))
+        for part in [*saved.run.record["domains"], *saved.run.record["suites"]]:
+            for key, (path, digest_now) in saved.changed_files(part["name"]).items():
+                part["sha256"][key] = digest_now
+                saved.run.note(f"{part['name']} is graded by {path} as it is now")
+                log.info("%s: %s has changed; the run is graded by it from now on", part["name"], path)
     return changed
+
+
+def _refuse_other_questions(saved: SavedRun, benchmark: Benchmark, name: str, answers: Path) -> None:
+    """UserError where a set is not what is graded under its name already."""
+    if name in saved.names:
+        for path, _ in saved.changed_files(name).values():
+            raise UserError(
+                f"{name}: {path} has changed since {saved.run.path} was graded by it; `rescore` grades its answers by "
+                "new gold answers, --suite asks new questions under a name of their own"
+            )
+    elif answers.is_file() and not answers_to(
+        files.read_json_lines(answers), asked_records(benchmark, name, saved.config)
+    ):
+        raise UserError(
+            f"--suite: {answers} has answers to another file's questions, which would be lost; give "
+            f"{benchmark.suites[name].test} another name"
+        )
 
 
 def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | None) -> tuple[Benchmark, list[str]]:

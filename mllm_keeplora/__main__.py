@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+PLACES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # none of ours
+
 
 def main() -> None:
     """Run the command line; exits 0 when done, 2 on a user's mistake, 75 and 130 when stopped, 1 on a fault of ours."""
@@ -33,6 +35,8 @@ def _run() -> int:
         code = INTERRUPTED
     except UserError as error:
         code = tell_mistake(error)
+    except PLACES as error:
+        code = tell_mistake(UserError(f"{error.filename}: {error.strerror}")) if error.filename else tell_failure(error)
     except Exception as error:  # a fault of ours: show where, and let no launcher take it for a user's mistake
         code = tell_failure(error)
     else:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mllm_keeplora.errors import UserError
 
 EDGE = 1 << 20  # bytes of either end of a file that `digest_ends` reads
 
@@ -49,11 +52,18 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises a UserError that names the file where it is missing or not readable, as all that read here do."""
+    with _named(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in read_lines(path)]
+    lines = read_lines(path)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        with _named(path, f"line {number} "):
+            rows.append(json.loads(line))
+    return rows
 
 
 def read_lines(path: Path) -> list[str]:
@@ -75,7 +85,31 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
 def read_tensors(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    return load_file(path)
+    with _named(path):
+        return load_file(path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write_tensors` was given beside the tensors."""
+    from safetensors import safe_open
+
+    with _named(path), safe_open(path, "pt") as stored:
+        return stored.metadata() or {}
+
+
+@contextmanager
+def _named(path: Path, place: str = "") -> Iterator[None]:
+    """Let a file that cannot be read be named to the user: something else than this program has changed it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged: {place or 'it '}is not readable JSON") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # its module is imported by those who read such files
+            raise
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def digest_ends(total: Any, path: Path, name: str) -> None:

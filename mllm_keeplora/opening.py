@@ -40,6 +40,11 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
         inherited = run.record["parent"]
         if source is not None and (inherited or {}).get("run") != str(parent):
             raise UserError(f"{run.path} was not started from {parent}; choose another `output`")
+        if source is not None and after not in (None, inherited["after"]):
+            raise UserError(
+                f"{run.path} was started from {parent} after {inherited['after']} domains, not {after}; choose another "
+                "`output`"
+            )
         if inherited is not None:
             _inherit_definitions(checked.benchmark, run.record["domains"][: inherited["after"]])
         _accept(run, config, checked)
@@ -144,8 +149,20 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked) -> None:
         run.note(f"domain {name} appended")
         log.info("domain %s appended to %s", name, origin)
     record["units"] = [asdict(unit) for unit in plan_units(new, checked.strategy.stream)]
+    _forget_lost_answers(run)
     run.save()
     _note_runtime_changes(run, config)
+
+
+def _forget_lost_answers(run: RunDir) -> None:
+    """Let a set be asked again whose answers somebody took away."""
+    for unit in [BASE_UNIT, *run.units]:
+        for stage in [stage for stage in run.record["stages"] if stage.startswith(f"{unit.key}/evaluate/")]:
+            answers = run.folder(unit).predictions(stage.split("/")[2])
+            if not answers.is_file():
+                del run.record["stages"][stage]
+                run.note(f"{answers} is gone; {stage} is to be done again")
+                log.warning("%s is gone: the questions are asked again", answers)
 
 
 ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers

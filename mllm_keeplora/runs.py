@@ -7,7 +7,6 @@ stage it was in. Knows no model and no strategy.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -158,10 +157,7 @@ class RunDir:
         """
         if not self.exists():
             raise UserError(f"{self.path} is not a run directory: it has no run.json")
-        try:
-            self.record = files.read_json(self.ledger)
-        except json.JSONDecodeError:
-            raise UserError(f"{self.ledger} is not readable JSON; the run directory is damaged") from None
+        self.record = files.read_json(self.ledger)
         if self.record.get("format") != FORMAT:
             raise UserError(f"{self.ledger} has format {self.record.get('format')!r}; this version reads {FORMAT}")
         return self

@@ -62,11 +62,7 @@ class Branch:
 
     @classmethod
     def load(cls, path: Path) -> Branch:
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            facts = json.loads(stored.metadata()["branch"])
+        tensors, facts = files.read_tensors(path), json.loads(files.read_metadata(path)["branch"])
         A = {layer: tensors[f"{layer}.A"] for layer in facts["alpha"]}
         B = {layer: tensors[f"{layer}.B"] for layer in facts["alpha"] if f"{layer}.B" in tensors}
         mixer = None

@@ -36,8 +36,4 @@ def save_mixer(path: Path, mixer: Mixer) -> None:
 
 
 def load_mixer(path: Path) -> Mixer:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as stored:
-        facts = json.loads(stored.metadata()["mixer"])
-    return rebuilt(facts, files.read_tensors(path))
+    return rebuilt(json.loads(files.read_metadata(path)["mixer"]), files.read_tensors(path))

@@ -50,6 +50,8 @@ def test_nothing_of_the_parents_later_domains_is_inherited(settings, three, two,
     run_sequence(parse_config(settings(tmp_path / "next"), "test"), from_run=three, after=1)
     assert differing(tmp_path / "next", two) == []
     assert results(tmp_path / "next")["questions"].keys() == {"Alpha", "Beta", "general"}
+    with pytest.raises(UserError, match=r"was started from .* after 1 domains, not 2"):
+        run_sequence(parse_config(settings(tmp_path / "next"), "test"), from_run=three, after=2)
 
 
 def test_a_domain_that_is_appended_to_a_finished_run_is_looked_into_before_it_is_learnt(settings, two, world, tmp_path):

@@ -223,7 +223,7 @@ def test_the_folder_of_another_run_is_refused_with_the_difference(settings, two,
 def test_a_damaged_or_later_ledger_is_refused(desk, command):
     desk.output.mkdir()
     (desk.output / "run.json").write_text('{"format": ')
-    assert_refused(command("run", desk.write()), "run.json is not readable JSON", "damaged")
+    assert_refused(command("run", desk.write()), "run.json is damaged: it is not readable JSON")
     (desk.output / "run.json").write_text('{"format": 99}')
     assert_refused(command("run", desk.write()), "has format 99", "reads 1")
 
