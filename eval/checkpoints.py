@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import distributed, files
-from mllm_keeplora.config import RunConfig, apply_override, parse_config
+from mllm_keeplora.config import RunConfig, apply_override, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, load_benchmark
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError, known
@@ -64,7 +64,7 @@ class Checkpoint:
         values: dict[str, Any] = {
             "name": "checkpoint",
             "base": self.base_settings,
-            "benchmark": benchmark,
+            **_asked(benchmark),
             "strategy": {"name": "finetune"},
             "output": str(output),
         }
@@ -103,7 +103,7 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: what answers.
-        benchmark: a shipped name, or a YAML.
+        benchmark: a shipped name, a benchmark's YAML, or a run's, whose questions and settings of `eval` are used.
         output: gets `predictions/<set>.jsonl` and `scores.json`; an interrupted evaluation goes on where it was.
         domains: names of domains and suites; None for all.
         overrides: dotted keys of a run's config (`eval.batch_size=1`, `data_root=...`).
@@ -141,6 +141,15 @@ def evaluate_checkpoint(
             files.write_json(output / "scores.json", told)
         forget_journals(folder, names)
     return scores
+
+
+def _asked(benchmark: str) -> dict[str, Any]:
+    """Sections of a config that say what is asked and how: of a benchmark by its name or YAML, or of a run's YAML."""
+    if Path(benchmark).suffix in (".yaml", ".yml") and Path(benchmark).is_file():
+        values = read_yaml(Path(benchmark))
+        if "strategy" in values:
+            return {key: values[key] for key in ("benchmark", "data_root", "domains", "eval") if key in values}
+    return {"benchmark": benchmark}
 
 
 def _refuse_unfilled(model: Any, adapter: Path, base: str) -> None:

@@ -18,7 +18,9 @@ def evaluate(
     suite: Annotated[str | None, typer.Option(help="of a run: a suite's name, or a JSON file of test records")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="questions per forward; default: as in the run")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="one question at a time, as the published runners do")] = False,
-    benchmark: Annotated[str | None, typer.Option(help="of a model: a shipped benchmark, or a YAML")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="of a model: a shipped benchmark, a YAML, or a run's YAML")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="of an adapter: its base, where it names none")] = None,
     data_root: Annotated[str | None, typer.Option(help="of a model: folder that the benchmark's files lie in")] = None,
     output: Annotated[Path | None, typer.Option(help="of a model: folder for answers and scores")] = None,
@@ -27,6 +29,7 @@ def evaluate(
 
     Example: mllm-keeplora eval runs/mini_dcl --after 3 --domains RS,Med
     Example: mllm-keeplora eval tiny-llava --benchmark mini_dcl --output runs/zero_shot
+    Example: mllm-keeplora eval exported/merged --benchmark my_run.yaml
     """
     from mllm_keeplora import watch
     from mllm_keeplora.distributed import is_main, process_group

@@ -56,7 +56,9 @@ def known(names) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def validation_faults(error: ValidationError, origin: str, model: type[BaseModel], prefix: str = "") -> list[str]:
+def validation_faults(
+    error: ValidationError, origin: str, model: type[BaseModel], prefix: str = "", of: str = ""
+) -> list[str]:
     """One sentence a fault: key, what is allowed, the value got, where it came from.
 
     Args:
@@ -64,6 +66,7 @@ def validation_faults(error: ValidationError, origin: str, model: type[BaseModel
         origin: file or place that the values came from.
         model: of an unknown key, its keys that read alike are told, or all of them.
         prefix: of the keys, as in "strategy."
+        of: what has no such key, as in " of strategy ewc".
     """
     faults = []
     for item in error.errors():
@@ -71,11 +74,13 @@ def validation_faults(error: ValidationError, origin: str, model: type[BaseModel
         if item["type"] == "missing":
             faults.append(f"{key} is missing ({origin})")
         elif item["type"] == "extra_forbidden":
-            faults.append(f"{key} is not a known key, got {item['input']!r}{_allowed(model, item['loc'])} ({origin})")
+            allowed = _allowed(model, item["loc"])
+            faults.append(f"{key} is not a known key{of}, got {item['input']!r}{allowed} ({origin})")
         elif item["type"] == "model_type":
             faults.append(f"{key} must hold keys and values, got {item['input']!r} ({origin})")
         else:
-            faults.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r} ({origin})")
+            said = item["msg"].removeprefix("Value error, ")
+            faults.append(f"{key}: {said[0].lower()}{said[1:]}, got {item['input']!r} ({origin})")
     return faults
 
 

@@ -81,14 +81,14 @@ class Benchmark(BaseModel):
 
     def train_records(self, domain: str) -> Records:
         part = self.domains[domain]
-        path = self.root / part.train
+        path = self._existing(domain, "training", part.train)
         folder = self.root / part.train_images if part.train_images is not None else self._images(part, path)
         return read_train(path, folder, part.image_mode == "pad")
 
     def test_records(self, name: str) -> Sequence[Record]:
         """Graded records of a domain or a suite, by its name: its test set, or its validation set by `split`."""
         part = self.graded(name)
-        path = self.root / self.graded_file(name)
+        path = self._existing(name, self.split if name in self.domains else "test", self.graded_file(name))
         kept_apart = part.references is not None or part.scorer in UNGRADED
         records = read_test(path, self._images(part, path), part.image_mode == "pad", not kept_apart)
         return records if part.references is None else with_references(records, self.root / part.references)
@@ -128,6 +128,12 @@ class Benchmark(BaseModel):
     def graded(self, name: str) -> TestSet:
         """The domain or suite of that name: whatever can be asked and graded."""
         return self.domains[name] if name in self.domains else self.suites[name]
+
+    def _existing(self, name: str, role: str, file: str) -> Path:
+        path = self.root / file
+        if not path.exists():
+            raise UserError(f"{name}: its {role} file {path} does not exist")
+        return path
 
     def _images(self, part: TestSet, path: Path) -> Path:
         return self.root / part.images if part.images is not None else path.parent

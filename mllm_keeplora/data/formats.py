@@ -33,6 +33,7 @@ class Layout:
     formatting: str = ""  # sharegpt or alpaca; empty: told by the keys
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    told: str = ""  # where they come from, for whoever cannot make sense of a record
 
 
 @dataclass(frozen=True)

@@ -130,5 +130,6 @@ def _checked_path(media: Media):
                 f"image {str(name)!r} leaves the data folder {media.folder}; `images` may name one above it"
             )
     if not media.path.is_file():
-        raise UserError(f"image {str(name)!r} does not exist in {media.folder or media.path.parent}")
+        what = "is no file" if media.path.exists() else "does not exist"
+        raise UserError(f"image {str(name)!r} {what} in {media.folder or media.path.parent}")
     return media.path

@@ -39,7 +39,12 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
     wanted = _wanted(config, benchmark, faults, origin)
     faults += [
         f"domains names {name!r}; {benchmark.name} has {known(benchmark.domains)} ({origin})"
-        for name in [*wanted, *config.per_domain]
+        for name in wanted
+        if name not in benchmark.domains
+    ]
+    faults += [
+        f"per_domain names {name!r}; {benchmark.name} has {known(benchmark.domains)} (run {config.name})"
+        for name in config.per_domain
         if name not in benchmark.domains
     ]
     faults += [f"domains names {name!r} twice" for name in {n for n in wanted if wanted.count(n) > 1}]

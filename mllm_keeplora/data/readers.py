@@ -101,7 +101,8 @@ def _drafts(path: Path, layout: Layout, parse: Callable[[Any, Layout], Draft]) -
             seen |= set() if parse is train_draft else {draft.id}
         except Fault as fault:
             if len(faults) < SHOWN:
-                faults.append(f"{path} record {index}: {fault}")
+                hint = f"; {layout.told}" if layout.told and str(fault).startswith("unknown shape") else ""
+                faults.append(f"{path} record {index}: {fault}{hint}")
             else:
                 more += 1
             continue
@@ -163,7 +164,8 @@ def _json_rows(path: Path) -> Iterator[Any]:
                     if line.strip():
                         yield _line(line, number)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path} is neither one JSON array nor one JSON object a line: {error}") from None
+        why = getattr(error, "msg", error)
+        raise UserError(f"data file {path} is neither one JSON array nor one JSON object a line: {why}") from None
 
 
 def _line(line: str, number: int) -> Any:
@@ -179,7 +181,7 @@ def _array_rows(handle: TextIO) -> Iterator[Any]:
     Raises:
         JSONDecodeError: the file ends too early, or something else than a value, a comma or the end stands there.
     """
-    decoder, text, at_end, is_first = json.JSONDecoder(), "", False, True
+    decoder, text, is_first, number = json.JSONDecoder(), "", True, 0
     while True:
         text = text.lstrip()
         if text.startswith("]"):
@@ -188,21 +190,22 @@ def _array_rows(handle: TextIO) -> Iterator[Any]:
                 raise json.JSONDecodeError("something stands behind the end of the array", rest[:40], 0)
             return
         if text and not is_first and not text.startswith(","):
-            raise json.JSONDecodeError("expected a comma between records", text[:40], 0)
+            raise json.JSONDecodeError(f"expected a comma before record {number}", text[:40], 0)
         body = text if is_first else text[1:].lstrip()
+        why = "the file ends before the array does"
         try:
             value, stop = decoder.raw_decode(body)
-            if stop == len(body) and not at_end:
-                raise json.JSONDecodeError("a number may go on", body[:40], 0)
-        except json.JSONDecodeError:
+            is_whole = stop < len(body)  # else a number may go on
+        except json.JSONDecodeError as error:
+            is_whole, why = False, error.msg if body else why
+        if not is_whole:
             more = handle.read(max(CHUNK, len(text)))
-            at_end = not more
-            if at_end:
-                raise
+            if not more:
+                raise json.JSONDecodeError(f"record {number}: {why}", body[:40], 0)
             text += more
             continue
         yield value
-        text, is_first = body[stop:], False
+        text, is_first, number = body[stop:], False, number + 1
 
 
 def _layout(path: Path) -> Layout:
@@ -218,11 +221,12 @@ def _layout(path: Path) -> Layout:
     named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
     found = [entry for entry in named if (info.parent / entry["file_name"]).resolve() == path.resolve()]
     if not found:
-        return Layout()
+        return Layout(told=f"{info} has no entry for {path.name}")
     entry = found[0]
     if any(other != entry for other in found):
         raise UserError(f"{info}: {len(found)} entries of different content name {path.name}; leave one")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt"):
         raise UserError(f"{info}: formatting of {path.name} must be alpaca or sharegpt, got {formatting!r}")
-    return Layout(formatting, entry.get("columns") or {}, entry.get("tags") or {})
+    told = f"its columns are as {info} names them"
+    return Layout(formatting, entry.get("columns") or {}, entry.get("tags") or {}, told)

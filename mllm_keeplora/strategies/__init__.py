@@ -64,7 +64,8 @@ def build_strategy(config: StrategyConfig, origin: str = "config") -> Strategy:
     try:
         options = strategy.Options.model_validate({**preset, **config.options})
     except ValidationError as error:
-        raise several(validation_faults(error, origin, strategy.Options, prefix="strategy.")) from None
+        of = f" of strategy {config.name}"
+        raise several(validation_faults(error, origin, strategy.Options, prefix="strategy.", of=of)) from None
     return strategy(options)
 
 

@@ -1,4 +1,4 @@
-"""Sequential LoRA: one low-rank branch, A and B, trained on from domain to domain. Nothing is kept.
+"""Sequential LoRA: a low-rank branch, A and B, fresh for each domain or trained on from one to the next.
 
 The lower bound of every comparison. `carried` (LoRA-FT, SeqLoRA) trains the same pair on; `incremental` (IncLoRA) opens
 a fresh branch for each domain, which is merged afterwards. A starts as peft starts it (uniform Kaiming), B at zero.

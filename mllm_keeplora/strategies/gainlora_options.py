@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from mllm_keeplora.errors import known
+from mllm_keeplora.errors import known, validation_faults
 from mllm_keeplora.strategies.base import Strategy, StrategyOptions
 from mllm_keeplora.strategies.gpm import GPM
 from mllm_keeplora.strategies.inflora import InfLoRA
@@ -53,8 +53,9 @@ class GainLoRAOptions(StrategyOptions):
             try:
                 options_of_base(info.data, value)
             except ValidationError as error:
-                faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-                raise ValueError(f"{info.data['base']} refuses them: {'; '.join(faults)}") from None
+                base = info.data["base"]
+                faults = validation_faults(error, f"options of {base}", BASES[base].Options, of=f" of {base}")
+                raise ValueError(f"{base} refuses them: {'; '.join(faults)}") from None
         return value
 
     @field_validator("gate_samples")

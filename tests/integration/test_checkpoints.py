@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 
 from mllm_keeplora import files, load_run
 from mllm_keeplora.errors import UserError
@@ -16,7 +17,6 @@ from mllm_keeplora.eval.checkpoints import Checkpoint, evaluate_checkpoint
 @pytest.fixture
 def benchmark(settings, tmp_path):
     """The benchmark of the tiny runs as a file of its own."""
-    import yaml
 
     path = tmp_path / "tiny_benchmark.yaml"
     values = settings(tmp_path / "unused")["benchmark"]
@@ -59,6 +59,14 @@ def test_an_adapter_whose_tensors_have_other_names_is_refused(two, world, benchm
     save_file({f"other.{name}": tensor for name, tensor in load_file(path).items()}, path)
     said = command("eval", adapter, "--base", world / "base", "--benchmark", benchmark, "--output", tmp_path / "out")
     assert said.code == 2 and "places stay empty" in said.err
+
+
+def test_a_checkpoint_is_asked_what_a_run_asks_by_the_runs_yaml(world, settings, tmp_path, command):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(tmp_path / "run", ("Beta",), eval={"limit": 3})))
+    said = command("eval", world / "base", "--benchmark", tmp_path / "run.yaml", "--output", tmp_path / "out")
+    assert said.code == 0, said.err
+    told = json.loads((tmp_path / "out" / "scores.json").read_text("utf-8"))
+    assert {name: each["questions"] for name, each in told["sets"].items()} == {"Beta": 3, "general": 8}
 
 
 def test_a_folder_keeps_the_sets_of_one_model_and_refuses_another(world, benchmark, tmp_path):
@@ -142,7 +150,6 @@ def test_stored_answers_are_graded_again_without_a_model(two, tmp_path, command,
 
 
 def test_a_record_is_shown_as_the_model_will_see_it(settings, tmp_path, command):
-    import yaml
 
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(tmp_path / "out")))

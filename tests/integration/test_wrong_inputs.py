@@ -58,14 +58,17 @@ OVERRIDES = {
     "out of range": ("train.lr=-1", ["train.lr", "greater than 0", "got -1"]),
     "not a choice": ("eval.domains=some", ["eval.domains", "'seen' or 'all'", "'some'"]),
     "unknown strategy": ("strategy.name=keplora", ["'keplora'", "finetune", "keeplora"]),
-    "unknown strategy option": ("strategy.rang=4", ["strategy.rang is not a known key", "got 4"]),
+    "unknown strategy option": ("strategy.rang=4", ["not a known key of strategy keeplora, got 4", "mean rank"]),
     "strategy option out of range": ("strategy.energy_weights=1.5", ["strategy.energy_weights", "1.5", "equal to 1"]),
     "unknown preset": ("strategy.preset=best", ["strategy.preset 'best'", "mllm_dcl, official-llava"]),
     "unknown benchmark": ("benchmark=midi_dcl", ["'midi_dcl'", "mini_dcl"]),
     "unknown domain": ("domains=[Alpha, Delta]", ["'Delta'", "Alpha, Beta"]),
     "domain named twice": ("domains=[Alpha, Alpha]", ["'Alpha' twice"]),
     "no domain": ("domains=[]", ["domains is empty", "Alpha, Beta"]),
-    "settings of an unknown domain": ("per_domain={Delta: {train: {lr: 1}}}", ["'Delta'", "Alpha, Beta"]),
+    "settings of an unknown domain": (
+        "per_domain={Delta: {train: {lr: 1}}}",
+        ["per_domain names 'Delta'", "Alpha, Beta"],
+    ),
     "unknown setting of a domain": ("per_domain={Beta: {train: {rate: 1}}}", ["per_domain.Beta.train.rate"]),
     "unknown scorer": ("benchmark.defaults.scorer=fair", ["unknown scorer 'fair'", "exact", "ucit_exact"]),
     "unknown base": ("base.model=tiny-lava", ["base.model 'tiny-lava'", "tiny-llava", "owner/name"]),
@@ -73,7 +76,10 @@ OVERRIDES = {
     "unknown deepspeed": ("deepspeed=zero9", ["deepspeed 'zero9'", "zero1, zero2, zero3, zero3_offload"]),
     "override without value": ("train.lr", ["key=value", "'train.lr'"]),
     "override below a value": ("name.x=1", ["name is a single value"]),
-    "missing data file": ("benchmark.domains.Alpha.train=nowhere.json", ["nowhere.json does not exist"]),
+    "missing data file": (
+        "benchmark.domains.Alpha.train=nowhere.json",
+        ["Alpha: its training file", "nowhere.json does not exist"],
+    ),
 }
 
 
@@ -119,7 +125,7 @@ def test_a_wrong_record_is_refused_with_its_place(name, desk, command):
 FILES = {
     "empty data": ("[]", ["is empty"]),
     "another shape": ('{"a": 1}', ["record 0", "unknown shape", "keys are ['a']"]),
-    "broken JSON": ('[{"id": ', ["neither one JSON array nor one JSON object a line"]),
+    "broken JSON": ('[{"id": ', ["neither one JSON array nor one JSON object a line", "record 0: "]),
     "records that are no objects": ("[1]", ["record 0", "must be a JSON object", "int"]),
 }
 

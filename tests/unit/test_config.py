@@ -68,6 +68,12 @@ def test_a_number_or_name_out_of_range_is_refused_with_its_value(key, value):
     assert f"got {value!r} (here.yaml)" in message
 
 
+def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: x\ntrain: {lr: 0.1}\nseed: 1\ntrain: {epochs: 2}\n")
+    with pytest.raises(UserError, match=r"run.yaml is not readable YAML: train stands there twice, .*line 2"):
+        load_config(tmp_path / "run.yaml")
+
+
 def test_settings_of_one_domain_go_on_top_of_the_common_ones():
     changes = {"train": {"lr": 0.1, "epochs": 2}, "per_domain": {"Med": {"train": {"epochs": 3}}}}
     config = parse_config({**LEAST, **changes}, origin="test")

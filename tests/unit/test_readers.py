@@ -106,7 +106,7 @@ UNREADABLE = {
     "missing": ("images/c.png", "'images/c.png' does not exist"),
     "above the folder": ("../a.png", "leaves the data folder"),
     "absolute": ("/etc/passwd", "leaves the data folder"),
-    "a folder": ("images", "does not exist"),
+    "a folder": ("images", "is no file"),
 }
 
 

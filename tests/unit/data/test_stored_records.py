@@ -129,6 +129,13 @@ def test_a_dataset_info_beside_the_file_names_its_columns(folder):
     )
     [record] = read_train(write(folder / "d.json", json.dumps(rows)), folder)
     assert record.question_answers() == [('Number 0, "[,]" ?', "yes")]
+    wrong = {**entry, "columns": {**columns, "messages": "speech"}}
+    write(folder / "dataset_info.json", json.dumps({"mine": wrong}))
+    with pytest.raises(UserError, match=r"record 0: unknown shape: .*; its columns are as .*dataset_info\.json names"):
+        read_train(folder / "d.json", folder)
+    write(folder / "dataset_info.json", json.dumps({"mine": {**entry, "file_name": "e.json"}}))
+    with pytest.raises(UserError, match=r"record 0: unknown shape: .*dataset_info\.json has no entry for d\.json"):
+        read_train(folder / "d.json", folder)
     write(folder / "dataset_info.json", json.dumps({"mine": {**entry, "formatting": "csv"}}))
     with pytest.raises(UserError, match=r"dataset_info\.json: formatting of d\.json must be alpaca or sharegpt"):
         read_train(folder / "d.json", folder)
@@ -222,3 +229,18 @@ def test_question_ids_are_unique_in_a_large_file_too(folder, large):
     row = {"question_id": "q", "text": "?", "answer": "A"}
     with pytest.raises(UserError, match="record 1: question_id 'q' occurs twice"):
         read_test(write(folder / "t.json", json.dumps([row, row])), folder)
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("", "record 2: the file ends before the array does"),
+        (",", "record 3: the file ends before the array does"),
+        ("{}]", "expected a comma before record 3"),
+        (",{", "record 3: "),
+    ],
+)
+def test_a_json_array_that_breaks_off_is_told_with_its_record(folder, end, told):
+    path = write(folder / "d.json", json.dumps(ROWS[:1] * 3)[:-1] + end)
+    with pytest.raises(UserError, match=told):
+        read_train(path, folder)
