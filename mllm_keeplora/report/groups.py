@@ -151,30 +151,31 @@ def trade_off_curves(groups: Sequence[Group]) -> dict[str, list[tuple[str, float
 
 
 def _refuse_strangers(results_list: Sequence[Results]) -> None:
-    first = results_list[0]
-    for results in results_list[1:]:
+    first, one = results_list[0], _place(results_list[0], 1)
+    for number, results in enumerate(results_list[1:], start=2):
+        other = _place(results, number)
         if sorted(results["domains"]) != sorted(first["domains"]):
-            raise ValueError(
-                f"{run_title(results)} learned {results['domains']}, {run_title(first)} {first['domains']}"
-            )
+            raise ValueError(f"{other} learned {results['domains']}, {one} {first['domains']}")
         ours, theirs = results.get("identity") or {}, first.get("identity") or {}
         if bool(ours) != bool(theirs):
-            old = results if theirs else first
             raise ValueError(
-                f"{run_title(old)} does not tell what it was measured on; let this version write its results again "
-                "(mllm-keeplora report RUN)"
+                f"{other if theirs else one} does not tell what it was measured on; let this version write its results "
+                "again (mllm-keeplora report RUN)"
             )
         for key in GRADING:
             limits = [(each.get("settings") or {}).get(key) for each in (results, first)]
             if limits[0] != limits[1]:
-                names = f"{run_title(results)} and {run_title(first)}"
-                raise ValueError(f"{names} cannot be compared: {key} is {limits[0]} and {limits[1]}")
+                raise ValueError(f"{other} and {one} cannot be compared: {key} is {limits[0]} and {limits[1]}")
         for key in ("split", "generator", "data", "base"):
             if ours.get(key) != theirs.get(key):
                 raise ValueError(
-                    f"{run_title(results)} and {run_title(first)} cannot be compared: "
-                    f"their {key} differs ({ours.get(key)} and {theirs.get(key)})"
+                    f"{other} and {one} cannot be compared: their {key} differs ({ours.get(key)} and {theirs.get(key)})"
                 )
+
+
+def _place(results: Results, number: int) -> str:
+    """Which run is meant: several may have one name."""
+    return f"{run_title(results)} (number {number}: {results['strategy']}, seed {results['seed']})"
 
 
 def _setting_key(results: Results) -> tuple:

@@ -81,7 +81,7 @@ def test_runs_asked_other_questions_are_refused(make, key):
 def test_results_that_do_not_tell_what_they_were_measured_on_are_refused_with_the_remedy(make):
     old = make("finetune", 1, 50.0)
     del old["identity"]
-    with pytest.raises(ValueError, match=r"finetune does not tell .*mllm-keeplora report"):
+    with pytest.raises(ValueError, match=r"finetune \(number 2: .* does not tell .*mllm-keeplora report"):
         group_runs([make("keeplora", 1, 80.0), old])
 
 

@@ -109,7 +109,7 @@ def test_compare_finds_domains_by_name_when_the_order_differs(results, finetune_
 
 
 def test_compare_refuses_runs_on_other_domains_and_an_empty_list(results, finetune_results):
-    with pytest.raises(ValueError, match="mini-finetune learned"):
+    with pytest.raises(ValueError, match=r"mini-finetune \(number 2: finetune, seed 0\) learned"):
         compare_table([results, finetune_results | {"domains": ["A", "B", "C", "D", "E"]}])
     with pytest.raises(ValueError, match="no results"):
         compare_table([])
