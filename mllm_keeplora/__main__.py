@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-PLACES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # none of ours
+# What a path that somebody gave can run into.
+PLACES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def main() -> None:

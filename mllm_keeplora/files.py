@@ -12,6 +12,7 @@ from typing import Any
 from mllm_keeplora.errors import UserError
 
 EDGE = 1 << 20  # bytes of either end of a file that `digest_ends` reads
+NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -53,15 +54,14 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
 
 def read_json(path: Path) -> Any:
     """Raises a UserError that names the file where it is missing or not readable, as all that read here do."""
-    with _named(path):
+    with _named(path, NO_JSON, "it is not readable JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    lines = read_lines(path)
     rows = []
-    for number, line in enumerate(lines, start=1):
-        with _named(path, f"line {number} "):
+    for number, line in enumerate(read_lines(path), start=1):
+        with _named(path, NO_JSON, f"line {number} is not readable JSON"):
             rows.append(json.loads(line))
     return rows
 
@@ -83,33 +83,30 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    with _named(path):
+    with _named(path, SafetensorError):
         return load_file(path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What `write_tensors` was given beside the tensors."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with _named(path), safe_open(path, "pt") as stored:
+    with _named(path, SafetensorError), safe_open(path, "pt") as stored:
         return stored.metadata() or {}
 
 
 @contextmanager
-def _named(path: Path, place: str = "") -> Iterator[None]:
-    """Let a file that cannot be read be named to the user: something else than this program has changed it."""
+def _named(path: Path, faults: type[Exception] | tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
+    """Let a file that is missing, or not readable for one of these faults, be named to the user."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged: {place or 'it '}is not readable JSON") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # its module is imported by those who read such files
-            raise
-        raise UserError(f"{path} is damaged: {error}") from None
+    except faults as error:
+        raise UserError(f"{path} is damaged: {what or error}") from None
 
 
 def digest_ends(total: Any, path: Path, name: str) -> None:

@@ -180,8 +180,10 @@ class RunContext:
         """Within it, what is drawn is the part of one of so many micro-batches of the optimizer step."""
         rank, world = whole = self.share
         self.share = (number * world + rank, count * world)
-        yield
-        self.share = whole
+        try:
+            yield
+        finally:
+            self.share = whole
 
     def batch_of(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         records = [self._of_domain(domain)[index] for domain, index in references]

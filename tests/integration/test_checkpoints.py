@@ -17,7 +17,6 @@ from mllm_keeplora.eval.checkpoints import Checkpoint, evaluate_checkpoint
 @pytest.fixture
 def benchmark(settings, tmp_path):
     """The benchmark of the tiny runs as a file of its own."""
-
     path = tmp_path / "tiny_benchmark.yaml"
     values = settings(tmp_path / "unused")["benchmark"]
     path.write_text(yaml.safe_dump(values))
@@ -150,7 +149,6 @@ def test_stored_answers_are_graded_again_without_a_model(two, tmp_path, command,
 
 
 def test_a_record_is_shown_as_the_model_will_see_it(settings, tmp_path, command):
-
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(tmp_path / "out")))
     said = command("check", config, "--show", "Beta/1")

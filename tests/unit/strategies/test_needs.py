@@ -33,7 +33,7 @@ def test_every_strategy_of_the_comparison_has_a_run():
     sweep = load_sweep("mini_all")
     compared = {tune_cell(sweep, label, 1e-3).config().strategy.name for label in sweep.strategies}
     assert compared - {"keeplora"} == {
-        name.removeprefix("mini_dcl_") for name in shipped("runs") if "mini_dcl_" in name
+        name.removeprefix("mini_dcl_") for name in shipped("runs") if name.startswith("mini_dcl_")
     }
 
 
@@ -52,7 +52,7 @@ def test_deepspeed_is_refused_where_it_takes_away_what_is_needed(name, stage):
     taken = {"gradients"} if stage == 2 else {"gradients", "parameters", "forwards"}
     faults = faults_of(name, stage, f"deepspeed=zero{stage}")
     assert len(faults) == bool(needs & taken)
-    assert all(f"'zero{stage}'" in fault and f"strategy {name} needs" in fault for fault in faults)
+    assert all(f"'zero{stage}'" in fault and f"strategy {name} " in fault for fault in faults)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
