@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 ENDED_SHARE = 0.25  # of the rows; taking them out copies the cache once, as a decoding step does anyway
 KEPT_BY_ROW = frozenset({"full_attention", "sliding_attention", "chunked_attention"})  # layers whose cache has rows
+# A base's generation_config.json may ask for more than the likeliest token, and `generate` follows it when greedy, too.
+UNBENT = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}
 ROUNDING = 2**-20  # of a logit in float32, relative: eight steps; half precision adds up in float32 and differs by one
 
 
@@ -58,6 +60,7 @@ def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: I
             max_new_tokens=max_new_tokens - done,
             do_sample=False,
             num_beams=1,
+            **UNBENT,
             eos_token_id=marks.tolist(),
             pad_token_id=pad,
             logits_processor=[watched.compare],

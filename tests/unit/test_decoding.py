@@ -53,6 +53,15 @@ def test_rows_leave_and_every_token_is_what_generate_gives(base, batch, widths):
     assert len(widths) == expected.shape[1]
 
 
+def test_answers_are_the_likeliest_tokens_whatever_the_base_asks_for(base, batch, monkeypatch):
+    """Qwen2.5-VL's generation_config.json, for one, has a repetition penalty."""
+    expected = plain(base.model, batch, {PAD})
+    for key, value in {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "min_length": 20}.items():
+        monkeypatch.setattr(base.model.generation_config, key, value)
+    assert plain(base.model, batch, {PAD}).tolist() != expected.tolist()
+    assert greedy(base.model, batch, STEPS, {PAD}, PAD).tokens.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_no_answer_is_longer_than_allowed(steps, base, batch):
     ends = ends_of(plain(base.model, batch, {PAD}))
