@@ -27,7 +27,7 @@ from mllm_keeplora.training.deepspeed import deepspeed_file, divided_loading
 from mllm_keeplora.training.diagnose import capacity_of, changes_of, inputs_of, sets_to_look_at, slices_of
 from mllm_keeplora.training.seeds import seed_everything, stage_seed
 from mllm_keeplora.training.state import read_training_state, write_training_state
-from mllm_keeplora.training.units import training_records
+from mllm_keeplora.training.units import token_limit, training_records
 
 if TYPE_CHECKING:
     from mllm_keeplora.linalg import Basis
@@ -243,7 +243,8 @@ class Learner:
         seed_everything(seed)
         if records is None:
             records, _ = training_records(unit, self.benchmark, self.config)
-        collator = TrainCollator(self.base.prompt, self.config.train.max_length)
+        limit = token_limit([name for each in self.units for name in each.domains], self.config)
+        collator = TrainCollator(self.base.prompt, limit)
         rng = torch.Generator().manual_seed(seed)
         info = DomainInfo(unit.index - 1, unit.name, len(self.units))
         size = self.config.train.probe_batch_size

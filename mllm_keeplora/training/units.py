@@ -22,6 +22,12 @@ def plan_units(domains: list[str], stream: str) -> list[Unit]:
     return [Unit(index, name, (name,)) for index, name in enumerate(domains, start=1)]
 
 
+def token_limit(domains: Sequence[str], config: RunConfig) -> int | None:
+    """Most tokens that any of the domains allows a record: batches may join records of several. None for no limit."""
+    limits = {config.train_of(name).max_length for name in domains}
+    return None if None in limits else max(limits, default=None)
+
+
 def training_records(unit: Unit, benchmark: Benchmark, config: RunConfig) -> tuple[Sequence[Record], float]:
     """Records of a unit and the number of epochs over them.
 

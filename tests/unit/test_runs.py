@@ -8,10 +8,11 @@ import os
 import pytest
 
 from mllm_keeplora import files
+from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit, differences
 from mllm_keeplora.training.seeds import stage_seed
-from mllm_keeplora.training.units import plan_units
+from mllm_keeplora.training.units import plan_units, token_limit
 
 RECORD = {"units": [{"index": 1, "name": "A", "domains": ["A"]}, {"index": 2, "name": "B", "domains": ["B"]}]}
 
@@ -161,6 +162,15 @@ def test_units_of_a_stream():
     assert [unit.key for unit in plan_units(["A", "B"], "sequential")] == ["01_A", "02_B"]
     assert plan_units(["A", "B"], "union") == [Unit(1, "joint", ("A", "B"))]
     assert plan_units(["A", "B"], "none") == []
+
+
+def test_a_batch_may_be_as_long_as_the_most_generous_domain_allows():
+    values = {"name": "x", "base": {"model": "tiny-llava"}, "benchmark": "mini_dcl", "strategy": {"name": "replay"}}
+    values |= {"train": {"max_length": 60}, "per_domain": {"B": {"train": {"max_length": 128}}}}
+    config = parse_config(values, "test")
+    assert [token_limit(names, config) for names in (["A"], ["B"], ["A", "B"])] == [60, 128, 128]
+    values["per_domain"] = {"B": {"train": {"max_length": None}}}
+    assert token_limit(["A", "B"], parse_config(values, "test")) is None
 
 
 def test_seeds_differ_by_run_unit_and_stage_and_never_by_process():
