@@ -119,6 +119,7 @@ class Learner:
             "unit": unit.key,
             "epochs": epochs,
             "train": result_defining(settings),
+            "engine": [self.config.deepspeed, distributed.world_size()] if engine else None,  # reads no others' state
         }
         self._log_plan(unit, len(records), epochs, arguments)
         metrics = self.run.path / "metrics.jsonl"

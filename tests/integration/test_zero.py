@@ -109,6 +109,18 @@ def test_a_run_killed_inside_a_training_ends_as_one_that_was_not(engine, zero, s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("ran_under", "goes_on_under"), [("zero2", None), (None, "zero2"), ("zero2", "zero2")])
+def test_a_run_goes_on_under_another_engine_or_in_fewer_processes(ran_under, goes_on_under, two, settings, tmp_path):
+    """DeepSpeed's optimizer state is read by itself in as many processes alone: else a domain begins anew."""
+    acts = {rank: ("mllm_keeplora.training.fit:Reporter.on_step_end", STEPS + 5, killed) for rank in (0, 1)}
+    run_on_two({**config_of("zero2", settings, tmp_path / "run"), "deepspeed": ran_under}, tmp_path / "first", acts)
+    assert (tmp_path / "run/domains/02_Beta/checkpoints/checkpoint-4/complete.json").is_file()
+    assert run_in_child(settings(tmp_path / "run", deepspeed=goes_on_under)) == 0
+    assert leftovers(tmp_path / "run") == []
+    assert_agree(two, tmp_path / "run", questions=9 * 8)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine_of_four", [None, "zero2", "zero3"])
 def test_four_processes_share_records_that_they_do_not_divide(engine_of_four, settings, tmp_path):
     data = write_tiny_data(tmp_path / "data", train=10, test=7)
