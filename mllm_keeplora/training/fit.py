@@ -193,7 +193,13 @@ class DomainTrainer(Trainer):
         return f"{name} is {float(extra)} {where}; lower train.lr or the weight of that loss"
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, changed by the strategy before their tokens are counted."""
+        """The micro-batches of one optimizer step, changed by the strategy before their tokens are counted.
+
+        None where all steps are done, as after a checkpoint of the last one: the Trainer would do one more where that
+        lies within an epoch.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
         taken = list(itertools.islice(epoch_iterator, num_batches))
         for number, batch in enumerate(taken):
             with self.context.micro_batch(number, len(taken)):

@@ -97,6 +97,20 @@ def test_a_run_killed_between_two_writes_ends_as_if_uninterrupted(name, settings
 
 
 @pytest.mark.slow
+def test_a_training_that_ends_within_an_epoch_is_not_trained_further(settings, tmp_path):
+    train = {"epochs": 1.5, "schedule": "constant"}
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert run_in_child(settings(whole, train=train)) == 0
+    between = ("rename:adapter_model.safetensors", 2)
+    assert run_in_child(settings(output, train=train), kill=between) == -signal.SIGKILL
+    assert run_in_child(settings(output, train=train)) == 0
+    assert differing(output, whole) == []
+    assert [
+        json.loads((run / "run.json").read_text())["stages"]["02_Beta/train"]["steps"] for run in (output, whole)
+    ] == [5, 5]
+
+
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_gets_to_the_same_end(settings, two, tmp_path):
     values, kills = settings(tmp_path / "run"), 0
     while (code := run_in_child(values, kill=("rename:", 14))) != 0:
