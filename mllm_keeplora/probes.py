@@ -6,7 +6,7 @@ parameter ever requires a gradient, so quantised and partitioned weights work an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 def collect_moments(
-    model: Any, layers: dict[str, Any], batches: Iterable[dict], plan: FeaturePlan = EXACT_FEATURES
+    model: Any,
+    layers: dict[str, Any],
+    batches: Iterable[dict],
+    plan: FeaturePlan = EXACT_FEATURES,
+    passed_over: Collection[str] = (),
 ) -> dict[str, MomentAccumulator | FrequentDirections]:
     """Statistics of every target layer's input features over real tokens; padding never counts.
 
@@ -34,12 +38,14 @@ def collect_moments(
         layers: name of each target layer -> its module within `model`.
         batches: model inputs; `labels` are needed only where `plan.tokens` tells answers from instructions.
         plan: exact moments or sketches, and which tokens.
+        passed_over: layers that may see nothing at all, as a projector's where no record has a picture.
 
     Returns:
         Target layer -> moments, or a sketch of them. Layers that are fed the very same tensor (q, k, v; gate, up)
         share one object.
 
     Raises:
+        RuntimeError: another layer saw no input.
         ValueError: a feature is not finite; the message names the layer.
     """
 
@@ -53,17 +59,22 @@ def collect_moments(
         rows = ChosenRows(batch, plan, getattr(model.config, "image_token_id", None))
         with _input_hooks(_counted(layers, batch), moments, rows, make), _looking(model):
             model(**inputs_only)
-    groups = distributed.from_main(_sharing(moments))  # a process without records learns here who shares an input
-    _refuse_missing(layers, [name for group in groups for name in group], "saw no input")
-    for group in groups:
+    groups = {tuple(group): None for share in distributed.gather(_sharing(moments)) for group in share}
+    seen = {name for group in groups for name in group}  # by any process: one may be without records, or pictures
+    _refuse_missing(layers.keys() - seen - {*passed_over}, "saw no input")
+    for group in [*groups, *((name,) for name in layers if name not in seen)]:
         layer = layers[group[0]]
         shared = moments.get(group[0]) or make(layer.in_features, device=layer.weight.device)
-        moments.update(dict.fromkeys(group, _over_processes(shared)))
+        moments.update(dict.fromkeys(group, _over_processes(shared) if group in groups else shared))
     return {name: moments[name] for name in layers}
 
 
 def collect_mean_gradients(
-    model: Any, layers: dict[str, Any], batches: Iterable[dict], plan: GradientPlan = EXACT_GRADIENTS
+    model: Any,
+    layers: dict[str, Any],
+    batches: Iterable[dict],
+    plan: GradientPlan = EXACT_GRADIENTS,
+    passed_over: Collection[str] = (),
 ) -> dict[str, GradientAccumulator | GradientSketch]:
     """Mean gradient of the loss with respect to every target weight, from inputs and output gradients.
 
@@ -74,9 +85,10 @@ def collect_mean_gradients(
         model, layers: as in `collect_moments`.
         batches: model inputs with `labels`.
         plan: exact sums or sketches.
+        passed_over: layers whose gradient may be zero since nothing reaches them, as in `collect_moments`.
 
     Raises:
-        RuntimeError: a target layer received no gradient.
+        RuntimeError: another layer received no gradient.
         ValueError: a gradient is not finite; the message names the layer.
 
     Source: KeepLoRA, Eq. (2); input side and output side as in torch's (d_out, d_in).
@@ -95,8 +107,9 @@ def collect_mean_gradients(
         _backward(model, _counted(layers, batch), batch, add, plan.inputs_dtype(exact))
         for accumulator in () if isinstance(batch, IdleBatch) else gradients.values():
             accumulator.count_samples(batch["labels"].shape[0])
-    _refuse_missing(layers, distributed.from_main(sorted(reached)), "received no gradient")
-    return {name: _over_processes(gradients[name]) for name in layers}
+    by_any = {name for share in distributed.gather(sorted(reached)) for name in share}
+    _refuse_missing(layers.keys() - by_any - {*passed_over}, "received no gradient")
+    return {name: _over_processes(each) if name in by_any else each for name, each in gradients.items()}
 
 
 def shared_inputs(model: Any, layers: dict[str, Any], batch: dict) -> list[list[str]]:
@@ -236,10 +249,13 @@ def _over_processes(statistic: Any) -> Any:
     from mllm_keeplora.linalg import FrequentDirections, GradientRange
 
     if isinstance(statistic, FrequentDirections):
-        first, *others = distributed.gather(statistic)
-        for other in others:
-            first.merge(other)
-        return first
+        if distributed.world_size() == 1:
+            return statistic
+        sketches = distributed.gather(statistic.to("cpu"))  # else all would come back on the first process's GPU
+        whole = sketches[0].to(statistic.device)
+        for other in sketches[1:]:
+            whole.merge(other)
+        return whole
     if isinstance(statistic, GradientRange) and distributed.world_size() > 1:
         reach = statistic.reach()
         distributed.all_reduce([reach])
@@ -263,7 +279,6 @@ def _sharing(moments: dict[str, Any]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _refuse_missing(layers: dict[str, Any], reached: list[str], what: str) -> None:
-    missing = sorted(layers.keys() - set(reached))
+def _refuse_missing(missing: Collection[str], what: str) -> None:
     if missing:
-        raise RuntimeError(f"{len(missing)} target layers {what}, first {missing[0]}")
+        raise RuntimeError(f"{len(missing)} target layers {what}, first {min(missing)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,17 @@ class FrequentDirections:
     def count(self) -> int:
         """Number of rows seen."""
         return self._count
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffer lives."""
+        return self._rows.device
+
+    def to(self, device: torch.device | str) -> FrequentDirections:
+        """The same sketch on another device."""
+        moved = copy(self)
+        moved._rows = self._rows.to(device)
+        return moved
 
     def _append(self, rows: Tensor) -> None:
         rows = rows.to(device=self._rows.device, dtype=torch.float32)

@@ -60,7 +60,7 @@ class GPM(Strategy):
                 continue
             if phase == "post":
                 context.edit_parameter(name, kept.residual)
-            elif parameter.grad is not None:  # as that of a projector is after a step without pictures
+            elif parameter.grad is not None:
                 parameter.grad.copy_(kept.residual(parameter.grad))
 
     def after_domain(self, context: Context) -> None:

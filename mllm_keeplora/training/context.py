@@ -136,13 +136,15 @@ class RunContext:
             records = [record.first_exchange() for name in of for record in self.sources.anchors(name)]
             plan = plan.of_questions()
         batches = self._pass(records, samples, "anchors" if of else "features")
-        return collect_moments(self.branches.model, self._modules(layers), batches, plan)
+        passed_over = self.base.parts.projector_layers  # where no record has a picture
+        return collect_moments(self.branches.model, self._modules(layers), batches, plan, passed_over)
 
     def collect_weight_gradients(
         self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS
     ) -> dict[str, GradientAccumulator | GradientSketch]:
         batches = self._pass(self.records, samples, "gradient")
-        return collect_mean_gradients(self.branches.model, self._modules(), batches, plan)
+        passed_over = self.base.parts.projector_layers
+        return collect_mean_gradients(self.branches.model, self._modules(), batches, plan, passed_over)
 
     def forget(self, layer: str, columns: Sequence[int]) -> None:
         if layer in self.forgotten:

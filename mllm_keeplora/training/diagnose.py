@@ -80,7 +80,7 @@ def inputs_of(
 
     Returns:
         `interference`, the mean of ||x dW^T|| / ||layer(x)||, and `covered`, the share of the inputs' energy inside
-        each slice of the kept basis.
+        each slice of the kept basis. Layers without inputs, as a projector's without pictures, are left out.
     """
     import torch
 
@@ -105,6 +105,7 @@ def inputs_of(
     return {
         layer: {"interference": float(values[1] / values[0]), "covered": (values[3:] / values[2]).tolist()}
         for layer, values in sums.items()
+        if values[0] > 0
     }
 
 

@@ -18,13 +18,13 @@ from mllm_keeplora import distributed, files, watch
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.hooks import supervised_logits
-from mllm_keeplora.models.partition import assign, copy_of
+from mllm_keeplora.models.partition import assign, copy_of, is_partitioned
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import release_from_engine
-from mllm_keeplora.training.order import FilledSampler, Records
+from mllm_keeplora.training.order import FilledSampler, Records, WithPicture
 from mllm_keeplora.training.state import read_training_state, write_training_state
 
 WEIGHTS, STATE, COMPLETE = "trained.safetensors", "strategy.safetensors", "complete.json"
@@ -63,7 +63,7 @@ def fit_domain(
         model=branches.model,
         args=arguments,
         train_dataset=Records(context.records),
-        data_collator=context.collator,
+        data_collator=WithPicture(context.collator, context.records) if arguments.deepspeed else context.collator,
         compute_loss_func=answer_loss,
     )
     trainer.lr_full = settings.lr_projector
@@ -178,9 +178,18 @@ class DomainTrainer(Trainer):
             extra = self.strategy.extra_loss(self.context, inputs, outputs)
         self.looked_at += 1
         total = loss + extra / self.current_gradient_accumulation_steps
+        if "pixel_values" not in inputs and not is_partitioned(self.context.branches.base):
+            total = total + self._reach_for_all()
         if total.ndim or not torch.isfinite(total):
             raise RuntimeError(self._blame(loss, extra))
         return (total, outputs) if return_outputs else total
+
+    def _reach_for_all(self) -> torch.Tensor:
+        """Zero, with a gradient of zero for all that trains: a projector is not reached by a batch without pictures.
+
+        Processes sum gradients up together, and one that has none would not take part.
+        """
+        return 0.0 * sum(parameter.sum() for parameter in self.context.branches.trainable().values())
 
     def _blame(self, loss: torch.Tensor, extra: Any) -> str:
         """What is wrong with a loss that is no finite number."""

@@ -25,6 +25,23 @@ class Records(Dataset):
         return self.records[0].untrained() if index == IDLE else self.records[index]
 
 
+class WithPicture:
+    """A collator whose batches all have a picture: where no record has one, an idle record that does is put behind.
+
+    DeepSpeed (ZeRO-2) sums gradients in the order in which a process's parameters receive theirs, so a projector must
+    be reached in each at the same place. Batches of a domain without any picture are left as they are.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Record]], dict], records: Sequence[Record]):
+        self.collate = collate
+        self.idle = next((record.untrained() for record in records if record.media), None)
+
+    def __call__(self, records: Sequence[Record]) -> dict:
+        if self.idle is not None and not any(record.media for record in records):
+            records = [*records, self.idle]
+        return self.collate(records)
+
+
 class FilledSampler(Sampler):
     """Random order over a dataset, ended by idle records up to a multiple of what the processes take at once.
 
