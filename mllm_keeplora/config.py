@@ -67,7 +67,7 @@ class TrainConfig(Section):
     micro_batch_size: int | None = runtime(None, ge=1)
     probe_batch_size: int = runtime(8, ge=1, description="records per forward of gradient and feature passes")
     schedule: str = "cosine"
-    warmup_ratio: float = Field(0.03, ge=0.0, le=1.0)
+    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)  # from 1 on the Trainer reads a number of steps
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float = Field(1.0, ge=0.0)
     max_length: int | None = Field(None, ge=8)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     )
 
 S, T = TypeVar("S"), TypeVar("T")
+
+
+def _count_or_share(value: int | float) -> int | float:
+    if value > 1 and value != int(value):
+        raise ValueError("must be a whole number of records, or a share of them of at most 1.0")
+    return value
+
+
+Samples = Annotated[int | float, Field(gt=0), AfterValidator(_count_or_share)]  # 512 records; 0.2 or 1.0 of them all
 Need = Literal["gradients", "parameters", "forwards"]
 
 

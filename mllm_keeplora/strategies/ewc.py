@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Samples, Strategy, StrategyOptions
 from mllm_keeplora.strategies.plain import carried_branch
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ class EWCOptions(StrategyOptions):
     """`strength` is the lambda of TRACE, for another F than ours: sweep it, 1e1 to 1e5.
 
     No paper that we follow states `gamma` or `samples` for language models: 1 forgets no domain, and 512 records give a
-    steady mean. Samples are a count of records, or a share of them if below 1.
+    steady mean. Samples are a count of records, or a share of them (0.2, 1.0).
     """
 
     strength: float = Field(400.0, ge=0.0)
     mode: Literal["online", "separate"] = "online"
     gamma: float = Field(1.0, ge=0.0, le=1.0)
-    samples: int | float = Field(512, gt=0)
+    samples: Samples = 512
 
 
 class EWC(Strategy):

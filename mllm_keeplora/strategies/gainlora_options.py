@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from mllm_keeplora.errors import known, validation_faults
-from mllm_keeplora.strategies.base import Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Samples, Strategy, StrategyOptions
 from mllm_keeplora.strategies.gpm import GPM
 from mllm_keeplora.strategies.inflora import InfLoRA
 from mllm_keeplora.strategies.olora import OLoRA
@@ -21,7 +21,7 @@ class GainLoRAOptions(StrategyOptions):
     """Those of gates are published for T5; nothing is for LLaVA.
 
     `base_options` are the base method's own; it shares rank and alpha. `gate_samples` is a count of records, or a share
-    of them if below 1 (published: about 1000 batches of 32; the questions alone are read).
+    of them (published: about 1000 batches of 32; the questions alone are read).
     """
 
     base: str = "inflora"  # that of the published code
@@ -29,7 +29,7 @@ class GainLoRAOptions(StrategyOptions):
     gate_width: int = Field(100, ge=1)
     gate_rate: float = Field(1.0, gt=0.0, lt=float("inf"), description="times train.lr; one rate, 3e-4, is published")
     gate_head: Literal["cosine", "dot"] = "cosine"  # the published numbers come from the cosine; dot is the paper's
-    gate_samples: int | float = Field(1024, gt=0)
+    gate_samples: Samples = 1024
     gate_energy: float = Field(0.995, ge=0.0, le=1.0)
     gate_energy_end: float = Field(1.0, ge=0.0, le=1.0)
     gate_energy_measure: Literal["sigma2", "sigma4"] = "sigma4"  # the published energies belong to it
@@ -56,13 +56,6 @@ class GainLoRAOptions(StrategyOptions):
                 base = info.data["base"]
                 faults = validation_faults(error, f"options of {base}", BASES[base].Options, of=f" of {base}")
                 raise ValueError(f"{base} refuses them: {'; '.join(faults)}") from None
-        return value
-
-    @field_validator("gate_samples")
-    @classmethod
-    def _count_or_share(cls, value: float) -> float:
-        if value > 1 and value != int(value):
-            raise ValueError("must be a whole number of records, or a share of them below 1")
         return value
 
     def gate_energy_at(self, index: int, total: int) -> float:

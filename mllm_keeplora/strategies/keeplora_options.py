@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.plans import FeaturePlan, GradientPlan, Statistic
-from mllm_keeplora.strategies.base import StrategyOptions
+from mllm_keeplora.strategies.base import Samples, StrategyOptions
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ class KeepLoRAOptions(StrategyOptions):
     """Our defaults; `presets` has the published ones.
 
     A sketch of gradients is taken along directions that follow the gradient (`sketch_directions`), or random
-    ones. Samples are counts of records, or shares of them if below 1. `share_basis: input` lets layers with the
+    ones. Samples are counts of records, or shares of them (0.2, 1.0). `share_basis: input` lets layers with the
     same input (q, k, v; gate, up) keep what any of them keeps: stricter, and full sooner. `thresholds` gives layers
     whose name matches a regular expression energies of their own. `basis_dtype` is how bases and A are kept; bases
     are orthonormalised again when they are read, which the published code leaves out. `max_kept` bounds the kept
@@ -46,10 +46,10 @@ class KeepLoRAOptions(StrategyOptions):
     share_basis: Literal["module", "input"] = "module"
     energy_reference: Literal["total", "residual"] = "total"
 
-    grad_samples: int | float = Field(512, gt=0)
+    grad_samples: Samples = 512
     gradient_statistic: Statistic = "auto"
     sketch_width: int | None = Field(
-        None, ge=1, description="columns of a gradient sketch; null = 6 times the rank, 8 times along random directions"
+        None, ge=1, description="columns of a gradient sketch; null = 3 times the rank, 8 times along random directions"
     )
     sketch_directions: Literal["following", "random"] = "following"
     a_init: Literal["gradient", "random_complement", "random"] = "gradient"
@@ -61,7 +61,7 @@ class KeepLoRAOptions(StrategyOptions):
     on_exhaustion: Literal["reduce_rank", "error", "freeze_module"] = "reduce_rank"
 
     feature_source: Literal["activations", "post_gradient"] = "activations"
-    feature_samples: int | float = Field(512, gt=0)
+    feature_samples: Samples = 512
     feature_statistic: Statistic = "auto"
     feature_sketch_size: int = Field(1024, ge=1)
     feature_tokens: dict[Literal["image", "instruction", "answer"], Annotated[int, Field(ge=0)]] | None = None
@@ -99,13 +99,6 @@ class KeepLoRAOptions(StrategyOptions):
         numbers = value if isinstance(value, list) else [value] if not isinstance(value, str) else []
         if any(not 0.0 < number < math.inf for number in numbers):
             raise ValueError("must be above 0 and finite")
-        return value
-
-    @field_validator("grad_samples", "feature_samples")
-    @classmethod
-    def _count_or_share(cls, value: float) -> float:
-        if value > 1 and value != int(value):
-            raise ValueError("must be a whole number of records, or a share of them below 1")
         return value
 
     @field_validator("sketch_width")

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.log import log
 from mllm_keeplora.plans import FeaturePlan, Statistic
-from mllm_keeplora.strategies.base import Context, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Samples, StrategyOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,24 +27,17 @@ class KeptFeatureOptions(StrategyOptions):
     The share of energy rises from `energy` at the first domain towards `energy_end`. `energy_measure: sigma4` squares
     the squared singular values once more and needs exact statistics. `rank_rule: below_legacy` keeps one direction
     fewer than the share needs (at least one) at the first domain, as the published codes do. `feature_samples` is a
-    count of records, or a share of them if below 1.
+    count of records, or a share of them (0.2, 1.0).
     """
 
     energy: float = Field(0.95, ge=0.0, le=1.0)
     energy_end: float = Field(0.99, ge=0.0, le=1.0)
     energy_measure: Literal["sigma2", "sigma4"] = "sigma2"
     rank_rule: Literal["reach", "below_legacy"] = "reach"
-    feature_samples: int | float = Field(512, gt=0)
+    feature_samples: Samples = 512
     feature_statistic: Statistic = "auto"
     feature_sketch_size: int = Field(1024, ge=1)
     feature_tokens: dict[Literal["image", "instruction", "answer"], Annotated[int, Field(ge=0)]] | None = None
-
-    @field_validator("feature_samples")
-    @classmethod
-    def _count_or_share(cls, value: float) -> float:
-        if value > 1 and value != int(value):
-            raise ValueError("must be a whole number of records, or a share of them below 1")
-        return value
 
     @field_validator("feature_statistic")
     @classmethod

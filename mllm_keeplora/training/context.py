@@ -274,8 +274,8 @@ class RunContext:
                 advance(0 if isinstance(batch, IdleBatch) else len(batch["labels"]))
 
     def _chosen(self, records: Sequence[Record], samples: int | float) -> Sequence[Record]:
-        count = samples if samples >= 1 else max(1, round(samples * len(records)))
-        return evenly_spaced(records, int(count))
+        is_share = samples < 1 or (samples == 1 and isinstance(samples, float))
+        return evenly_spaced(records, max(1, round(samples * len(records))) if is_share else int(samples))
 
     def _of_domain(self, index: int) -> Sequence[Record]:
         if index == self.domain.index:

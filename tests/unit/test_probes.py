@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
-from mllm_keeplora.adapters import Adapters, Branch
+from mllm_keeplora.adapters import Adapters, Branch, adapters_for
 from mllm_keeplora.hooks import supervised_logits
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments
+from mllm_keeplora.strategies.ewc import EWCOptions
 from mllm_keeplora.tokens import per_sample_loss
 from mllm_keeplora.training.fit import answer_loss
+from tests.support.strategies import context_of
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode
 
 TOLERANCE = 1e-5  # of the largest entry
@@ -277,3 +280,16 @@ def test_every_part_of_the_model_gets_its_own_mode_back(base, tiny_records):
     collect_moments(base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
     assert state_of(base.model) == before
     base.model.eval()
+
+
+@pytest.mark.parametrize(("samples", "looked_at"), [(1, 1), (3, 3), (3.0, 3), (0.5, 4), (1.0, 8), (99, 8)])
+def test_samples_are_a_count_of_records_or_a_share_of_them(base, tiny_records, samples, looked_at):
+    context = context_of(base, adapters_for(base, "keeplora", "auto"), {"Alpha": tiny_records["Alpha"][:8]}, 0)
+    assert len(context.prompt_features(samples)) == looked_at
+
+
+def test_a_share_has_a_limit_and_so_do_fractions_of_a_record():
+    assert [EWCOptions(samples=each).samples for each in (1, 1.0, 0.2, 512)] == [1, 1.0, 0.2, 512]
+    for wrong in (0, 1.5, -3):
+        with pytest.raises(ValidationError, match="samples"):
+            EWCOptions(samples=wrong)
