@@ -121,11 +121,8 @@ class SavedRun:
         Raises:
             UserError: its weights are not those that the run was made with.
         """
-        base = load_base(config, self.config.adapters.projector, self.config.adapters.target)
-        recorded = self.run.record["base"]["fingerprint"]
-        if recorded not in (None, base.fingerprint):
-            raise UserError(f"{self.run.path} was made with other weights of {self.config.base.model}")
-        return base
+        parts = self.config.adapters
+        return load_base(config, parts.projector, parts.target, self.run.record["base"]["fingerprint"])
 
     def first(self, after: int | None) -> list[Unit]:
         """The first `after` units, None for all that are finished; UserError if so many are not."""

@@ -69,6 +69,9 @@ def _record(config: RunConfig, checked: Checked, source: RunDir | None, after: i
     from mllm_keeplora.eval.results import environment
 
     inherited = source.record["domains"][:after] if source is not None else []
+    base = checked.base_fingerprint  # None of a hub's: the parent's is the one to load
+    if base is None and source is not None:
+        base = source.record["base"]["fingerprint"]
     names = list(checked.benchmark.domains)
     return {
         "name": config.name,
@@ -76,7 +79,7 @@ def _record(config: RunConfig, checked: Checked, source: RunDir | None, after: i
         "environment": environment(),
         "benchmark": checked.benchmark.name,
         "generator": checked.benchmark.root.name if checked.benchmark.generator is not None else None,
-        "base": {"name": config.base.model, "fingerprint": checked.base_fingerprint},
+        "base": {"name": config.base.model, "fingerprint": base},
         "seed": config.seed,
         "parent": {"run": str(source.path), "after": after} if source is not None else None,
         "config": _comparable(config),

@@ -114,16 +114,19 @@ def prompt_of(processor: Any, style: str, generation: Any = None) -> ChatPrompt:
     return kind(processor, style, ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
-def load_base(config: BaseConfig, projector: str, target: str | Sequence[str] = ALL_LINEARS) -> Base:
+def load_base(
+    config: BaseConfig, projector: str, target: str | Sequence[str] = ALL_LINEARS, known_as: str | None = None
+) -> Base:
     """Load model and processor; every parameter is frozen and the model is in evaluation mode.
 
     Args:
         config: the `base` section of a run.
         projector: `adapters.projector`; with `keeplora` the projector's linear layers are target layers too.
         target: `adapters.target`; empty where nothing is to be adapted.
+        known_as: fingerprint of the weights that a run was started with: of a hub's base that revision is loaded.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, or has no part that must be named.
+        UserError: the checkpoint cannot be loaded, has other weights, or has no part that must be named.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -133,18 +136,23 @@ def load_base(config: BaseConfig, projector: str, target: str | Sequence[str] = 
     location = resolve(config)
 
     refuse_original_llava(config.model, location)
-    identity = fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(location)
+    known_name, _, revision = (known_as or "").partition("@")
+    pinned = {"revision": revision} if revision and known_name == location else {}
+    identity = fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(location, pinned)
+    if known_as not in (None, identity):
+        raise UserError(f"base.model {config.model!r} has other weights than those that the run was started with")
 
     def load(attention: str) -> Any:
         return AutoModelForImageTextToText.from_pretrained(
             location,
             dtype=compute_dtype(config.dtype),
             attn_implementation=attention,
+            **pinned,
             **_quantisation(config, location),
         )
 
     try:
-        processor = AutoProcessor.from_pretrained(location)
+        processor = AutoProcessor.from_pretrained(location, **pinned)
         try:
             model = load(config.attn)
         except ValueError as error:
@@ -269,11 +277,12 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def _hub_revision(location: str) -> str:
+def _hub_revision(location: str, pinned: dict[str, str]) -> str:
+    """Name of a hub's base and its commit: the newest, or the pinned one."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
-        revision = extract_commit_hash(cached_file(location, "config.json"), None)
+        revision = extract_commit_hash(cached_file(location, "config.json", **pinned), None)
     except OSError as error:
         raise UserError(f"base.model {location!r} cannot be loaded: {_first_line(error)}") from error
     if revision is None:

@@ -255,18 +255,25 @@ def test_records_with_and_without_pictures_are_told_apart_where_a_processor_cann
 
 
 def test_a_hub_base_is_known_by_its_revision(tmp_path):
-    """A checkpoint in the hub's cache, as a download leaves it, loaded without network."""
-    revision, repository = "0123456789abcdef" * 2 + "01234567", tmp_path / "models--org--tiny"
-    build_family("llava", repository / "snapshots" / revision)
+    """Checkpoints in the hub's cache, as downloads leave them, loaded without network: the newest, or a run's own."""
+    older, newer = ("0123456789abcdef" * 2 + end for end in ("01234567", "89abcdef"))
+    repository = tmp_path / "models--org--tiny"
+    for revision in (older, newer):
+        build_family("llava", repository / "snapshots" / revision)
     (repository / "refs").mkdir()
-    (repository / "refs/main").write_text(revision)
+    (repository / "refs/main").write_text(newer)
     code = (
         "from mllm_keeplora.config import BaseConfig; from mllm_keeplora.models import load_base\n"
-        "print('is', load_base(BaseConfig(model='org/tiny', prompt='vicuna_v1'), 'frozen').fingerprint)"
+        f"for known in (None, 'org/tiny@{older}', 'org/tiny@{newer}'):\n"
+        "    base = load_base(BaseConfig(model='org/tiny', prompt='vicuna_v1'), 'frozen', known_as=known)\n"
+        "    print('is', base.fingerprint)\n"
+        "load_base(BaseConfig(model='org/tiny', prompt='vicuna_v1'), 'frozen', known_as='another')"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240)
-    assert said.stdout.split()[-2:] == ["is", f"org/tiny@{revision}"], said.stderr
+    found = [line.removeprefix("is ") for line in said.stdout.splitlines() if line.startswith("is ")]
+    assert found == [f"org/tiny@{revision}" for revision in (newer, older, newer)], said.stderr
+    assert "UserError: base.model 'org/tiny' has other weights than those that the run was started with" in said.stderr
 
 
 def test_every_family_that_a_shipped_base_belongs_to_is_tried():
