@@ -24,7 +24,7 @@ from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import release_from_engine
-from mllm_keeplora.training.order import FilledSampler, Records, WithPicture
+from mllm_keeplora.training.order import Collator, FilledSampler, Records
 from mllm_keeplora.training.state import read_training_state, write_training_state
 
 WEIGHTS, STATE, COMPLETE = "trained.safetensors", "strategy.safetensors", "complete.json"
@@ -63,7 +63,7 @@ def fit_domain(
         model=branches.model,
         args=arguments,
         train_dataset=Records(context.records),
-        data_collator=WithPicture(context.collator, context.records) if arguments.deepspeed else context.collator,
+        data_collator=Collator(context.collator, context.records, pictured=bool(arguments.deepspeed)),
         compute_loss_func=answer_loss,
     )
     trainer.lr_full = settings.lr_projector

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from mllm_keeplora import watch
 from mllm_keeplora.data.schema import Record
 
 IDLE = -1
@@ -25,18 +26,27 @@ class Records(Dataset):
         return self.records[0].untrained() if index == IDLE else self.records[index]
 
 
-class WithPicture:
-    """A collator whose batches all have a picture: where no record has one, an idle record that does is put behind.
+class Collator:
+    """What a training's data loader makes batches with, in this process or in workers.
 
-    DeepSpeed (ZeRO-2) sums gradients in the order in which a process's parameters receive theirs, so a projector must
-    be reached in each at the same place. Batches of a domain without any picture are left as they are.
+    Workers outlive the signals that end a run: a whole process group may be told, and the steps up to the checkpoint
+    still need their batches.
+
+    Args:
+        collate: turns records into model inputs.
+        records: of the domain.
+        pictured: put an idle record with a picture behind those of a batch without any. DeepSpeed (ZeRO-2) sums
+            gradients in the order in which a process's parameters receive theirs, so that a projector must be reached
+            in each. Batches of a domain without pictures are left as they are.
     """
 
-    def __init__(self, collate: Callable[[Sequence[Record]], dict], records: Sequence[Record]):
+    def __init__(self, collate: Callable[[Sequence[Record]], dict], records: Sequence[Record], pictured: bool):
         self.collate = collate
-        self.idle = next((record.untrained() for record in records if record.media), None)
+        self.idle = next((record.untrained() for record in records if record.media), None) if pictured else None
 
     def __call__(self, records: Sequence[Record]) -> dict:
+        if get_worker_info() is not None:
+            watch.ignore_endings()
         if self.idle is not None and not any(record.media for record in records):
             records = [*records, self.idle]
         return self.collate(records)

@@ -20,12 +20,13 @@ from typing import NoReturn
 from mllm_keeplora import distributed
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.watch import peers
-from mllm_keeplora.watch.signals import Stopped, once_for_forks
+from mllm_keeplora.watch.signals import Stopped, ignore_endings, once_for_forks
 from mllm_keeplora.watch.watcher import MISTAKE_S, Watcher, name_of, short
 
 __all__ = [
     "Stopped",
     "enter",
+    "ignore_endings",
     "stop_agreed",
     "stop_here",
     "stop_saved",

@@ -49,6 +49,12 @@ class Signals:
         self._sent.send(b"\0")
 
 
+def ignore_endings() -> None:
+    """Let the signals that end a run pass this process by: it ends with the run, or when that has died."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @cache
 def once_for_forks(forget: Callable[[], None]) -> None:
     """Have `forget` called in every process that is forked from now on."""

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.integration.processes import differing, leftovers, results, run_in_child, run_on_two, stages, told
+from tests.support.tiny import tiny_benchmark, write_tiny_data
 
 FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes", "mllm_keeplora.linalg"
 ADD = "mllm_keeplora.eval.harness:Journal.add"
@@ -65,6 +66,25 @@ def test_a_stopped_run_ends_as_if_uninterrupted(place, number, settings, two, tm
 def test_a_run_stopped_in_another_stage_ends_as_if_uninterrupted(place, settings, two, tmp_path):
     number = signal.SIGUSR1 if place == "train" else signal.SIGTERM
     _stopped_and_continued(settings, two, tmp_path / "run", number, *MORE_PLACES[place])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_process_group_told_to_stop_ends_with_a_checkpoint(number, settings, tmp_path):
+    """As `timeout` tells it, data loaders' workers too."""
+    benchmark = tiny_benchmark(write_tiny_data(tmp_path / "data", train=400, test=2), suite=False)
+    train = {"epochs": 9, "workers": 1, "checkpoint_steps": 1000}
+    values = settings(tmp_path / "run", ("Alpha",), train=train, benchmark=benchmark)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "mllm_keeplora", "run", str(tmp_path / "run.yaml")]
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen(command, stderr=said, start_new_session=True)
+        until = time.monotonic() + 120
+        while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        os.killpg(run.pid, number)
+        assert run.wait(60) == 75, (tmp_path / "said").read_text()
+    assert list(tmp_path.glob("run/domains/01_Alpha/checkpoints/*/complete.json"))
 
 
 @pytest.mark.parametrize(
