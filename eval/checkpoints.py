@@ -11,7 +11,7 @@ from mllm_keeplora import distributed, files
 from mllm_keeplora.config import RunConfig, apply_override, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, load_benchmark
 from mllm_keeplora.data.readers import digest
-from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.errors import UserError, first_line, known
 from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.results import environment
@@ -86,7 +86,7 @@ class Checkpoint:
         try:
             model = PeftModel.from_pretrained(base.model, str(self.adapter))
         except (ValueError, RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"adapter {self.adapter} does not fit {self.base}: {reason}") from None
         _refuse_unfilled(model, self.adapter, self.base)
         return base, model.eval()

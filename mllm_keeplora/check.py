@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,18 @@ from typing import Any
 from mllm_keeplora import distributed
 from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.data import Benchmark, Record, TestSet, load_benchmark
+from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.images import image_size, unreadable_images
-from mllm_keeplora.errors import UserError, several
+from mllm_keeplora.errors import UserError, first_line, several
 from mllm_keeplora.log import log
 from mllm_keeplora.memory import Estimate, estimate
-from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import ChatPrompt
-from mllm_keeplora.models.base import compute_dtype, fingerprint, prompt_style, refuse_original_llava, resolve, skeleton
+from mllm_keeplora.models.base import compute_dtype, prompt_style, refuse_original_llava, resolve, skeleton
+from mllm_keeplora.models.identity import fingerprint
 from mllm_keeplora.models.parts import name_parts, summary_of
 from mllm_keeplora.progress import progress_bar
-from mllm_keeplora.record_check import load_prompt, token_faults
+from mllm_keeplora.record_check import gold_faults, load_prompt, mixed_faults, token_faults
 from mllm_keeplora.strategies import Strategy, build_strategy
 from mllm_keeplora.training.deepspeed import zero_stage
 
@@ -98,15 +99,10 @@ def check_run(
     if location is not None and Path(location).is_dir():
         base_fingerprint = collect(lambda: fingerprint(Path(location)))
         collect(lambda: refuse_original_llava(config.base.model, location))
-    if config.base.quantization is not None and config.adapters.history == "merged":
-        faults.append(
-            f"adapters.history is merged, but weights quantised as {config.base.quantization} cannot be merged into; "
-            "allowed: auto, factors"
-        )
     parts = (collect(lambda: _target_layers(config, location)) if location is not None else None) or []
     stage = collect(lambda: zero_stage(config.deepspeed))
-    collect(lambda: _refuse_quantised(config, stage))
-    collect(lambda: _training_settings(config))
+    for refuse in (_refuse_merged, partial(_refuse_divided, stage=stage), _training_settings):
+        collect(partial(refuse, config))
     benchmark = collect(lambda: load_benchmark(config, _drawing()))
     counts: dict[str, dict[str, int]] = {}
     if benchmark is not None:
@@ -116,10 +112,12 @@ def check_run(
             trained[f"anchors of {name}"] = [record.first_exchange() for record in records]
         if look_inside:
             rank, world = share
-            if stage == 3 and rank == 0:  # over whole sets: a share may be of one kind
-                faults += [fault for sets in (trained, graded) for fault in _mixed_sets(sets, seen)]
-            new = [{n: records[rank::world] for n, records in p.items() if n not in seen} for p in (trained, graded)]
-            _look_inside(config, benchmark, location, *new, faults, collect)
+            prompt = collect(lambda: _prompt(config, location)) if location is not None else None
+            new = [{n: records for n, records in sets.items() if n not in seen} for sets in (trained, graded)]
+            if rank == 0:  # over whole sets: a share may be of one kind
+                faults += mixed_faults(*new, prompt, stage, _joins_domains(strategy))
+            own = [{n: records[rank::world] for n, records in sets.items()} for sets in new]
+            _look_inside(config, benchmark, prompt, *own, faults, collect)
     if strategy is not None:
         faults += _unfit_for(config, strategy, stage)
     if faults:
@@ -140,6 +138,12 @@ def _unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list
     elif stage == 3 and strategy.needs & IN_ZERO3.keys():
         why = " and ".join(text for need, text in IN_ZERO3.items() if need in strategy.needs)
         faults.append(f"deepspeed {config.deepspeed!r}: strategy {name} {why}; deepspeed may be null, zero1 or zero2")
+    is_half = config.base.quantization is None and compute_dtype(config.base.dtype).itemsize == 2
+    if is_half and config.adapters.projector == "full" and config.deepspeed is None:
+        faults.append(
+            "adapters.projector is full: without DeepSpeed bfloat16 weights would be trained as they are, and most "
+            "steps be rounded off; allowed: deepspeed zero1, zero2 or zero3, or base.dtype float32"
+        )
     if config.adapters.projector == "full" and strategy.combine in LIVE:
         faults.append(
             f"adapters.projector is full: strategy {name} weighs its branches by the question, which a projector "
@@ -148,7 +152,15 @@ def _unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list
     return faults
 
 
-def _refuse_quantised(config: RunConfig, stage: int | None) -> None:
+def _refuse_merged(config: RunConfig) -> None:
+    if config.base.quantization is not None and config.adapters.history == "merged":
+        raise UserError(
+            f"adapters.history is merged, but weights quantised as {config.base.quantization} cannot be merged into; "
+            "allowed: auto, factors"
+        )
+
+
+def _refuse_divided(config: RunConfig, stage: int | None) -> None:
     if stage == 3 and config.base.quantization is not None:
         raise UserError(
             f"base.quantization {config.base.quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
@@ -161,9 +173,9 @@ def _target_layers(config: RunConfig, location: str) -> list[str]:
     try:
         model = skeleton(location)
     except ImportError as error:
-        raise UserError(f"base {location}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"base {location}: {first_line(error)}") from None
     except (OSError, ValueError) as error:
-        log.info("parts are not checked: %s", str(error).strip().splitlines()[0])
+        log.info("parts are not checked: %s", first_line(error))
         return []
     return summary_of(model, name_parts(model, config.adapters.projector, config.adapters.target))
 
@@ -184,7 +196,7 @@ def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
         shape = (long, answers, len(checked.benchmark.domains), dtype, torch.cuda.is_available())
         return estimate(config, checked.strategy, model, parts, *shape, distributed.world_size())
     except (OSError, RuntimeError, AttributeError, ValueError) as error:
-        log.info("memory is not estimated: %s", str(error).strip().splitlines()[0])
+        log.info("memory is not estimated: %s", first_line(error))
         return None
 
 
@@ -195,28 +207,20 @@ def _lengths(prompt: ChatPrompt, benchmark: Benchmark, looked_at: int = 50) -> t
     return max(totals), max(prompt.trained_tokens(record) for record in some)
 
 
-def _gold_faults(part: TestSet, records: Sequence[Record]) -> list[str]:
-    """Gold answers that the set's scorer cannot grade by: no option letter, no box, no ten human answers."""
-    faults: list[str] = []
-    if part.scorer in UNGRADED:
-        return faults
-    for record in records:
-        gold = record.answer if isinstance(record.answer, str) else record.answer[0]
-        try:
-            score(part.scorer, prediction=gold, answer=record.answer, question=record.question)
-        except ValueError as error:
-            faults.append(f"{record.origin}: {error}")
-        if part.scorer in SET_SCORERS:  # one is enough to see that its libraries are there
-            break
-    return faults
-
-
-def _token_faults(config: RunConfig, location: str, trained: dict[str, Sequence[Record]]) -> list[str]:
-    """Training records that train nothing or are too long, of every domain, as its own settings have it."""
+def _prompt(config: RunConfig, location: str) -> ChatPrompt | None:
     prompt = load_prompt(location, prompt_style(config.base))
     if prompt is None:
         log.info("tokens are not checked: the processor of %s is not on this machine", location)
-        return []
+    return prompt
+
+
+def _joins_domains(strategy: Strategy | None) -> bool:
+    """Whether batches may hold records of several domains."""
+    return strategy is not None and (strategy.stream == "union" or hasattr(strategy.options, "buffer"))
+
+
+def _token_faults(config: RunConfig, prompt: ChatPrompt, trained: dict[str, Sequence[Record]]) -> list[str]:
+    """Training records that train nothing or are too long, of every domain, as its own settings have it."""
     faults: list[str] = []
     for name, records in trained.items():
         with progress_bar(f"check tokens: {name}", len(records)) as advance:
@@ -249,7 +253,7 @@ def _read_all(
 def _look_inside(
     config: RunConfig,
     benchmark: Benchmark,
-    location: str | None,
+    prompt: ChatPrompt | None,
     trained: dict[str, Sequence[Record]],
     graded: dict[str, Sequence[Record]],
     faults: list[str],
@@ -260,24 +264,9 @@ def _look_inside(
     with progress_bar("check images", sum(map(len, parts))) as advance:
         faults += unreadable_images(chain.from_iterable(parts), advance)
     for name, records in graded.items():
-        collect(lambda name=name, records=records: faults.extend(_gold_faults(benchmark.graded(name), records)))
-    if location is not None:
-        collect(lambda: faults.extend(_token_faults(config, location, trained)))
-
-
-def _mixed_sets(sets: dict[str, Sequence[Record]], seen: Collection[str]) -> list[str]:
-    """Sets of which only some records have images: under ZeRO-3 processes wait for each other in the vision tower."""
-    faults = []
-    for name, records in sets.items():
-        if name in seen:
-            continue
-        kinds = {bool(record.media): record.origin for record in records}
-        if len(kinds) == 2:
-            faults.append(
-                f"{name} mixes records with images ({kinds[True]}) and without ({kinds[False]}): under ZeRO-3 "
-                "processes with unlike batches wait for each other for ever; split the domain, or take zero2"
-            )
-    return faults
+        collect(lambda name=name, records=records: faults.extend(gold_faults(benchmark.graded(name), records)))
+    if prompt is not None:
+        collect(lambda: faults.extend(_token_faults(config, prompt, trained)))
 
 
 def _drawing() -> Callable[[int, int], None]:

@@ -34,6 +34,12 @@ class UserError(ValueError):
         return self.faults or (str(self),)
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, as part of a sentence."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 def several(faults: list[str], shown: int = 20, more: int = 0) -> UserError:
     """Join all faults found at once into one error, the first `shown` of them spelled out.
 

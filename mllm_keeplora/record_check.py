@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_keeplora.data import Record
+from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.data.images import image_size, images_of
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, first_line
+from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import IGNORED, ChatPrompt
 from mllm_keeplora.models.base import prompt_of
 
@@ -29,11 +31,27 @@ def load_prompt(location: str, style: str) -> ChatPrompt | None:
     except (OSError, ValueError, ImportError) as error:
         if not Path(location).is_dir() and not isinstance(error, ImportError):
             return None
-        raise UserError(f"base {location}: its processor cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"base {location}: its processor cannot be loaded: {first_line(error)}") from None
     generation = None
     with contextlib.suppress(OSError):  # a folder may have none
         generation = GenerationConfig.from_pretrained(location, local_files_only=from_hub)
     return prompt_of(processor, style, generation)
+
+
+def gold_faults(part: TestSet, records: Sequence[Record]) -> list[str]:
+    """Gold answers that the set's scorer cannot grade by: no option letter, no box, no ten human answers."""
+    faults: list[str] = []
+    if part.scorer in UNGRADED:
+        return faults
+    for record in records:
+        gold = record.answer if isinstance(record.answer, str) else record.answer[0]
+        try:
+            score(part.scorer, prediction=gold, answer=record.answer, question=record.question)
+        except ValueError as error:
+            faults.append(f"{record.origin}: {error}")
+        if part.scorer in SET_SCORERS:  # one is enough to see that its libraries are there
+            break
+    return faults
 
 
 def token_faults(
@@ -50,12 +68,7 @@ def token_faults(
         max_length: most tokens of a record, image tokens included; None for no limit.
         advance: told after every record.
     """
-    seeing: set[bool] = set()
     for record in records:
-        seeing.add(bool(record.media))
-        if len(seeing) == 2 and type(prompt.processor).__name__ in ALIKE_ONLY:
-            yield f"{record.origin}: this base cannot batch records with pictures and records without; part them"
-            return
         try:
             if prompt.trained_tokens(record) == 0:
                 yield f"{record.origin}: no token of its answers carries loss; does the chat template fit the base?"
@@ -76,6 +89,39 @@ def token_faults(
             if record.origin in str(error):  # a picture that cannot be read is told already
                 yield str(error)
         advance(1)
+
+
+def mixed_faults(
+    trained: Mapping[str, Sequence[Record]],
+    graded: Mapping[str, Sequence[Record]],
+    prompt: ChatPrompt | None,
+    stage: int | None,
+    joined: bool,
+) -> Iterator[str]:
+    """A sentence for each set of which only some records have pictures, where the base or ZeRO-3 cannot have that.
+
+    Args:
+        trained, graded: whole sets by name.
+        prompt: of the base; None if its processor is not known.
+        stage: of ZeRO: in 3 processes wait for each other in the vision tower.
+        joined: whether batches hold records of several domains.
+    """
+    alike = type(getattr(prompt, "processor", None)).__name__ in ALIKE_ONLY
+    if not alike and stage != 3:
+        return
+    sets = {**trained, **{f"test of {name}": records for name, records in graded.items()}}
+    if joined:
+        sets["all domains together"] = list(chain.from_iterable(trained.values()))
+    for name, records in sets.items():
+        kinds = {bool(record.media): record.origin for record in records}
+        if len(kinds) == 2:
+            why = "this base cannot batch them; part them"
+            if stage == 3:
+                why = (
+                    "under ZeRO-3 processes with unlike batches wait for each other for ever; split the domain, or "
+                    "take zero2"
+                )
+            yield f"{name} mixes records with images ({kinds[True]}) and without ({kinds[False]}): {why}"
 
 
 def as_seen(prompt: ChatPrompt, record: Record) -> RenderableType:

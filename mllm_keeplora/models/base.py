@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +12,9 @@ from typing import Any
 
 from mllm_keeplora import files
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
-from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.errors import UserError, first_line, known
 from mllm_keeplora.log import log
+from mllm_keeplora.models.identity import identity_of
 from mllm_keeplora.models.parts import ALL_LINEARS, Parts, expert_weights, name_parts
 from mllm_keeplora.models.prefix_prompt import PrefixPrompt
 from mllm_keeplora.models.prompt import ChatPrompt
@@ -128,7 +128,6 @@ def load_base(
     Raises:
         UserError: the checkpoint cannot be loaded, has other weights, or has no part that must be named.
     """
-    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
@@ -136,11 +135,7 @@ def load_base(
     location = resolve(config)
 
     refuse_original_llava(config.model, location)
-    known_name, _, revision = (known_as or "").partition("@")
-    pinned = {"revision": revision} if revision and known_name == location else {}
-    identity = fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(location, pinned)
-    if known_as not in (None, identity):
-        raise UserError(f"base.model {config.model!r} has other weights than those that the run was started with")
+    identity, pinned = identity_of(config.model, location, known_as)
 
     def load(attention: str) -> Any:
         return AutoModelForImageTextToText.from_pretrained(
@@ -161,17 +156,14 @@ def load_base(
             log.info("%s has no sdpa attention: taking eager", config.model)
             model = load("eager")
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"base.model {config.model!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"base.model {config.model!r} cannot be loaded: {first_line(error)}") from error
     if config.quantization is not None:
         from peft import prepare_model_for_kbit_training
 
         _keep_packing(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # norms and heads to float32
     model.requires_grad_(False).eval()
-    if torch.cuda.is_available() and config.quantization is None:
-        from mllm_keeplora import distributed
-
-        model.to(distributed.device())
+    _onto_gpu(model, config)
     return Base(
         name=config.model,
         model=model,
@@ -180,6 +172,19 @@ def load_base(
         parts=name_parts(model, projector, target),
         fingerprint=identity,
     )
+
+
+def _onto_gpu(model: Any, config: BaseConfig) -> None:
+    """Where there is one; branches, which are float32, then run in TF32 beside a base in half precision."""
+    import torch
+
+    from mllm_keeplora import distributed
+
+    if torch.cuda.is_available():
+        if compute_dtype(config.dtype).itemsize == 2:
+            torch.set_float32_matmul_precision("high")
+        if config.quantization is None:
+            model.to(distributed.device())
 
 
 def _keep_packing(model: Any) -> None:
@@ -264,31 +269,3 @@ def compute_dtype(name: str):
     if name == "auto":
         name = "bfloat16" if torch.cuda.is_available() else "float32"
     return getattr(torch, name)
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the config and, for each weight file, its size and its first and last mebibyte (not the whole)."""
-    total = hashlib.sha256()
-    weights = sorted(folder.glob("*.safetensors"))
-    for path in [folder / "config.json", *weights]:
-        if not path.is_file():
-            raise UserError(f"base folder {folder} has no {path.name}")
-        files.digest_ends(total, path, path.name)
-    return total.hexdigest()[:16]
-
-
-def _hub_revision(location: str, pinned: dict[str, str]) -> str:
-    """Name of a hub's base and its commit: the newest, or the pinned one."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    try:
-        revision = extract_commit_hash(cached_file(location, "config.json", **pinned), None)
-    except OSError as error:
-        raise UserError(f"base.model {location!r} cannot be loaded: {_first_line(error)}") from error
-    if revision is None:
-        raise UserError(f"base.model {location!r}: the hub gave no revision, so results could not name their base")
-    return f"{location}@{revision}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -243,15 +243,25 @@ def test_several_projector_modules_trained_in_full_leave_as_one_adapter(remote_s
 
 def test_records_with_and_without_pictures_are_told_apart_where_a_processor_cannot_batch_them(remote_sensing, tmp_path):
     from mllm_keeplora.data import load_benchmark
-    from mllm_keeplora.record_check import load_prompt, token_faults
+    from mllm_keeplora.record_check import load_prompt, mixed_faults
 
     folder = build_family("mllama", tmp_path / "base")
     config = parse_config(config_of("mllama", folder, remote_sensing, tmp_path / "run"), origin="test")
     record = load_benchmark(config).train_records("RS")[0]
-    prompt = load_prompt(str(folder), "chat_template")
-    assert list(token_faults(prompt, [record, record], None)) == []
-    [fault] = token_faults(prompt, [record, replace(record, media=())], None)
-    assert "cannot batch records with pictures and records without" in fault
+    bare, prompt = replace(record, media=()), load_prompt(str(folder), "chat_template")
+    alike, mixed = [record, record], [bare, record]
+    for trained, graded, together, named in (
+        ({"A": alike}, {"A": [bare]}, False, []),
+        ({"A": alike, "B": mixed}, {"A": alike}, False, ["B"]),
+        ({"A": alike}, {"A": mixed}, False, ["test of A"]),
+        ({"A": alike, "B": [bare]}, {}, False, []),
+        ({"A": alike, "B": [bare]}, {}, True, ["all domains together"]),
+    ):
+        faults = list(mixed_faults(trained, graded, prompt, None, together))
+        assert [fault.split(" mixes records")[0] for fault in faults] == named
+        assert all("this base cannot batch them" in fault for fault in faults)
+        assert list(mixed_faults(trained, graded, None, 2, together)) == []
+        assert len(list(mixed_faults(trained, graded, None, 3, together))) == len(named)
 
 
 def test_a_hub_base_is_known_by_its_revision(tmp_path):

@@ -60,3 +60,12 @@ def test_a_projector_trained_in_full_is_refused_where_branches_are_weighed_by_th
     faults = faults_of(name, None, "adapters.projector=full")
     assert len(faults) == (STRATEGIES[name].combine in LIVE)
     assert all("allowed: keeplora, frozen" in fault for fault in faults)
+
+
+def test_a_projector_whose_steps_would_be_rounded_off_is_refused():
+    half, full = "base.dtype=bfloat16", "adapters.projector=full"
+    (fault,) = faults_of("finetune", None, half, full)
+    assert "rounded off" in fault and "zero2" in fault
+    for fine in ([half], [full], [half, full, "base.quantization=nf4"]):
+        assert faults_of("finetune", None, *fine) == []
+    assert faults_of("finetune", 2, half, full, "deepspeed=zero2") == []
