@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mllm_keeplora import distributed
@@ -19,7 +18,7 @@ from mllm_keeplora.probes import collect_mean_gradients, collect_moments, shared
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.tokens import token_losses
-from mllm_keeplora.training.passes import own_batches
+from mllm_keeplora.training.passes import Sources, own_batches
 
 if TYPE_CHECKING:
     import torch
@@ -37,21 +36,6 @@ if TYPE_CHECKING:
     from mllm_keeplora.models import Base
 
 S, T = TypeVar("S"), TypeVar("T")
-
-
-@dataclass
-class Sources:
-    """Where records are that the domain itself does not have.
-
-    Attributes:
-        anchors: gives the records of an anchor set by its name.
-        trained: gives the training records of a domain by its name.
-        names: of the units of the sequence, in order.
-    """
-
-    anchors: Callable[[str], Sequence[Record]] | None = None
-    trained: Callable[[str], Sequence[Record]] | None = None
-    names: Sequence[str] = ()
 
 
 class RunContext:
@@ -136,15 +120,15 @@ class RunContext:
             records = [record.first_exchange() for name in of for record in self.sources.anchors(name)]
             plan = plan.of_questions()
         batches = self._pass(records, samples, "anchors" if of else "features")
-        passed_over = self.base.parts.projector_layers  # where no record has a picture
-        return collect_moments(self.branches.model, self._modules(layers), batches, plan, passed_over)
+        unseen = self.base.parts.projector_layers  # where no record has a picture
+        return collect_moments(self.branches.model, self._modules(layers), batches, plan, unseen)
 
     def collect_weight_gradients(
         self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS
     ) -> dict[str, GradientAccumulator | GradientSketch]:
         batches = self._pass(self.records, samples, "gradient")
-        passed_over = self.base.parts.projector_layers
-        return collect_mean_gradients(self.branches.model, self._modules(), batches, plan, passed_over)
+        unseen = self.base.parts.projector_layers
+        return collect_mean_gradients(self.branches.model, self._modules(), batches, plan, unseen)
 
     def forget(self, layer: str, columns: Sequence[int]) -> None:
         if layer in self.forgotten:
@@ -212,7 +196,7 @@ class RunContext:
             sums = {name: total + found[name] for name, total in sums.items()}
             count += tokens
         distributed.all_reduce([*sums.values(), count])
-        return {name: each / count.item() for name, each in sums.items()}
+        return {name: each / count for name, each in sums.items()}
 
     def record_gradients(self, samples: int | float) -> Iterator[dict[str, Tensor]]:
         chosen = self._chosen(self.records, samples)

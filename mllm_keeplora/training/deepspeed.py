@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora import distributed, files
 from mllm_keeplora.errors import UserError, known
+
+if TYPE_CHECKING:
+    from mllm_keeplora.adapters import Adapters
 
 
 def deepspeed_file(name: str | None) -> str | None:
@@ -73,3 +76,24 @@ def release_from_engine(model: Any) -> None:
             parameter.ds_persist = False
             if parameter.numel() > 0:
                 parameter.partition()
+
+
+@contextmanager
+def exact_afterwards(branches: Adapters) -> Iterator[None]:
+    """For the block that destroys an engine: afterwards low-rank factors have the float32 values that it trained.
+
+    In half precision the model runs with rounded copies of those. Parameters that ZeRO-3 divides keep these, and those
+    of a projector trained in full, which is in half precision itself.
+    """
+    trained = [each for name, each in branches.trainable().items() if not branches.is_full(name)]
+    halves = [each for each in trained if each.element_size() == 2 and hasattr(each, "_hp_mapping")]
+    exact = list(map(_float32_of, halves))
+    yield
+    for parameter, values in zip(halves, exact, strict=True):
+        parameter.data = values.to(parameter.device)
+
+
+def _float32_of(parameter: Any) -> Any:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)

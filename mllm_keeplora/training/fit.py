@@ -23,11 +23,11 @@ from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.context import RunContext
-from mllm_keeplora.training.deepspeed import release_from_engine
+from mllm_keeplora.training.deepspeed import exact_afterwards, release_from_engine
 from mllm_keeplora.training.order import Collator, FilledSampler, Records
-from mllm_keeplora.training.state import read_training_state, write_training_state
+from mllm_keeplora.training.state import COMPLETE, last_checkpoint, read_training_state, write_training_state
 
-WEIGHTS, STATE, COMPLETE = "trained.safetensors", "strategy.safetensors", "complete.json"
+WEIGHTS, STATE = "trained.safetensors", "strategy.safetensors"
 
 
 def fit_domain(
@@ -83,8 +83,9 @@ def fit_domain(
         "loss": outcome.training_loss,
         "trained_parameters": sum(parameter.numel() for parameter in branches.trainable().values()),
     }
-    trainer.accelerator.free_memory()
-    release_from_engine(branches.model)
+    with exact_afterwards(branches):
+        trainer.accelerator.free_memory()
+        release_from_engine(branches.model)
     if settings.gradient_checkpointing:
         branches.base.gradient_checkpointing_disable()
     branches.base.eval()
@@ -142,15 +143,6 @@ def training_arguments(
     if arguments.n_gpu > 1:  # one process a GPU: several in one would multiply the batch
         arguments._n_gpu = 1
     return arguments
-
-
-def last_checkpoint(folder: Path, identity: dict[str, Any]) -> str | None:
-    """The newest checkpoint that was written to its end and belongs to the same training; None to start afresh."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).is_file() and files.read_json(path / COMPLETE) == identity:
-            found.append((int(path.name.split("-")[1]), str(path)))
-    return max(found)[1] if found else None
 
 
 def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -22,9 +22,10 @@ from mllm_keeplora.models import Base, cache_tower, load_base
 from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.strategies import DomainInfo, Strategy
-from mllm_keeplora.training.context import RunContext, Sources
+from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import deepspeed_file, divided_loading
 from mllm_keeplora.training.diagnose import capacity_of, changes_of, inputs_of, sets_to_look_at, slices_of
+from mllm_keeplora.training.passes import Sources
 from mllm_keeplora.training.seeds import seed_everything, stage_seed
 from mllm_keeplora.training.state import read_training_state, write_training_state
 from mllm_keeplora.training.units import token_limit, training_records
@@ -133,6 +134,9 @@ class Learner:
                     save_mixer(folder.trained_mixer, self.adapters.mixer)
                 write_training_state(self.strategy, folder.training_state)
                 _add_facts(folder, context.facts)
+        if engine and bf16:  # it rounded all parameters, those of the past too: the next stage reads the files
+            distributed.barrier()
+            self.open_unit, self.place = None, None
         return facts
 
     def consolidate(self, unit: Unit) -> dict[str, Any]:

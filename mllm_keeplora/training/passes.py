@@ -1,9 +1,10 @@
-"""Passes over records outside of a training: each process runs its share of them."""
+"""Passes over records outside of a training, and where records come from: each process runs its share of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mllm_keeplora import distributed, watch
@@ -11,6 +12,21 @@ from mllm_keeplora.adapters.mixing import look_at
 from mllm_keeplora.data.collate import TrainCollator, batches
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.models.partition import IdleBatch, is_partitioned
+
+
+@dataclass
+class Sources:
+    """Where records are that the domain itself does not have.
+
+    Attributes:
+        anchors: gives the records of an anchor set by its name.
+        trained: gives the training records of a domain by its name.
+        names: of the units of the sequence, in order.
+    """
+
+    anchors: Callable[[str], Sequence[Record]] | None = None
+    trained: Callable[[str], Sequence[Record]] | None = None
+    names: Sequence[str] = ()
 
 
 def own_batches(model: Any, collator: TrainCollator, records: Sequence[Record], size: int) -> Iterator[dict]:

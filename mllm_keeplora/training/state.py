@@ -1,11 +1,14 @@
-"""What a strategy adds up during a training, on disk: in each checkpoint, and beside the finished branch."""
+"""A training on disk: its checkpoints, and what a strategy adds up in it, there and beside the finished branch."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mllm_keeplora import files
 from mllm_keeplora.strategies import Strategy
+
+COMPLETE = "complete.json"  # of a checkpoint; written last
 
 
 def read_training_state(strategy: Strategy, path: Path | None) -> None:
@@ -18,3 +21,12 @@ def write_training_state(strategy: Strategy, path: Path) -> None:
     state = strategy.training_state()
     if state:
         files.write_tensors(path, state)
+
+
+def last_checkpoint(folder: Path, identity: dict[str, Any]) -> str | None:
+    """The newest checkpoint that was written to its end and belongs to the same training; None to start afresh."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).is_file() and files.read_json(path / COMPLETE) == identity:
+            found.append((int(path.name.split("-")[1]), str(path)))
+    return max(found)[1] if found else None

@@ -16,7 +16,17 @@ import torch
 import yaml
 
 from mllm_keeplora.files import read_tensors
-from tests.integration.processes import free_port, killed, leftovers, results, run_in_child, run_on_two, stages
+from tests.integration.conftest import strategy_of
+from tests.integration.processes import (
+    differing,
+    free_port,
+    killed,
+    leftovers,
+    results,
+    run_in_child,
+    run_on_two,
+    stages,
+)
 from tests.support.tiny import tiny_benchmark, write_tiny_data
 
 UNITS = ("01_Alpha", "02_Beta")
@@ -118,6 +128,27 @@ def test_a_run_goes_on_under_another_engine_or_in_fewer_processes(ran_under, goe
     assert run_in_child(settings(tmp_path / "run", deepspeed=goes_on_under)) == 0
     assert leftovers(tmp_path / "run") == []
     assert_agree(two, tmp_path / "run", questions=9 * 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["keeplora", "gpm"])
+def test_what_is_stored_of_a_training_in_half_precision_is_what_was_trained(strategy, settings, tmp_path):
+    """The engine's float32 values, not the rounded ones that ran; killed behind the training, the rest is the same."""
+    values = settings(tmp_path / "run", deepspeed="zero2")
+    values["base"]["dtype"], values["strategy"] = "bfloat16", strategy_of(strategy)
+    assert run_in_child(values) == 0
+    learnt = read_tensors(tmp_path / "run/domains/02_Beta/adapter/adapter_model.safetensors")
+    B = torch.cat([tensor.flatten() for name, tensor in learnt.items() if "lora_B" in name])
+    assert B.dtype == torch.float32 and (B.bfloat16().float() != B).float().mean() > 0.9
+    if strategy == "gpm":
+        kept = read_tensors(tmp_path / "run/domains/01_Alpha/basis.safetensors")
+        for layer, columns in kept.items():
+            A = learnt[f"base_model.model.{layer}.lora_A.weight"]
+            assert (A @ columns).norm() < 1e-5 * A.norm(), layer
+    again = {**values, "output": str(tmp_path / "again")}
+    assert run_in_child(again, kill=("mllm_keeplora.training.learner:Learner.consolidate", 2)) < 0
+    assert run_in_child(again) == 0
+    assert differing(tmp_path / "run", tmp_path / "again") == []
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.strategies.keeplora import KeepLoRA, KeepLoRAOptions
-from mllm_keeplora.training.context import RunContext, Sources
+from mllm_keeplora.training.context import RunContext
+from mllm_keeplora.training.passes import Sources
 from tests.oracles import subspace
 from tests.support.keeplora import CHOSEN, OPTIONS, TOLERANCE, columns_of, modules_of, weights_of
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode
