@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import files
+from mllm_keeplora import distributed, files
 from mllm_keeplora.adapters.factors import Factors, concatenate
 from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
 from mllm_keeplora.errors import UserError
@@ -186,7 +186,8 @@ def kept_of(run: RunDir, units: list[Unit]) -> dict[str, Basis]:
     """Kept basis of every target layer after the given units: what prepare kept, plus what each unit added."""
     from mllm_keeplora.linalg import Basis
 
-    return {layer: Basis.from_columns(columns) for layer, (columns, _) in _kept(run, units).items()}
+    device = distributed.device()  # the test of orthonormality takes as long as a decomposition
+    return {layer: Basis.from_columns(each.to(device)).to("cpu") for layer, (each, _) in _kept(run, units).items()}
 
 
 def _kept(run: RunDir, units: list[Unit]) -> dict[str, tuple[Tensor, list[int]]]:

@@ -80,6 +80,12 @@ class Basis:
                 basis._columns = exact.to(torch.float32, copy=True)
         return basis
 
+    def to(self, device: torch.device | str) -> Basis:
+        """The same basis on another device."""
+        moved = Basis(self.d_in, device)
+        moved._columns = self._columns.to(device)
+        return moved
+
     @property
     def columns(self) -> Tensor:
         """(d_in, rank) float32, orthonormal."""

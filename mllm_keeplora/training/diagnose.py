@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mllm_keeplora import distributed
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
@@ -52,17 +53,23 @@ def changes_of(
 
     from mllm_keeplora.linalg import leak
 
-    found = {}
-    for layer in factors.A:
-        weight, delta = pristine(layer).detach().float().cpu(), factors.delta(layer)
-        past = weight + sum((each.delta(layer) for each in before if layer in each.A), torch.zeros(()))
-        found[layer] = {"update": float(delta.norm() / weight.norm())}
-        if layer in kept:
-            found[layer]["leak"] = leak(delta, kept[layer])
-            for name, kind in (("leak_evaluated", dtype), ("leak_bfloat16", torch.bfloat16)):
-                applied = delta if kind is None else ((past + delta).to(kind).float() - past.to(kind).float())
-                found[layer][name] = leak(applied, kept[layer])
-    return found
+    def look(layer: str, weight: Tensor) -> dict[str, float]:
+        weight = weight.detach().float()
+        delta = factors.delta(layer).to(weight)
+        found = {"update": float(delta.norm() / weight.norm())}
+        if layer not in kept:
+            return found
+        past = weight + sum((each.delta(layer).to(weight) for each in before if layer in each.A), torch.zeros(()))
+        found["leak"] = leak(delta, kept[layer])
+        for name, kind in (("leak_evaluated", dtype), ("leak_bfloat16", torch.bfloat16)):
+            if kind is None:
+                found[name] = found["leak"]
+            else:
+                found[name] = leak((past + delta).to(kind).float() - past.to(kind).float(), kept[layer])
+        return found
+
+    costs = {layer: float(kept[layer].rank if layer in kept else 1) * A.shape[1] for layer, A in factors.A.items()}
+    return distributed.divided(costs, pristine, look)
 
 
 def inputs_of(
