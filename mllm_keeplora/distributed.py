@@ -45,6 +45,7 @@ def free_bytes() -> int:
     import torch
 
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what torch holds back is free, whatever ran before
         return torch.cuda.mem_get_info(device())[0]
     import psutil
 

@@ -48,6 +48,7 @@ class Adapters:
         self.past_mixer: Mixer | None = None
         self._dense: DenseDeltas | None = None
         self._mixing: Mixing | None = None
+        self._trained: dict[str, Any] = {}  # found once for each open branch: strategies ask at every step
         self._pristine = PristineWeights(model, layers if self.mode == "merged" else (), full)
 
     @property
@@ -124,16 +125,7 @@ class Adapters:
 
     def trainable(self) -> dict[str, Any]:
         """Parameters that train now, by their name within `model`: of the open branch, and those trained in full."""
-        if self.branch is None:
-            return {}
-        mixed = set(self._mixing.names) if self._mixing is not None else set()
-        chosen = {}
-        for name, parameter in self.model.named_parameters():
-            plain = name.removeprefix("base_model.model.")
-            in_branch = any(f".lora_{part}.{OPEN}." in name for part in self.branch.train)
-            if in_branch or plain in self.full or plain in mixed:
-                chosen[name] = parameter
-        return chosen
+        return dict(self._trained)
 
     def is_full(self, name: str) -> bool:
         """Whether a name of `trainable` is a parameter of the base that is trained in full."""
@@ -254,14 +246,26 @@ class Adapters:
         for layer, rank in branch.ranks.items():
             self._mixing.apply(layer, self._peft.module(layer).lora_A[OPEN], first, [rank // shares] * shares)
 
-    def _freeze(self) -> None:
-        wanted = self.trainable()
+    def _planned(self) -> dict[str, Any]:
+        if self.branch is None:
+            return {}
+        mixed = set(self._mixing.names) if self._mixing is not None else set()
+        chosen = {}
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in wanted)
+            plain = name.removeprefix("base_model.model.")
+            in_branch = any(f".lora_{part}.{OPEN}." in name for part in self.branch.train)
+            if in_branch or plain in self.full or plain in mixed:
+                chosen[name] = parameter
+        return chosen
+
+    def _freeze(self) -> None:
+        self._trained = self._planned()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self._trained)
         self.model.eval()  # the Trainer switches to training by itself; everything else answers or probes
 
     def _unload(self) -> None:
-        self.branch = None
+        self.branch, self._trained = None, {}
         if self._mixing is not None:
             self._mixing.remove()
             self._mixing = None

@@ -144,10 +144,10 @@ class Mixing:
             ranks: rank of each part that it holds, from there on.
         """
         mixer, parts = self.mixer, slice(first, first + len(ranks))
-        repeats = torch.tensor(ranks, device=down.weight.device)
+        places = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(down.weight.device)
 
         def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
-            weights = mixer.of(layer, args[0])[..., parts].repeat_interleave(repeats, dim=-1)
+            weights = mixer.of(layer, args[0])[..., parts].index_select(-1, places)
             return output * weights.to(output.dtype)
 
         self._handles.append(down.register_forward_hook(hook))

@@ -42,10 +42,10 @@ class AGEM(Buffered):
         reference = context.loss_gradients(self.drawn(context))
         trained = context.branches.trainable()
         used = {name: parameter for name, parameter in trained.items() if parameter.grad is not None}
-        product = sum(float((parameter.grad * reference[name]).sum()) for name, parameter in used.items())
+        product = float(sum((parameter.grad * reference[name]).sum() for name, parameter in used.items()))
         if product >= 0:
             return
-        share = product / sum(float(each.square().sum()) for each in reference.values())
+        share = product / float(sum(each.square().sum() for each in reference.values()))
         for name, parameter in trained.items():
             change = -share * reference[name]
             parameter.grad = parameter.grad + change if name in used else change

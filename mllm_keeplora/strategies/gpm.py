@@ -39,6 +39,10 @@ class GPM(Strategy):
     Options: ClassVar[type[StrategyOptions]] = GPMOptions
     options: GPMOptions
 
+    def __init__(self, options: GPMOptions):
+        super().__init__(options)
+        self._kept: dict[str, Basis] = {}  # of trained A, where they are: on a GPU moved there once, not at every step
+
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"gradients"}) if self.options.mode == "grad" else frozenset()
@@ -47,6 +51,7 @@ class GPM(Strategy):
         begin_kept(context)
 
     def before_domain(self, context: Context) -> None:
+        self._kept = {}
         branch = fresh_branch(context, self.options)
         A = {layer: _outside(rows, context.kept[layer]) for layer, rows in branch.A.items()}
         open_outside(context, self.options, A, branch.train)
@@ -54,10 +59,14 @@ class GPM(Strategy):
     def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:
         if phase != self.options.mode:
             return
-        for name, parameter in context.branches.trainable().items():
-            kept = context.kept.get(name.removeprefix("base_model.model.").removesuffix(A_PARAMETER))
-            if kept is None or kept.rank == 0:  # of B, or with nothing to avoid
-                continue
+        trained = context.branches.trainable()
+        if not self._kept:
+            names = {
+                f"base_model.model.{layer}{A_PARAMETER}": kept for layer, kept in context.kept.items() if kept.rank
+            }
+            self._kept = {name: kept.to(trained[name].device) for name, kept in names.items() if name in trained}
+        for name, kept in self._kept.items():
+            parameter = trained[name]
             if phase == "post":
                 context.edit_parameter(name, kept.residual)
             elif parameter.grad is not None:

@@ -88,8 +88,7 @@ class KeepLoRA(Strategy):
         if self.options.feature_source == "activations":
             features = self._features(context, self.options.feature_samples)
         else:
-            gradients = context.collect_weight_gradients(self.options.feature_samples)
-            features = {layer: gradient.mean for layer, gradient in gradients.items()}
+            features = context.collect_weight_gradients(self.options.feature_samples)
         added = self._grow(context, features, "energy_features")
         context.log({"added": added})
         if self.options.max_kept is not None:
@@ -157,7 +156,7 @@ class KeepLoRA(Strategy):
     def _grow(self, context: Context, features: dict, name: str) -> dict[str, int]:
         def missing(layer: str, source: Any) -> Tensor:
             energy = self.options.threshold(name, layer)
-            return context.kept[layer].missing(source, energy, self.options.energy_reference)
+            return context.kept[layer].missing(_rows(source), energy, self.options.energy_reference)
 
         added = context.divided(features.get, missing)
         for layer, columns in added.items():
@@ -177,7 +176,7 @@ class KeepLoRA(Strategy):
         for layer, basis in context.kept.items():
             use = self.use.get(layer, torch.zeros(0, dtype=torch.float64))
             pinned = basis.rank - added[layer] - len(use)
-            use = torch.cat([use, use.new_zeros(added[layer])]) + basis.energies(features[layer])[pinned:]
+            use = torch.cat([use, use.new_zeros(added[layer])]) + basis.energies(_rows(features[layer]))[pinned:]
             excess = basis.rank - int(self.options.max_kept * basis.d_in)
             least = use.argsort()[: max(excess, 0)]
             if len(least):
@@ -213,3 +212,10 @@ class KeepLoRA(Strategy):
                 "%s: %d layers have fewer than %d free directions (four times the rank), first %s",
                 context.domain.name, len(tight), 4 * wanted, tight[0],
             )  # fmt: skip
+
+
+def _rows(source: Any) -> Any:
+    """What stands for a layer's features: statistics of them, or the rows of its mean gradient."""
+    from mllm_keeplora.linalg import GradientAccumulator
+
+    return source.mean if isinstance(source, GradientAccumulator) else source
