@@ -5,6 +5,7 @@ Knows sizes and accumulators of `linalg`; no model and no hooks (those are in `p
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -78,6 +79,31 @@ class FeaturePlan:
     def made_exact(self) -> FeaturePlan:
         """The same tokens with exact moments."""
         return replace(self, statistic="exact")
+
+    def exact_rounds(
+        self, unclear: Mapping[str, FrequentDirections], sketches: Sequence[FrequentDirections]
+    ) -> list[list[str]]:
+        """Layers in groups whose exact moments take no more memory than sketches did; one layer if that is too little.
+
+        Args:
+            unclear: layer -> its sketch, the same object for layers with one input, which stay together.
+            sketches: of all layers.
+        """
+        allowed = sum(2 * each.size * each.d_in * FLOAT32 for each in {id(each): each for each in sketches}.values())
+        inputs: dict[int, list[str]] = {}
+        for layer, sketch in unclear.items():
+            inputs.setdefault(id(sketch), []).append(layer)
+        rounds: list[list[str]] = []
+        left = 0
+        for layers in inputs.values():
+            sketch = unclear[layers[0]]
+            needed = _moments_dtype(sketch.device).itemsize * sketch.d_in**2
+            if needed > left:
+                rounds.append([])
+                left = allowed
+            rounds[-1] += layers
+            left -= needed
+        return rounds
 
     def of_questions(self) -> FeaturePlan:
         """The same plan without the tokens of answers."""

@@ -5,7 +5,7 @@ Every hook is a no-op by default, so a strategy states only its differences. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -170,8 +170,12 @@ class Context(Protocol):
     def reduce(self, tensors: list[Tensor]) -> None:
         """Sum tensors over processes, in place."""
 
-    def divided(self, load: Callable[[str], S], work: Callable[[str, S], T]) -> dict[str, T]:
-        """Do a piece of work (a decomposition) for every target layer, each by one process; all get every result.
+    def divided(
+        self, load: Callable[[str], S], work: Callable[[str, S], T], layers: Iterable[str] | None = None
+    ) -> dict[str, T]:
+        """Do a piece of work (a decomposition) for every target layer, or some of them, each by one process.
+
+        All processes get every result.
 
         `load` gives what is worked on, and is called by all; `work` gives tensors and plain values, nested or not.
         """

@@ -9,17 +9,20 @@ in this package's tests; anchors are our own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.log import log
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.deciding import decided_features
 from mllm_keeplora.strategies.keeplora_options import PRESETS, KeepLoRAOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.linalg import Basis, FrequentDirections, MomentAccumulator
+    from mllm_keeplora.linalg import Basis, FrequentDirections
+    from mllm_keeplora.strategies.deciding import Features
 
 
 class KeepLoRA(Strategy):
@@ -51,8 +54,10 @@ class KeepLoRA(Strategy):
         for basis in context.kept.values():
             basis.round_last(basis.rank, self.options.torch_dtype())
         if self.options.anchors:
-            features = self._features(context, self.options.anchor_samples, self.options.anchors)
-            context.log({"added_by_anchors": self._grow(context, features, "energy_anchor")})
+            added = {}
+            for features in self._features(context, self.options.anchor_samples, "energy_anchor", self.options.anchors):
+                added |= self._grow(context, features, "energy_anchor")
+            context.log({"added_by_anchors": added})
 
     def before_domain(self, context: Context) -> None:
         """A = top directions of the residual mean gradient, Eqs. (2)-(4); B = 0, Eq. (5b), or S V^T, Eq. (5a)."""
@@ -85,14 +90,21 @@ class KeepLoRA(Strategy):
 
     def after_domain(self, context: Context) -> None:
         """Grow every kept basis by the domain's dominant feature directions, Eqs. (8)-(10)."""
+        parts: Iterable[dict[str, Any]]
         if self.options.feature_source == "activations":
-            features = self._features(context, self.options.feature_samples)
+            parts = self._features(context, self.options.feature_samples, "energy_features")
         else:
-            features = context.collect_weight_gradients(self.options.feature_samples)
-        added = self._grow(context, features, "energy_features")
+            parts = [context.collect_weight_gradients(self.options.feature_samples)]
+        added: dict[str, int] = {}
+        forgotten: dict[str, int] = {}
+        for features in parts:
+            grown = self._grow(context, features, "energy_features")
+            if self.options.max_kept is not None:
+                forgotten |= self._forget_least_used(context, features, grown)
+            added |= grown
         context.log({"added": added})
         if self.options.max_kept is not None:
-            context.log({"forgotten": self._forget_least_used(context, features, added)})
+            context.log({"forgotten": forgotten})
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.use)
@@ -134,31 +146,23 @@ class KeepLoRA(Strategy):
             found = found[:0]
         return found.to(options.torch_dtype()).float()
 
-    def _features(self, context: Context, samples: int | float, of: tuple[str, ...] = ()) -> dict:
-        """Feature statistics by layer, in a second, exact pass where a sketch cannot decide on a threshold."""
-        plan = self.options.feature_plan()
-        name = "energy_anchor" if of else "energy_features"
-        features: dict[str, MomentAccumulator | FrequentDirections] = context.collect_inputs(samples, plan, of)
-        unclear = [layer for layer, source in features.items() if not self._decides(context, layer, source, name)]
-        if unclear:
-            log.info("%d layers need exact moments: their sketches are too small, first %s", len(unclear), unclear[0])
-            features = {**features, **context.collect_inputs(samples, plan.made_exact(), of, unclear)}
-        return features
+    def _features(
+        self, context: Context, samples: int | float, name: str, of: tuple[str, ...] = ()
+    ) -> Iterator[Features]:
+        """Feature statistics that decide about the thresholds of that name."""
 
-    def _decides(self, context: Context, layer: str, source, name: str) -> bool:
-        from mllm_keeplora.linalg import FrequentDirections
+        def decides(layer: str, sketch: FrequentDirections) -> bool:
+            energy = self.options.threshold(name, layer)
+            return context.kept[layer].is_decided(sketch, energy, self.options.energy_reference)
 
-        if not isinstance(source, FrequentDirections):
-            return True
-        energy = self.options.threshold(name, layer)
-        return context.kept[layer].is_decided(source, energy, self.options.energy_reference)
+        return decided_features(context, samples, self.options.feature_plan(), decides, of)
 
     def _grow(self, context: Context, features: dict, name: str) -> dict[str, int]:
         def missing(layer: str, source: Any) -> Tensor:
             energy = self.options.threshold(name, layer)
             return context.kept[layer].missing(_rows(source), energy, self.options.energy_reference)
 
-        added = context.divided(features.get, missing)
+        added = context.divided(features.get, missing, features)
         for layer, columns in added.items():
             context.kept[layer].append(columns)
             context.kept[layer].round_last(columns.shape[1], self.options.torch_dtype())
@@ -173,7 +177,8 @@ class KeepLoRA(Strategy):
         import torch
 
         forgotten = {}
-        for layer, basis in context.kept.items():
+        for layer in features:
+            basis = context.kept[layer]
             use = self.use.get(layer, torch.zeros(0, dtype=torch.float64))
             pinned = basis.rank - added[layer] - len(use)
             use = torch.cat([use, use.new_zeros(added[layer])]) + basis.energies(_rows(features[layer]))[pinned:]

@@ -14,6 +14,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.log import log
 from mllm_keeplora.plans import FeaturePlan, Statistic
 from mllm_keeplora.strategies.base import Context, Samples, StrategyOptions
+from mllm_keeplora.strategies.deciding import decided_features
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,15 +74,19 @@ def grow_kept(context: Context, options: KeptFeatureOptions) -> None:
     domain, squared = context.domain, options.energy_measure == "sigma4"
     energy = options.energy_at(domain.index, domain.total)
     rule = options.rank_rule if domain.index == 0 else "reach"
-    features = _decided_features(context, options, energy)
+
+    def decides(layer: str, sketch: FrequentDirections) -> bool:
+        return context.kept[layer].is_decided(sketch, energy)
 
     def missing(layer: str, source: MomentAccumulator | FrequentDirections) -> Tensor:
         return context.kept[layer].missing(moment_rows(source) if squared else source, energy, rule=rule)
 
-    added = context.divided(features.get, missing)
-    for layer, columns in added.items():
-        context.kept[layer].append(columns)
-    context.log({"energy": energy, "added": {layer: columns.shape[1] for layer, columns in added.items()}})
+    added: dict[str, int] = {}
+    for features in decided_features(context, options.feature_samples, options.feature_plan(exact=squared), decides):
+        for layer, columns in context.divided(features.get, missing, features).items():
+            context.kept[layer].append(columns)
+            added[layer] = columns.shape[1]
+    context.log({"energy": energy, "added": added})
 
 
 def open_outside(context: Context, options: StrategyOptions, A: dict[str, Tensor], train: tuple[str, ...]) -> None:
@@ -107,22 +112,3 @@ def open_outside(context: Context, options: StrategyOptions, A: dict[str, Tensor
         log.warning("%s: %d layers have fewer than %d directions, first %s", name, len(short), rank, short[0])
     A = {layer: rows for layer, rows in A.items() if len(rows)}
     context.branches.open(Branch(A, {layer: options.alpha / rank * len(rows) for layer, rows in A.items()}, train))
-
-
-def _decided_features(
-    context: Context, options: KeptFeatureOptions, energy: float
-) -> dict[str, MomentAccumulator | FrequentDirections]:
-    """Feature statistics by layer, in a second, exact pass where a sketch cannot decide on the threshold."""
-    from mllm_keeplora.linalg import FrequentDirections
-
-    plan = options.feature_plan(exact=options.energy_measure == "sigma4")
-    features = context.collect_inputs(options.feature_samples, plan)
-    unclear = [
-        layer
-        for layer, source in features.items()
-        if isinstance(source, FrequentDirections) and not context.kept[layer].is_decided(source, energy)
-    ]
-    if unclear:
-        log.info("%d layers need exact moments: their sketches are too small, first %s", len(unclear), unclear[0])
-        features = {**features, **context.collect_inputs(options.feature_samples, plan.made_exact(), layers=unclear)}
-    return features

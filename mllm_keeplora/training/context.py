@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -226,8 +226,11 @@ class RunContext:
     def reduce(self, tensors: list[Tensor]) -> None:
         distributed.all_reduce(tensors)
 
-    def divided(self, load: Callable[[str], S], work: Callable[[str, S], T]) -> dict[str, T]:
-        costs = {layer: float(self.d_in(layer)) ** 3 for layer in self.target_layers}  # of a decomposition
+    def divided(
+        self, load: Callable[[str], S], work: Callable[[str, S], T], layers: Iterable[str] | None = None
+    ) -> dict[str, T]:
+        chosen = self.target_layers if layers is None else layers
+        costs = {layer: float(self.d_in(layer)) ** 3 for layer in chosen}  # of a decomposition
         return distributed.divided(costs, load, work)
 
     def edit_parameter(self, name: str, edit: Callable[[Tensor], Tensor]) -> None:
