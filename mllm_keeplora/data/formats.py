@@ -8,32 +8,24 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from mllm_keeplora.data.layout import BY_KEYS, Layout, canonical
 from mllm_keeplora.data.schema import IMAGE_MARK, Turn
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SHAPES = (
     "`conversations` (LLaVA, sharegpt)", "`messages` (ms-swift, Hugging Face)", "`instruction` + `output` (alpaca)",
-    "`query` + `response` (ms-swift)", "`prompt` + `completion`", "`text` + `answer` (test record)",
+    "`query` + `response` (ms-swift)", "`conversation` (ms-swift's sharegpt)", "`prompt` + `completion`",
+    "`text` + `answer` (test record)",
 )  # fmt: skip
 OTHER_MEDIA = ("video", "videos", "audio", "audios", "objects")
 
 
 class Fault(ValueError):
     """What is wrong with a row; the reader adds where it stands."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names that a LLaMA-Factory `dataset_info.json` gives to columns and tags; the defaults are its own."""
-
-    formatting: str = ""  # sharegpt or alpaca; empty: told by the keys
-    columns: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-    told: str = ""  # where they come from, for whoever cannot make sense of a record
 
 
 @dataclass(frozen=True)
@@ -47,13 +39,13 @@ class Draft:
     kind: str = ""
 
 
-def train_draft(row: Any, layout: Layout = Layout()) -> Draft:
+def train_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
     """A training conversation of any known shape.
 
     Raises:
         Fault: an unknown shape, roles that do not alternate, no answer, marks and images that do not match.
     """
-    row = _canonical(_object(row), layout)
+    row = canonical(_object(row), layout)
     turns, inside = _conversation(row)
     images = _in_order(inside, _images(row))
     _refuse_other_media(row)
@@ -74,7 +66,7 @@ def train_draft(row: Any, layout: Layout = Layout()) -> Draft:
     return Draft(_identifier(row), _with_images_first(turns, moved), images)
 
 
-def test_draft(row: Any, layout: Layout = Layout()) -> Draft:
+def test_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
     """A question with its gold answer: the benchmarks' test record, or a conversation of one question and answer.
 
     Raises:
@@ -89,7 +81,7 @@ def test_draft(row: Any, layout: Layout = Layout()) -> Draft:
 test_draft.__test__ = False  # not a test, whatever pytest thinks of the name
 
 
-def question_draft(row: Any, layout: Layout = Layout()) -> Draft:
+def question_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
     """As `test_draft`, but the gold answer may be kept elsewhere, or nowhere that can be read."""
     row = _object(row)
     if "text" not in row or any(key in row for key in ("conversations", "messages")):
@@ -119,37 +111,6 @@ def _object(row: Any) -> dict:
     return row
 
 
-def _canonical(row: dict, layout: Layout) -> dict:
-    """The row under the standard names, where a `dataset_info.json` gives it others."""
-    if not layout.formatting:
-        return row
-    if layout.formatting == "alpaca":
-        standard = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
-    else:
-        standard = {"messages": "conversations"}
-    standard |= {"system": "system", "images": "images", "videos": "videos", "audios": "audios"}
-    named = {standard.get(key, key): row[column] for key, column in layout.columns.items() if column in row}
-    rest = {key: value for key, value in row.items() if key not in layout.columns.values()}
-    found = {**rest, **named}
-    if layout.formatting == "sharegpt" and isinstance(found.get("conversations"), list):
-        found["conversations"] = [_retagged(turn, layout.tags) for turn in found["conversations"]]
-    return found
-
-
-def _retagged(turn: Any, tags: Mapping[str, str]) -> Any:
-    if not isinstance(turn, dict):
-        return turn
-    role = turn.get(tags.get("role_tag", "from"))
-    names = {tags.get(f"{part}_tag", name): name for part, name in DEFAULT_TAGS.items()}
-    return {
-        "from": names.get(role, role) if isinstance(role, str) else role,
-        "value": turn.get(tags.get("content_tag", "value")),
-    }
-
-
-DEFAULT_TAGS = {"user": "human", "assistant": "gpt", "system": "system"}
-
-
 def _conversation(row: dict) -> tuple[list[Turn], list]:
     """Turns with marks for their images, and images that stand inside the turns."""
     inside: list = []
@@ -157,6 +118,8 @@ def _conversation(row: dict) -> tuple[list[Turn], list]:
         turns = _turns(row, "conversations", "from", "value", inside)
     elif "messages" in row:
         turns = _turns(row, "messages", "role", "content", inside)
+    elif "conversation" in row:
+        turns = _exchanges(row)
     elif "instruction" in row and "output" in row:
         asked = "\n".join(text for key in ("instruction", "input") if (text := _text(row, key)))
         turns = [*_past(row), Turn("user", asked), Turn("assistant", _text(row, "output"))]
@@ -181,6 +144,16 @@ def _turns(row: dict, key: str, role_key: str, text_key: str, inside: list) -> l
     if not isinstance(row[key], list):
         raise Fault(f"{key} must be a list, got {row[key]!r}; keys are {sorted(row)}")
     return [_turn(turn, role_key, text_key, number, inside) for number, turn in enumerate(row[key])]
+
+
+def _exchanges(row: dict) -> list[Turn]:
+    """Turns of ms-swift's sharegpt: a question and its answer in each entry."""
+    turns: list[Turn] = []
+    for pair in row["conversation"] if isinstance(row["conversation"], list) else [row["conversation"]]:
+        if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("human", "assistant")):
+            raise Fault(f"conversation must hold {{human: text, assistant: text}}, got {pair!r}")
+        turns += [Turn("user", pair["human"]), Turn("assistant", pair["assistant"])]
+    return turns
 
 
 def _past(row: dict) -> list[Turn]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mllm_keeplora import files
-from mllm_keeplora.data.formats import Draft, Fault, Layout, question_draft, test_draft, train_draft
+from mllm_keeplora.data.formats import Draft, Fault, question_draft, test_draft, train_draft
+from mllm_keeplora.data.layout import Layout
 from mllm_keeplora.data.store import VERSION, Records, open_rows, rows_of, write_rows
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.log import log

@@ -4,7 +4,8 @@ import base64
 
 import pytest
 
-from mllm_keeplora.data.formats import Fault, Layout, test_draft, train_draft
+from mllm_keeplora.data.formats import Fault, test_draft, train_draft
+from mllm_keeplora.data.layout import Layout
 from mllm_keeplora.data.schema import Turn
 
 QUESTION, ANSWER = Turn("user", "What is shown?"), Turn("assistant", "A bridge.")
@@ -24,6 +25,10 @@ SHAPES = {
     "sharegpt": {"conversations": LLAVA["conversations"], "images": ["img/1.jpg"]},
     "ms-swift": {"messages": MARKED, "images": ["img/1.jpg"]},
     "ms-swift pair": {"query": "<image>What is shown?", "response": "A bridge.", "images": ["img/1.jpg"]},
+    "ms-swift's sharegpt": {
+        "conversation": [{"human": "<image>What is shown?", "assistant": "A bridge."}],
+        "images": ["img/1.jpg"],
+    },
     "alpaca": {"instruction": "<image>What is shown?", "input": "", "output": "A bridge.", "images": ["img/1.jpg"]},
     "hugging face": {"messages": PARTS, "images": ["img/1.jpg"]},
     "hugging face, one image": {"messages": PARTS, "image": "img/1.jpg"},
@@ -177,6 +182,7 @@ WRONG = {
     "a null in a path": ({"messages": MARKED, "images": ["a\0.png"]}, "image must be a path"),
     "bytes that are text": ({"messages": MARKED, "images": [{"bytes": "iVBOR"}]}, "must be bytes, got str"),
     "broken base64": ({"messages": MARKED, "images": ["data:image/png;base64,@@"]}, "not valid base64"),
+    "exchange without an answer": ({"conversation": [{"human": "a"}]}, "must hold {human: text, assistant: text}"),
     "history that is no pairs": ({"instruction": "a", "output": "b", "history": ["x"]}, "pairs of question and answer"),
     "text that is no text": ({"instruction": 3, "output": "b"}, "instruction must be text, got 3"),
 }
