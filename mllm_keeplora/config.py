@@ -5,6 +5,7 @@ Knows no strategy's own options (those are a pydantic model beside the strategy;
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -199,7 +200,10 @@ def shipped(kind: str) -> list[str]:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one place, of which YAML's readers drop the first without a word."""
+    """Refuses a key that stands twice in one place, of which YAML's readers drop the first without a word.
+
+    And reads `1e-4` as a number, as people mean it; to YAML 1.1 it is a string.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value]
@@ -207,6 +211,10 @@ class StrictLoader(yaml.SafeLoader):
             if names.count(key.value) > 1:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice,", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -245,23 +253,13 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {part} is a single value and has no keys below it")
         values = values[part]
     try:
-        value = _number(yaml.safe_load(text))
+        value = yaml.load(text, StrictLoader)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not readable YAML") from None
     if key == "strategy.name" and value != values.get("name"):
         for option in values.keys() - SHARED_OPTIONS:
             del values[option]
     values[last] = value
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _without_runtime(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:

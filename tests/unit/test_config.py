@@ -107,6 +107,14 @@ def test_overrides_reach_into_sections_and_read_numbers(tmp_path):
     assert config.eval.limit is None
 
 
+def test_exponents_without_a_point_are_numbers_wherever_they_stand(tmp_path):
+    text = "name: 1e5_steps\nbase: {model: b}\nbenchmark: m\nstrategy: {name: keeplora}\n"
+    path = written(tmp_path, text + "train: {args: {adam_epsilon: 1e-6, adam_beta1: .9, note: e-6}}\n")
+    config = load_config(path)
+    assert config.train.args == {"adam_epsilon": 1e-6, "adam_beta1": 0.9, "note": "e-6"} and config.name == "1e5_steps"
+    assert load_config(path, ["train.args={adam_epsilon: 1e-8}"]).train.args == {"adam_epsilon": 1e-8}
+
+
 def test_the_last_of_two_overrides_wins(tmp_path):
     path = written(tmp_path, "name: x\nbase: {model: b}\nbenchmark: m\nstrategy: {name: keeplora}\n")
     assert load_config(path, ["seed=1", "seed=2"]).seed == 2
