@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mllm_keeplora.config import DomainOverride, RunConfig, find_config, read_yaml
-from mllm_keeplora.data.benchmarks import Benchmark
+from mllm_keeplora.data.benchmarks import Benchmark, Suite
 from mllm_keeplora.errors import UserError, known, several, validation_faults
 from mllm_keeplora.metrics import SCORERS, UNGRADED
 
@@ -156,7 +156,8 @@ def _parse(values: dict[str, Any], origin: str, root: Path) -> tuple[Benchmark, 
             raise UserError(
                 f"{group} must map each name to its files, e.g. Birds: {{train: ..., test: ...}} ({origin})"
             )
-        values[group] = {name: {**defaults, **part} for name, part in parts.items()}
+        shared = {key: value for key, value in defaults.items() if group == "domains" or key in Suite.model_fields}
+        values[group] = {name: {**shared, **part} for name, part in parts.items()}
     try:
         return Benchmark.model_validate({"root": root, **values}), origin
     except ValidationError as error:

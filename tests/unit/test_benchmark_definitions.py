@@ -37,6 +37,14 @@ def test_a_runs_stored_config_leaves_open_what_was_left_open(dcl):
     assert epochs(with_published_epochs(again, load_benchmark(again))) == [1, 3, 1, 2, 1]
 
 
+def test_defaults_of_domains_alone_do_not_reach_suites(dcl):
+    files = "domains: {A: {train: RS/train.json, test: RS/test.json}}, suites: {general: {test: RS/test.json}}"
+    config = dcl(f"benchmark={{name: own, defaults: {{epochs: 2, scorer: exact}}, {files}}}")[1]
+    benchmark = load_benchmark(config)
+    assert benchmark.domains["A"].epochs == 2
+    assert {part.scorer for part in (benchmark.domains["A"], benchmark.suites["general"])} == {"exact"}
+
+
 def test_a_run_may_take_a_benchmark_with_other_defaults(tmp_path):
     MINIATURES["ucit"](tmp_path)
     overrides = [f"data_root={tmp_path}"]
