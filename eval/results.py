@@ -118,7 +118,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
     metrics = dict(ScoreMatrix(matrix, zero_shot=zero_shot).metrics())
     metrics["general_retention"] = general_retention(general[suites[0]]) if suites else None
     record = run.record
-    blind = {name: blind_graded(benchmark, name, config) for name in domains}
+    blind, blind_per_type = _blind(run, benchmark, config, domains)
     last = {}
     if run.finished_units:
         folder = run.folder(run.finished_units[-1])
@@ -133,7 +133,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         seed=record["config"]["seed"],
         score_matrix=matrix,
         zero_shot=zero_shot,
-        blind=[percent for _, percent in blind.values()],
+        blind=blind,
         general=general,
         metrics=metrics,
         wall_seconds=run.seconds_by_kind(),
@@ -141,7 +141,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         questions=_counts(run),
         environment=environment(),
         per_type=_typed(benchmark, scores),
-        blind_per_type=_typed(benchmark, {name: each for name, (each, _) in blind.items()}),
+        blind_per_type=blind_per_type,
         errors={name: found for name, rows in last.items() if (found := errors_of(rows, benchmark.graded(name)))},
         strict={name: percent for name, rows in last.items() if (percent := strict_percent(rows)) is not None},
         grading={name: _grading(benchmark, run, name) for name in [*domains, *suites]},
@@ -171,6 +171,19 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
         else:
             found.update({f"{name}.train.{key}": value for name, value in values.items()})
     return found
+
+
+def _blind(
+    run: RunDir, benchmark: Benchmark, config: RunConfig, domains: list[str]
+) -> tuple[list[float | None], dict[str, dict[str, float]]]:
+    """Blind scores, and those by question type; as they were before where training records are gone."""
+    before = files.read_json(run.results) if run.results.is_file() else {}
+    percents = dict(zip(before.get("domains", ()), before.get("blind", ()), strict=False))
+    typed = dict(before.get("blind_per_type", {}))
+    for name in filter(benchmark.has_training, domains):
+        scores, percents[name] = blind_graded(benchmark, name, config)
+        typed |= {name: {}, **_typed(benchmark, {name: scores})}
+    return [percents.get(name) for name in domains], {name: typed[name] for name in domains if typed.get(name)}
 
 
 def _typed(benchmark: Benchmark, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

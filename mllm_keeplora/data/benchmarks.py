@@ -79,6 +79,10 @@ class Benchmark(BaseModel):
     root: Path = Path()
     split: Literal["test", "validation"] = "test"
 
+    def has_training(self, domain: str) -> bool:
+        """Whether a domain's training records are there; an evaluation does without them."""
+        return (self.root / self.domains[domain].train).exists()
+
     def train_records(self, domain: str) -> Records:
         part = self.domains[domain]
         path = self._existing(domain, "training", part.train)

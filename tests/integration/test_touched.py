@@ -40,6 +40,19 @@ def stripped(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in content(folder).items() if name != ".lock"}
 
 
+def test_a_run_is_asked_again_where_its_training_records_are_gone(copy, data, command):
+    """What is answered blindly comes from them, and stays as it was measured."""
+    before = results(copy)
+    assert None not in before["blind"]
+    for name in ("Alpha", "Beta"):
+        (data / name / "train.json").unlink()
+    for words in (["eval", copy, "--domains", "Beta"], ["rescore", copy], ["report", copy]):
+        assert command(*words).code == 0, words
+        assert {key: results(copy)[key] for key in ("blind", "blind_per_type", "score_matrix")} == {
+            key: before[key] for key in ("blind", "blind_per_type", "score_matrix")
+        }
+
+
 def test_a_set_whose_gold_answers_have_changed_is_not_asked_again(copy, data, command):
     before = stripped(copy)
     change_gold(data)
