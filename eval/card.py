@@ -61,7 +61,8 @@ def _scores(saved: SavedRun, after: int) -> dict[str, float]:
     if not path.is_file():
         return {}
     results = files.read_json(path)
-    row = results["score_matrix"][after - 1] if after else results["zero_shot"]
+    learnt = sum(len(unit.domains) for unit in saved.run.units[:after])
+    row = results["score_matrix"][learnt - 1] if after else results["zero_shot"]
     found = dict(zip(results["domains"], row, strict=False))
     found |= {name: values[after] for name, values in results["general"].items() if after < len(values)}
     return {name: value for name, value in found.items() if value is not None}

@@ -89,7 +89,7 @@ def question_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
         asked = [turn for turn in draft.turns if turn.role != "assistant"]
         if len(draft.turns) - len(asked) != 1:
             raise Fault(f"a test record asks one question, this one asks {len(draft.turns) - len(asked)}")
-        return Draft(draft.id, tuple(asked), draft.images, draft.turns[-1].text, str(row.get("type", "")))
+        return Draft(draft.id, tuple(asked), draft.images, draft.turns[-1].text, _kind(row))
     if not isinstance(row["text"], str):
         raise Fault(f"text must be a str, got {row['text']!r}; keys are {sorted(row)}")
     answer = row.get("answer", row.get("answer_bbox"))
@@ -102,7 +102,12 @@ def question_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
     if not _identifier(row):
         raise Fault("question_id is missing")
     _refuse_other_media(row)
-    return Draft(_identifier(row), (Turn("user", row["text"]),), tuple(_images(row)), answer, str(row.get("type", "")))
+    return Draft(_identifier(row), (Turn("user", row["text"]),), tuple(_images(row)), answer, _kind(row))
+
+
+def _kind(row: dict) -> str:
+    """What a question is of its set: `type`, or `task` (CV-Bench)."""
+    return str(row.get("type", row.get("task", "")))
 
 
 def _object(row: Any) -> dict:

@@ -12,6 +12,7 @@ from mllm_keeplora.report.view import METRICS, NOT_MEASURED, metric_text, score_
 Table = tuple[list[str], list[list[str]]]
 LATEX_SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
                  "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+                 "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}",
                  "±": r"$\pm$", "−": r"$-$", "–": "--"}  # fmt: skip
 
 
@@ -52,10 +53,10 @@ def grading_table(results: Mapping[str, Any]) -> Table:
     for name, told in grading.items():
         suffix = told.get("prompt_suffix") or ""
         if isinstance(suffix, Mapping):
-            suffix = "; ".join(f"gold {golds}:{text}" for golds, text in suffix.items())
+            suffix = "; ".join(f"gold {golds}: {text.strip()}" for golds, text in suffix.items())
         cells = [told.get(key) for key in ("image_mode", "max_new_tokens", "batch_size", "dtype")]
         texts = (NOT_MEASURED if cell is None else str(cell) for cell in cells)
-        rows.append([name, told.get("scorer", NOT_MEASURED), suffix.strip() or NOT_MEASURED, *texts])
+        rows.append([name, told.get("scorer", NOT_MEASURED), " ".join(suffix.split()) or NOT_MEASURED, *texts])
     return heads, rows
 
 

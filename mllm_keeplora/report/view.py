@@ -33,11 +33,15 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the score sheet; `stage` is the index of the domain just trained, None for a reference row."""
+    """One line of the score sheet; `stage` is the index of the domain just trained, None for a reference row.
+
+    `is_union`: all domains were trained at once.
+    """
 
     label: str
     scores: tuple[Score, ...]
     stage: int | None = None
+    is_union: bool = False
 
     @property
     def is_measured(self) -> bool:
@@ -49,7 +53,7 @@ class Row:
             return "reference"
         if column >= num_domains:
             return "general"
-        return "learned" if column == self.stage else "seen" if column < self.stage else "unseen"
+        return "learned" if column == self.stage or self.is_union else "seen" if column < self.stage else "unseen"
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def score_sheet(results: Mapping[str, Any]) -> Sheet:
             "after all" if is_joint and i == num_domains - 1 else f"after {domain}",
             matrix[i] + tuple(series[i + 1] for series in general),
             stage=i,
+            is_union=is_joint and i == num_domains - 1,
         )
         for i, domain in enumerate(domains)
     )

@@ -11,7 +11,8 @@ import pytest
 
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.saved import evaluate
+from mllm_keeplora.eval.card import model_card
+from mllm_keeplora.eval.saved import evaluate, load_run
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.sequence import run_sequence
 from tests.integration.processes import artefacts, differing, results, run_in_child, stages
@@ -241,6 +242,11 @@ def joint(settings, tmp_path_factory) -> Path:
     values["strategy"] = {"name": "joint", "rank": 4, "alpha": 8}
     assert run_in_child(values) == 0
     return output
+
+
+def test_the_card_of_an_exported_joint_run_has_the_scores_of_every_domain(joint):
+    card = model_card(load_run(joint), 1, "weights", "transformers")
+    assert all(f"| {name} |" in card for name in ("Alpha", "Beta", "general"))
 
 
 def test_joint_training_is_one_unit_and_fills_the_last_row(joint):

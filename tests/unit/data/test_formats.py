@@ -199,3 +199,9 @@ def test_what_cannot_be_understood_is_said(name):
 def test_a_graded_record_asks_one_question():
     with pytest.raises(Fault, match="asks one question, this one asks 2"):
         test_draft({"id": "1", "messages": [*MARKED, {"role": "user", "content": "And?"}, MARKED[1]], "images": ["1"]})
+
+
+@pytest.mark.parametrize("key", ["type", "task"])
+def test_a_question_says_what_kind_it_is(key):
+    row = {"question_id": "1", "image": "a.png", "text": "How many?", "answer": "3", key: "Count"}
+    assert test_draft(row).kind == "Count"

@@ -38,7 +38,7 @@ def test_markdown_keeps_its_columns():
 def test_latex_escapes_what_it_would_take_for_commands():
     text = as_latex(TABLE)
     assert r"KeepLoRA\_v1 \& co & 86.0 $\pm$0.1 & $-$2.5 \\" in text
-    assert r"50 \% | \{x\} & -- &" in text
+    assert r"50 \% \textbar{} \{x\} & -- &" in text
     assert text.startswith(r"\begin{tabular}{lrr}") and text.rstrip().endswith(r"\end{tabular}")
 
 

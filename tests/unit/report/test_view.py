@@ -34,6 +34,7 @@ def test_the_only_row_of_joint_training_is_not_named_after_one_domain(results):
     results["general"] = {"general": [82.4, 78.6]}
     stages = view.score_sheet(results).stages
     assert stages[-1].label == "after all"
+    assert {stages[-1].phase(column, 3) for column in range(3)} == {"learned"}
     assert [row.scores[-1] for row in stages] == [None, None, None, None, 78.6]
     assert [row.is_measured for row in stages] == [False, False, False, False, True]
 
