@@ -69,3 +69,10 @@ def test_processes_without_a_picture_keep_step_with_those_that_have_one(settings
     one, two = map(load_run, runs)
     found, wanted, before = (logits(saved, strategy, after) for saved, after in ((two, 2), (one, 2), (one, 0)))
     assert (found - wanted).norm() < 1e-3 * (wanted - before).norm()
+
+
+@pytest.mark.slow
+def test_a_domain_of_text_alone_is_learnt_under_zero3(settings, data, tmp_path):
+    values = settings(tmp_path / "run", ("Alpha", "Gamma"), benchmark=tiny_benchmark(data), eval={"limit": 2})
+    ends = run_on_two({**values, "deepspeed": "zero3"}, tmp_path)
+    assert [(end.code, end.err[-4000:] if end.code else "") for end in ends] == [(0, "")] * 2
