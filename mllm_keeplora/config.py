@@ -213,8 +213,18 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class StrictDumper(yaml.SafeDumper):
+    """Quotes what `StrictLoader` would read as something else."""
+
+
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+for _each in (StrictLoader, StrictDumper):
+    _each.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def as_yaml(values: Any) -> str:
+    """YAML that `read_yaml` reads as the same."""
+    return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mllm_keeplora import distributed, files
 from mllm_keeplora.check import Checked
-from mllm_keeplora.config import RunConfig, flatten, result_defining
+from mllm_keeplora.config import EXPONENT, RunConfig, as_yaml, flatten, read_yaml, result_defining
 from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError
@@ -60,7 +58,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
                 _copy_state(source, run, after, names)
         run.create(record)
     if distributed.is_main():
-        files.write_text(run.config, yaml.safe_dump(config.resolved(), sort_keys=False))
+        files.write_text(run.config, as_yaml(config.resolved()))
         files.remove_leftovers(run.path)
     return run
 
@@ -96,8 +94,15 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
 
 
 def _recorded(record: dict[str, Any]) -> dict[str, Any]:
-    """The comparable keys of a record; a key that came later has the value that everything had before it."""
-    return {"eval.split": "test", **record["config"]}
+    """The comparable keys of a record; a key that came later has the value that everything had before it.
+
+    An option that a YAML has as 1e5 was kept as a string once.
+    """
+    stored = {"eval.split": "test", **record["config"]}
+    for key, value in stored.items():
+        if key.startswith("strategy.") and isinstance(value, str) and EXPONENT.match(value):
+            stored[key] = float(value)
+    return stored
 
 
 def _domain(config: RunConfig, benchmark: Benchmark, name: str) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
 def _note_runtime_changes(run: RunDir, config: RunConfig) -> None:
     if not run.config.is_file():
         return
-    before = flatten(yaml.safe_load(run.config.read_text(encoding="utf-8")))
+    before = flatten(read_yaml(run.config))
     defining = config.result_defining()
     for line in differences(before, flatten(config.resolved()), "before"):
         if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):

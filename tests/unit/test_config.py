@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.config import flatten, load_config, parse_config, result_defining, shipped
+from mllm_keeplora.config import as_yaml, flatten, load_config, parse_config, read_yaml, result_defining, shipped
 from mllm_keeplora.errors import UserError, known, several
 
 LEAST = {"name": "x", "base": {"model": "b"}, "benchmark": "m", "strategy": {"name": "keeplora"}}
@@ -113,6 +113,13 @@ def test_exponents_without_a_point_are_numbers_wherever_they_stand(tmp_path):
     config = load_config(path)
     assert config.train.args == {"adam_epsilon": 1e-6, "adam_beta1": 0.9, "note": "e-6"} and config.name == "1e5_steps"
     assert load_config(path, ["train.args={adam_epsilon: 1e-8}"]).train.args == {"adam_epsilon": 1e-8}
+
+
+def test_what_is_written_is_read_as_the_same(tmp_path):
+    values = {"name": "1e5", "rate": 1e-6, "small": 1e-05, "note": "e-6", "version": "1.0", "on": "yes", "umlaut": "ä"}
+    path = tmp_path / "some.yaml"
+    path.write_text(as_yaml(values), encoding="utf-8")
+    assert read_yaml(path) == values
 
 
 def test_the_last_of_two_overrides_wins(tmp_path):
