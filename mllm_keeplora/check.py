@@ -114,8 +114,8 @@ def check_run(
             rank, world = share
             prompt = collect(lambda: _prompt(config, location)) if location is not None else None
             new = [{n: records for n, records in sets.items() if n not in seen} for sets in (trained, graded)]
-            if rank == 0:  # over whole sets: a share may be of one kind
-                faults += mixed_faults(*new, prompt, stage, _joins_domains(strategy))
+            if rank == 0:  # over all sets, whole: engines change, domains are appended, a share may be of one kind
+                faults += mixed_faults(trained, graded, prompt, stage, _joins_domains(strategy))
             own = [{n: records[rank::world] for n, records in sets.items()} for sets in new]
             _look_inside(config, benchmark, prompt, *own, faults, collect)
     if strategy is not None:

@@ -109,9 +109,9 @@ def mixed_faults(
     alike = type(getattr(prompt, "processor", None)).__name__ in ALIKE_ONLY
     if not alike and stage != 3:
         return
-    sets = {**trained, **{f"test of {name}": records for name, records in graded.items()}}
+    sets: dict[str, Iterable[Record]] = {**trained, **{f"test of {name}": each for name, each in graded.items()}}
     if joined:
-        sets["all domains together"] = list(chain.from_iterable(trained.values()))
+        sets["all domains together"] = chain.from_iterable(trained.values())
     for name, records in sets.items():
         kinds = {bool(record.media): record.origin for record in records}
         if len(kinds) == 2:

@@ -18,7 +18,7 @@ from mllm_keeplora import files
 from mllm_keeplora.data.formats import Draft
 from mllm_keeplora.data.schema import Media, Record, Turn
 
-VERSION = 1  # of the stored form; another one is made anew
+VERSION = 2  # of the stored form; another one is made anew
 BATCH = 1000  # rows written at once
 WAITING = 1 << 26  # bytes of pictures that wait to be written, at most
 
