@@ -15,6 +15,7 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.hooks import removed_afterwards
 from mllm_keeplora.models.parts import Parts
 from mllm_keeplora.strategies import Strategy, StrategyOptions
+from mllm_keeplora.strategies.gpm import GPM
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,8 @@ def estimate(
         "prepare": {**common, "decomposition": decomposition},
         "gradient": {**common, "graph": graph(probe, 0), "sketches": _sketches(options, layers),
                      "layer inputs": min(item, 2) * tokens * probe * sum(traced.input_widths)},
-        "train": {**common, "graph": graph(micro, _rank(options)), "branch and optimizer": states},
+        "train": {**common, **(kept if _at_hand(strategy) else {}), "graph": graph(micro, _rank(options)),
+                  "branch and optimizer": states},
         "consolidate": {**common, "moments": _moments(options, traced.input_widths, 4 if on_gpu else 8),
                         "decomposition": decomposition, "forward": forward * probe},
         "evaluate": {**common, "keys and values": cache * asked, "forward": forward * asked},
@@ -118,6 +120,11 @@ def _rank(options: StrategyOptions) -> int:
 def _keeps_features(options: StrategyOptions) -> bool:
     """Whether kept bases grow by the inputs of layers; GainLoRA does what its base method does."""
     return hasattr(options, "feature_samples") or hasattr(options, "base_options")
+
+
+def _at_hand(strategy: Strategy) -> bool:
+    """Whether kept bases are beside the parameters while these train."""
+    return any(isinstance(each, GPM) for each in (strategy, getattr(strategy, "base", None)))
 
 
 def _past(

@@ -73,6 +73,7 @@ class GPM(Strategy):
                 parameter.grad.copy_(kept.residual(parameter.grad))
 
     def after_domain(self, context: Context) -> None:
+        self._kept = {}
         grow_kept(context, self.options)
 
 
