@@ -109,7 +109,7 @@ def collect_mean_gradients(
             accumulator.count_samples(batch["labels"].shape[0])
     by_any = {name for share in distributed.gather(sorted(reached)) for name in share}
     _refuse_missing(layers.keys() - by_any - {*passed_over}, "received no gradient")
-    return {name: _over_processes(each) if name in by_any else each for name, each in gradients.items()}
+    return {name: _over_processes(each) for name, each in gradients.items()}
 
 
 def shared_inputs(model: Any, layers: dict[str, Any], batch: dict) -> list[list[str]]:

@@ -26,7 +26,7 @@ def split_at_break_even(past: Factors) -> tuple[Factors, dict[str, Tensor]]:
 
 
 class DenseDeltas:
-    """Adds x delta^T, formed in float32, to the output of linear layers until it is removed.
+    """Adds x delta^T, a float32 product, to the output of linear layers until it is removed.
 
     Args:
         model: the base model, not wrapped.

@@ -27,8 +27,9 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any], pad: int) -> dic
     """Two batches of model inputs as one, the shorter conversations filled up on the right.
 
     Args:
-        first, second: from the same collator; what is told of each token (b, t, ...) is filled up, the rest (pictures)
-            is put one after the other, smaller ones filled up with zeros, as processors do within a batch.
+        first, second: from the same collator; what is told of each token (b, t, ...) is filled up, and zero where only
+            one batch has it; the rest (pictures) is put one after the other, smaller ones filled up with zeros, as
+            processors do within a batch.
         pad: token id to fill up with; nothing of it is attended to or carries loss.
 
     Raises:
@@ -41,9 +42,17 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any], pad: int) -> dic
     fillings = {"input_ids": pad, "labels": -100, "attention_mask": 0}
     whole = {}
     for name in dict.fromkeys([*first, *second]):
-        own = [(batch[name], shape) for batch, shape in zip((first, second), tokens, strict=True) if name in batch]
+        own = [batch.get(name) for batch in (first, second)]
+        given = next(each for each in own if each is not None)
+        if any(each is not None and each.shape[:2] == shape for each, shape in zip(own, tokens, strict=True)):
+            own = [
+                given.new_zeros(*shape, *given.shape[2:]) if each is None else each
+                for each, shape in zip(own, tokens, strict=True)
+            ]
         parts = [
-            _lengthened(each, longest, fillings.get(name)) if each.shape[:2] == shape else each for each, shape in own
+            _lengthened(each, longest, fillings.get(name)) if each.shape[:2] == shape else each
+            for each, shape in zip(own, tokens, strict=True)
+            if each is not None
         ]
         if len({part.ndim for part in parts}) > 1:
             raise ValueError(f"{name} of shapes {[tuple(part.shape) for part in parts]} do not fit into one batch")

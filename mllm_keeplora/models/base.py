@@ -175,7 +175,7 @@ def load_base(
 
 
 def _onto_gpu(model: Any, config: BaseConfig) -> None:
-    """Where there is one; branches, which are float32, then run in TF32 beside a base in half precision."""
+    """Where there is one. Beside a base in half precision float32 products, those of branches, are TF32 there."""
     import torch
 
     from mllm_keeplora import distributed

@@ -195,9 +195,13 @@ class KeepLoRA(Strategy):
     def _tell_of_exhaustion(self, context: Context, facts: dict[str, dict]) -> None:
         """Layers with fewer free directions than the rank learn with those; without any they stay as they are.
 
+        Nothing is said of layers without a gradient, such as a projector's in a domain of text alone.
+
         Raises:
             UserError: no layer has a direction left, or one has too few and `on_exhaustion` is `error`.
         """
+        shares = ("protected", "captured", "discarded")
+        facts = {layer: fact for layer, fact in facts.items() if any(fact[share] for share in shares)}
         ranks, wanted = {layer: fact["rank"] for layer, fact in facts.items()}, self.options.rank
         advice = "lower strategy.energy_features or strategy.energy_weights"
         if not any(ranks.values()):

@@ -79,7 +79,6 @@ class RunContext:
         self.seed = seed
         self.share = (distributed.rank(), distributed.world_size())  # this process's of a draw: see `micro_batch`
         self.full_batch = max(1, len(records))  # records of a whole optimizer step: the training says how many
-        self._earlier: dict[int, Sequence[Record]] = {}
         self.tokens_each: Tensor | None = None  # mean answer tokens of a step's micro-batches: the training says
         self.answering: Mixer | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -101,10 +100,7 @@ class RunContext:
         return self.base.parts.depth(layer)
 
     def shared_inputs(self) -> list[list[str]]:
-        text = Record("shared inputs", (), (Turn("user", "?"), Turn("assistant", "!")))
-        device = next(self.branches.base.parameters()).device
-        batch = {key: value.to(device) for key, value in self.collator([text]).items()}
-        groups = shared_inputs(self.branches.model, self._modules(), batch)
+        groups = self._reached_by_text()
         reached = {layer for group in groups for layer in group}
         return groups + [[layer] for layer in self.target_layers if layer not in reached]
 
@@ -120,15 +116,15 @@ class RunContext:
             records = [record.first_exchange() for name in of for record in self.sources.anchors(name)]
             plan = plan.of_questions()
         batches = self._pass(records, samples, "anchors" if of else "features")
-        unseen = self.base.parts.projector_layers  # where no record has a picture
-        return collect_moments(self.branches.model, self._modules(layers), batches, plan, unseen)
+        idle = self._idle_layers(records, samples)
+        return collect_moments(self.branches.model, self._modules(layers), batches, plan, idle)
 
     def collect_weight_gradients(
         self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS
     ) -> dict[str, GradientAccumulator | GradientSketch]:
         batches = self._pass(self.records, samples, "gradient")
-        unseen = self.base.parts.projector_layers
-        return collect_mean_gradients(self.branches.model, self._modules(), batches, plan, unseen)
+        idle = self._idle_layers(self.records, samples)
+        return collect_mean_gradients(self.branches.model, self._modules(), batches, plan, idle)
 
     def forget(self, layer: str, columns: Sequence[int]) -> None:
         if layer in self.forgotten:
@@ -172,7 +168,7 @@ class RunContext:
             self.share = whole
 
     def batch_of(self, references: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        records = [self._of_domain(domain)[index] for domain, index in references]
+        records = [self.of_domain(domain)[index] for domain, index in references]
         device = next(self.branches.base.parameters()).device
         return {key: value.to(device) for key, value in self.collator(records).items()}
 
@@ -252,6 +248,20 @@ class RunContext:
         chosen = self.target_layers if layers is None else layers
         return {layer: self.branches.base.get_submodule(layer) for layer in chosen}
 
+    def _reached_by_text(self) -> list[list[str]]:
+        """Target layers that a conversation without pictures reaches, grouped by their input."""
+        text = Record("a text", (), (Turn("user", "?"), Turn("assistant", "!")))
+        device = next(self.branches.base.parameters()).device
+        batch = {key: value.to(device) for key, value in self.collator([text]).items()}
+        return shared_inputs(self.branches.model, self._modules(), batch)
+
+    def _idle_layers(self, records: Sequence[Record], samples: int | float) -> list[str]:
+        """Target layers, such as a projector's, that a pass does not reach as none of its records has a picture."""
+        if any(record.media for record in self._chosen(records, samples)):
+            return []
+        reached = {layer for group in self._reached_by_text() for layer in group}
+        return [layer for layer in self.target_layers if layer not in reached]
+
     def _pass(self, records: Sequence[Record], samples: int | float, title: str) -> Iterator[dict]:
         """Model inputs over evenly spaced records; each process takes its share."""
         chosen = self._chosen(records, samples)
@@ -264,12 +274,9 @@ class RunContext:
         is_share = samples < 1 or (samples == 1 and isinstance(samples, float))
         return evenly_spaced(records, max(1, round(samples * len(records))) if is_share else int(samples))
 
-    def _of_domain(self, index: int) -> Sequence[Record]:
-        if index == self.domain.index:
-            return self.records
-        if index not in self._earlier:  # else the file is read again for every record
-            self._earlier[index] = self.sources.trained(self.sources.names[index])
-        return self._earlier[index]
+    def of_domain(self, index: int) -> Sequence[Record]:
+        """Training records of a domain that is or was learnt, by its place."""
+        return self.records if index == self.domain.index else self.sources.domain(index)
 
     def _gradients(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """Gradient of the summed loss over the answers' tokens by trained parameter, and how many tokens they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -79,18 +79,22 @@ def release_from_engine(model: Any) -> None:
 
 
 @contextmanager
-def exact_afterwards(branches: Adapters) -> Iterator[None]:
-    """For the block that destroys an engine: afterwards low-rank factors have the float32 values that it trained.
+def exact_afterwards(branches: Adapters, dtypes: Mapping[str, Any]) -> Iterator[None]:
+    """For the block that destroys an engine in half precision, which ran everything in it, rounded.
 
-    In half precision the model runs with rounded copies of those. Parameters that ZeRO-3 divides keep these, and those
-    of a projector trained in full, which is in half precision itself.
+    Afterwards all parameters have their dtype of before, and those of float32 that were trained the values that were.
+    What ZeRO-3 divides stays as it is.
+
+    Args:
+        branches: of the base that was trained.
+        dtypes: of its parameters before the engine, by name.
     """
-    trained = [each for name, each in branches.trainable().items() if not branches.is_full(name)]
-    halves = [each for each in trained if each.element_size() == 2 and hasattr(each, "_hp_mapping")]
-    exact = list(map(_float32_of, halves))
+    named = {name: each for name, each in branches.model.named_parameters() if not hasattr(each, "ds_id")}
+    changed = {name: each for name, each in named.items() if each.dtype != dtypes[name]}
+    exact = {name: _float32_of(each) for name, each in changed.items() if hasattr(each, "_hp_mapping")}
     yield
-    for parameter, values in zip(halves, exact, strict=True):
-        parameter.data = values.to(parameter.device)
+    for name, parameter in changed.items():
+        parameter.data = exact.get(name, parameter.data).to(parameter.device, dtypes[name])
 
 
 def _float32_of(parameter: Any) -> Any:

@@ -5,14 +5,14 @@ Only the parameters that the adapters declare are trained, saved in checkpoints 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mllm_keeplora import distributed, files, watch
 from mllm_keeplora.config import TrainConfig
@@ -25,6 +25,7 @@ from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import exact_afterwards, release_from_engine
 from mllm_keeplora.training.order import Collator, FilledSampler, Records
+from mllm_keeplora.training.reporter import Reporter
 from mllm_keeplora.training.state import COMPLETE, last_checkpoint, read_training_state, write_training_state
 
 WEIGHTS, STATE = "trained.safetensors", "strategy.safetensors"
@@ -63,7 +64,7 @@ def fit_domain(
         model=branches.model,
         args=arguments,
         train_dataset=Records(context.records),
-        data_collator=Collator(context.collator, context.records, pictured=bool(arguments.deepspeed)),
+        data_collator=Collator(context.collator),
         compute_loss_func=answer_loss,
     )
     trainer.lr_full = settings.lr_projector
@@ -83,7 +84,7 @@ def fit_domain(
         "loss": outcome.training_loss,
         "trained_parameters": sum(parameter.numel() for parameter in branches.trainable().values()),
     }
-    with exact_afterwards(branches):
+    with exact_afterwards(branches, trainer.dtypes):
         trainer.accelerator.free_memory()
         release_from_engine(branches.model)
     if settings.gradient_checkpointing:
@@ -160,6 +161,7 @@ class DomainTrainer(Trainer):
         self.context = context
         self.identity = identity
         self.lr_full: float | None = None
+        self.dtypes = {name: parameter.dtype for name, parameter in context.branches.model.named_parameters()}
         self.looked_at = 0  # micro-batches of this optimizer step whose loss is computed
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -204,11 +206,31 @@ class DomainTrainer(Trainer):
         taken = list(itertools.islice(epoch_iterator, num_batches))
         for number, batch in enumerate(taken):
             with self.context.micro_batch(number, len(taken)):
-                taken[number] = self.strategy.batch(self.context, batch)
+                taken[number] = self._pictured(self.strategy.batch(self.context, batch))
         self.looked_at = 0
         count = self._get_num_items_in_batch(taken, device)  # of all processes
         self.context.tokens_each = count / (len(taken) * distributed.world_size()) if taken else None
         return taken, count
+
+    def _pictured(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Under DeepSpeed, a batch with a picture: where it has none, an idle record that has one is joined to it.
+
+        ZeRO-2 sums gradients in the order in which a process's parameters receive theirs, so that a projector must be
+        reached in each. Batches of a sequence without pictures are left as they are.
+        """
+        if self.args.deepspeed is None or "pixel_values" in batch or self.idle_picture is None:
+            return batch
+        return self.context.joined(batch, self.idle_picture)
+
+    @cached_property
+    def idle_picture(self) -> dict[str, torch.Tensor] | None:
+        """Model inputs of a record with a picture, of this domain or an earlier one, of which nothing is learnt."""
+        context = self.context
+        domains = map(context.of_domain, range(context.domain.index, -1, -1))
+        first = next((record for records in domains for record in records if record.media), None)
+        if first is None:
+            return None
+        return {key: value.to(self.args.device) for key, value in context.collator([first.untrained()]).items()}
 
     def _get_train_sampler(self, train_dataset=None):
         world = distributed.world_size()
@@ -257,42 +279,3 @@ class DomainTrainer(Trainer):
         stored = files.read_tensors(Path(resume_from_checkpoint) / WEIGHTS)
         for name, parameter in self.context.branches.trainable().items():
             assign(parameter, stored[name])
-
-
-class Reporter(TrainerCallback):
-    """Moves the bar, tells the strategy of steps, appends metrics."""
-
-    def __init__(self, context: RunContext, strategy: Strategy, metrics_file: Path, advance):
-        self.context = context
-        self.strategy = strategy
-        self.metrics_file = metrics_file
-        self.advance = advance
-        self.stopped = False
-
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.context.optimizer = optimizer
-        self.context.step = state.global_step
-        self.advance(state.global_step)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if not args.max_grad_norm:  # otherwise the strategy was asked before clipping
-            self.strategy.around_step(self.context, "grad")
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.strategy.around_step(self.context, "post")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.context.step = state.global_step
-        self.advance()
-        if watch.stop_agreed():
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
-            return
-        self.advance(0, note=f"loss {logs['loss']:.3f}")
-        row = {"domain_index": self.context.domain.index, "stage": "train", "optimizer_step": state.global_step, **logs}
-        with contextlib.suppress(KeyError):
-            del row["epoch"]
-        with open(self.metrics_file, "a", encoding="utf-8") as handle:
-            handle.write(files.one_line(row))

@@ -31,24 +31,14 @@ class Collator:
 
     Workers outlive the signals that end a run: a whole process group may be told, and the steps up to the checkpoint
     still need their batches.
-
-    Args:
-        collate: turns records into model inputs.
-        records: of the domain.
-        pictured: put an idle record with a picture behind those of a batch without any. DeepSpeed (ZeRO-2) sums
-            gradients in the order in which a process's parameters receive theirs, so that a projector must be reached
-            in each. Batches of a domain without pictures are left as they are.
     """
 
-    def __init__(self, collate: Callable[[Sequence[Record]], dict], records: Sequence[Record], pictured: bool):
+    def __init__(self, collate: Callable[[Sequence[Record]], dict]):
         self.collate = collate
-        self.idle = next((record.untrained() for record in records if record.media), None) if pictured else None
 
     def __call__(self, records: Sequence[Record]) -> dict:
         if get_worker_info() is not None:
             watch.ignore_endings()
-        if self.idle is not None and not any(record.media for record in records):
-            records = [*records, self.idle]
         return self.collate(records)
 
 

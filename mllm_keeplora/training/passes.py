@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mllm_keeplora import distributed, watch
@@ -27,6 +27,13 @@ class Sources:
     anchors: Callable[[str], Sequence[Record]] | None = None
     trained: Callable[[str], Sequence[Record]] | None = None
     names: Sequence[str] = ()
+    read: dict[int, Sequence[Record]] = field(default_factory=dict)  # else a file is read again for every record
+
+    def domain(self, index: int) -> Sequence[Record]:
+        """Training records of a domain by its place."""
+        if index not in self.read:
+            self.read[index] = self.trained(self.names[index])
+        return self.read[index]
 
 
 def own_batches(model: Any, collator: TrainCollator, records: Sequence[Record], size: int) -> Iterator[dict]:

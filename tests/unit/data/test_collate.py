@@ -24,3 +24,16 @@ def test_smaller_pictures_are_filled_up_and_other_inputs_refused(base, tiny_reco
     assert not found[2:, ..., -1].any()
     with pytest.raises(ValueError, match="pixel_values of shapes"):
         joined(batch, {**batch, "pixel_values": batch["pixel_values"][0]}, 0)
+
+
+def test_what_only_one_batch_tells_of_each_token_is_zero_in_the_other():
+    """As of the kinds of tokens, where only a batch with pictures has some; pictures themselves are not per token."""
+    plain = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "labels": torch.ones(2, 3, dtype=torch.int64)}
+    seeing = {
+        "input_ids": torch.full((1, 5), 7), "labels": torch.full((1, 5), 7),
+        "kinds": torch.ones(1, 5, dtype=torch.int64), "pixel_values": torch.ones(1, 3, 4, 4),
+    }  # fmt: skip
+    for first, second, rows in ((plain, seeing, [0, 0, 1]), (seeing, plain, [1, 0, 0])):
+        whole = joined(first, second, pad=0)
+        assert whole["kinds"].tolist() == [[row] * 5 for row in rows]
+        assert whole["pixel_values"].shape == (1, 3, 4, 4) and whole["input_ids"].shape == (3, 5)
