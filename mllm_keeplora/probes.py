@@ -65,7 +65,7 @@ def collect_moments(
     for group in [*groups, *((name,) for name in layers if name not in seen)]:
         layer = layers[group[0]]
         shared = moments.get(group[0]) or make(layer.in_features, device=layer.weight.device)
-        moments.update(dict.fromkeys(group, _over_processes(shared) if group in groups else shared))
+        moments.update(dict.fromkeys(group, _over_processes(shared)))
     return {name: moments[name] for name in layers}
 
 

@@ -42,16 +42,13 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any], pad: int) -> dic
     fillings = {"input_ids": pad, "labels": -100, "attention_mask": 0}
     whole = {}
     for name in dict.fromkeys([*first, *second]):
-        own = [batch.get(name) for batch in (first, second)]
-        given = next(each for each in own if each is not None)
-        if any(each is not None and each.shape[:2] == shape for each, shape in zip(own, tokens, strict=True)):
-            own = [
-                given.new_zeros(*shape, *given.shape[2:]) if each is None else each
-                for each, shape in zip(own, tokens, strict=True)
-            ]
+        own = [(batch.get(name), shape) for batch, shape in zip((first, second), tokens, strict=True)]
+        if any(each is not None and each.shape[:2] == shape for each, shape in own):
+            given = next(each for each, _ in own if each is not None)
+            own = [(given.new_zeros(*s, *given.shape[2:]) if each is None else each, s) for each, s in own]
         parts = [
             _lengthened(each, longest, fillings.get(name)) if each.shape[:2] == shape else each
-            for each, shape in zip(own, tokens, strict=True)
+            for each, shape in own
             if each is not None
         ]
         if len({part.ndim for part in parts}) > 1:
