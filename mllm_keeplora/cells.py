@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,12 @@ from queue import SimpleQueue
 from typing import Any
 
 from mllm_keeplora.config import RunConfig, load_config, parse_config, read_yaml
-from mllm_keeplora.errors import FAILED, STOPPED, UserError
+from mllm_keeplora.errors import STOPPED
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.log import log
+
+# A run that a signal ended, before or after it could see to it: it is not at fault, and goes on later.
+INTERRUPTED = {STOPPED, *(code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number))}
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,18 @@ class Runner:
         self.jobs = jobs or max(1, len(devices))
         self.threads = max(1, (os.cpu_count() or 1) // self.jobs)
         self.processes: set[subprocess.Popen] = set()
-        self.over = False  # a run was stopped or refused: no other is started
+        self.over = False  # a run was stopped: no other is started
         self.places: SimpleQueue[dict[str, str]] = SimpleQueue()  # what the environment of a run adds
         for index in range(self.jobs):
             self.places.put({"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]} if devices else {})
 
     def run(self, cells: Sequence[Cell], title: str) -> list[Results | None]:
-        """Results of every cell in order; None where a run failed by itself. What is finished is not run again.
+        """Results of every cell in order; None where a run failed, of whatever. What is finished is not run again.
+
+        A failure is told when it happens, and the others go on: what one run met (a full GPU, a strategy's refusal, a
+        file system that was away for a moment) need not be what the next one meets.
 
         Raises:
-            UserError: a run could not be started or was ended from outside; the others are ended too.
             KeyboardInterrupt: this process or a run was told to stop; all are stopped, and may be continued.
         """
         done = {cell: results for cell in cells if (results := cell.results()) is not None}
@@ -76,8 +81,9 @@ class Runner:
         pool = ThreadPoolExecutor(self.jobs)
         try:
             with _terminated_like_interrupted():
-                for cell, results in zip(todo, pool.map(self._start(told, started), todo), strict=True):
-                    done[cell] = results
+                futures = {pool.submit(self._run_one, cell, told, started): cell for cell in todo}
+                for future in as_completed(futures):
+                    done[futures[future]] = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # first, or a free worker would start the next run
             for process in list(self.processes):
@@ -87,24 +93,19 @@ class Runner:
             pool.shutdown()
         return [done[cell] for cell in cells]
 
-    def _start(self, told: _Countdown, started: float) -> Callable[[Cell], Results | None]:
-        def run_one(cell: Cell) -> Results | None:
-            own = [f"threads={self.threads}"] if self.jobs > 1 else []
-            command = [sys.executable, "-m", "mllm_keeplora", "run", cell.run, *cell.overrides, *own]
-            if self.over:
-                raise KeyboardInterrupt
-            began = time.monotonic()
-            code = self._process(command, log_of(cell.folder))
-            self.over = self.over or code not in (0, FAILED)
-            if code == STOPPED:
-                raise KeyboardInterrupt
-            if code not in (0, FAILED):
-                raise UserError(f"run {cell.folder} ended with code {code}; see {log_of(cell.folder)}")
-            results = cell.results() if code == 0 else None
-            told(cell, results, time.monotonic() - began, time.monotonic() - started)
-            return results
-
-        return run_one
+    def _run_one(self, cell: Cell, told: _Countdown, started: float) -> Results | None:
+        own = [f"threads={self.threads}"] if self.jobs > 1 else []
+        command = [sys.executable, "-m", "mllm_keeplora", "run", cell.run, *cell.overrides, *own]
+        if self.over:
+            raise KeyboardInterrupt
+        began = time.monotonic()
+        code = self._process(command, log_of(cell.folder))
+        if code in INTERRUPTED:
+            self.over = True
+            raise KeyboardInterrupt
+        results = cell.results() if code == 0 else None
+        told(cell, results, code, time.monotonic() - began, time.monotonic() - started)
+        return results
 
     def _process(self, command: list[str], log_file: Path) -> int:
         """Run a command on a free device, what it says at the end of `log_file`; returns its exit code."""
@@ -128,10 +129,10 @@ class _Countdown:
     def __init__(self, title: str, total: int):
         self.title, self.total, self.ended = title, total, 0
 
-    def __call__(self, cell: Cell, results: Results | None, seconds: float, elapsed: float) -> None:
+    def __call__(self, cell: Cell, results: Results | None, code: int, seconds: float, elapsed: float) -> None:
         self.ended += 1
         left = elapsed / self.ended * (self.total - self.ended)
-        outcome = f"failed, see {log_of(cell.folder)}"
+        outcome = f"failed with code {code}, see {log_of(cell.folder)}: {_last_line(log_of(cell.folder))}"
         if results is not None:
             last, bwt = results.metrics.get("last"), results.metrics.get("bwt")
             outcome = f"Last {_text(last)}, BWT {_text(bwt)}"
@@ -171,6 +172,12 @@ def visible_devices() -> list[str]:
 def log_of(folder: Path) -> Path:
     """Where the process of a cell says what it says."""
     return folder.with_name(f"{folder.name}.log")
+
+
+def _last_line(path: Path) -> str:
+    """What a log ends with; empty if there is none."""
+    lines = path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mllm_keeplora.sweep import SweepConfig
+    from mllm_keeplora.sweep_plan import SweepConfig
 
 
 def sweep(
@@ -28,8 +28,8 @@ def sweep(
         str | None,
         typer.Option(
             metavar="PART",
-            help="for schedulers: tune:K/N, run K of the N to choose from; tune, all of them and the choice; "
-            "final:K/N, run K of the N final ones, after the choice",
+            help="for schedulers: tune:K/N, run K of the N to choose from; further:K/N, one beyond the grid of "
+            "strategy K; tune, all of them and the choice; final:K/N, run K of the N final ones, after the choice",
         ),
     ] = None,
     slurm: Annotated[
@@ -53,13 +53,12 @@ def sweep(
     from mllm_keeplora.errors import UserError
     from mllm_keeplora.log import start_logging
     from mllm_keeplora.report import compare_table
-    from mllm_keeplora.sweep import load_sweep, run_sweep
+    from mllm_keeplora.sweep import run_sweep
     from mllm_keeplora.sweep_jobs import run_part
+    from mllm_keeplora.sweep_plan import load_sweep
 
     if world_size() > 1:
-        raise UserError(
-            "sweep starts its runs by itself; call it without torchrun (each run gets a share of the cores)"
-        )
+        raise UserError("sweep starts its runs by itself; call it without torchrun (each gets a share of the cores)")
     start_logging()
     loaded = load_sweep(config, overrides or [])
     if slurm is not None:

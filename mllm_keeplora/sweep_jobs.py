@@ -14,9 +14,10 @@ from pathlib import Path
 from mllm_keeplora import files
 from mllm_keeplora.cells import Cell, Runner, log_of, visible_devices
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.sweep import SweepConfig, check_sweep, final_cells, tune, tune_cells
+from mllm_keeplora.sweep import check_sweep, nothing_of, tune
+from mllm_keeplora.sweep_plan import SweepConfig, chosen_of, final_cell, further_cell, tune_cells
 
-PART = re.compile(r"(?P<kind>tune|final):(?P<number>[1-9]\d*)/(?P<total>[1-9]\d*)")
+PART = re.compile(r"(?P<kind>tune|further|final):(?P<number>[1-9]\d*)/(?P<total>[1-9]\d*)")
 CHOICE = "tune"  # the part that finishes the tuning and keeps what it chose
 
 
@@ -25,20 +26,25 @@ def run_part(sweep: SweepConfig, part: str, jobs: int | None = None) -> list[str
 
     Args:
         sweep: from `load_sweep`.
-        part: `tune:K/N`, run K of the N runs of the grid; `tune`, whatever of the tuning is not done, and the choice;
+        part: `tune:K/N`, run K of the N runs of the grid; `further:K/N`, the next value beyond the grid of strategy K
+            of N, if its best so far lies at the edge; `tune`, whatever of the tuning is not done, and the choice;
             `final:K/N`, run K of the N final runs of what was chosen. K begins at 1.
         jobs: of `tune`: runs side by side, as in `run_sweep`.
 
     Raises:
-        UserError: the part is none of these, N is not the number of runs, nothing is chosen yet, or the run failed.
+        UserError: the part is none of these, N is not the number of runs, nothing is chosen yet or for the strategy,
+            or the run failed.
     """
     if part == CHOICE:
         check_sweep(sweep)
         tunings = tune(sweep, Runner(jobs, visible_devices()))
-        chosen = {label: tuning.best for label, tuning in tunings.items()}
+        chosen = chosen_of(tunings)
         files.write_json(_choice_file(sweep), {"rule": _rule(sweep), "chosen": chosen})
-        return [f"{label}: chose {sweep.tune.key} {value:g}" for label, value in chosen.items()]
+        told = [f"{label}: chose {sweep.tune.key} {value:g}" for label, value in chosen.items()]
+        return told + [nothing_of(sweep, label) for label in tunings if label not in chosen]
     cell = _cell(sweep, part)
+    if cell is None:
+        return [f"{part}: nothing further to try"]
     if cell.results() is not None:
         return [f"{cell.folder} is done"]
     check_sweep(sweep)
@@ -55,28 +61,41 @@ def slurm_script(sweep: SweepConfig, command: Sequence[str], folder: Path) -> st
         command: the words that start this very sweep.
         folder: the folder to start it in.
     """
-    num_tune, num_final = len(tune_cells(sweep)), len(sweep.strategies) * len(sweep.final.seeds)
     return HEAD.format(
         name=sweep.name,
-        num_tune=num_tune,
-        num_final=num_final,
+        **{f"num_{kind}": number for kind, number in _totals(sweep).items()},
+        rounds=sweep.tune.extensions,
         folder=shlex.quote(str(folder)),
         command=shlex.join(command),
     ) + BODY.lstrip("\n")
 
 
-def _cell(sweep: SweepConfig, part: str) -> Cell:
-    """The run that a part names."""
+def _totals(sweep: SweepConfig) -> dict[str, int]:
+    """How many parts there are of each kind."""
+    labels = len(sweep.strategies)
+    return {"tune": len(tune_cells(sweep)), "further": labels, "final": labels * len(sweep.final.seeds)}
+
+
+def _cell(sweep: SweepConfig, part: str) -> Cell | None:
+    """The run that a part names; None where the grid goes no further."""
     match = PART.fullmatch(part)
     if match is None:
-        raise UserError(f"--only must be tune:K/N, tune or final:K/N, got {part!r}")
-    cells = tune_cells(sweep) if match["kind"] == "tune" else final_cells(sweep, _load_choice(sweep))
-    number, total = int(match["number"]), int(match["total"])
-    if total != len(cells):
-        raise UserError(f"--only {part}: sweep {sweep.name} has {len(cells)} such runs now; write its script again")
+        raise UserError(f"--only must be tune:K/N, further:K/N, tune or final:K/N, got {part!r}")
+    kind, number, total = match["kind"], int(match["number"]), int(match["total"])
+    if total != _totals(sweep)[kind]:
+        is_now = f"sweep {sweep.name} has {_totals(sweep)[kind]} such runs now"
+        raise UserError(f"--only {part}: {is_now}; write its script again")
     if number > total:
         raise UserError(f"--only {part}: there is no run {number} of {total}")
-    return cells[number - 1]
+    if kind == "tune":
+        return tune_cells(sweep)[number - 1]
+    labels, seeds = list(sweep.strategies), sweep.final.seeds
+    if kind == "further":
+        return further_cell(sweep, labels[number - 1])
+    chosen, (place, seed) = _load_choice(sweep), divmod(number - 1, len(seeds))
+    if labels[place] not in chosen:
+        raise UserError(nothing_of(sweep, labels[place]))
+    return final_cell(sweep, labels[place], chosen[labels[place]], seeds[seed])
 
 
 def _choice_file(sweep: SweepConfig) -> Path:
@@ -100,11 +119,12 @@ def _load_choice(sweep: SweepConfig) -> dict[str, float]:
 
 HEAD = """\
 #!/usr/bin/env bash
-# Sweep {name} on SLURM: {num_tune} runs to choose settings, the choice, {num_final} final runs, the comparison; as four
-# jobs, each of which waits for the one before. Runs of a kind are an array: as many at a time as the cluster has room.
+# Sweep {name} on SLURM: {num_tune} runs to choose settings, up to {rounds} rounds of further values where the best lies
+# at the edge, the choice, {num_final} final runs, the comparison; each waits for the one before. Runs of a kind are an
+# array: as many at a time as the cluster has room.
 # Usage: bash FILE [SBATCH OPTION]...      the options are those of every job
 #   e.g. bash FILE --gpus 1 --cpus-per-task 8 --time 8:00:00 --partition gpu
-# A run sees one GPU. Values beyond the stated grid are tried by the job that chooses, on the GPUs that it gets.
+# A run sees one GPU. The jobs that choose and compare run what failed once more.
 # Three minutes before the end of its time a job stops its runs and queues again. What is done is not done again:
 # submit once more after a failure. Written by `mllm-keeplora sweep`; written anew when the sweep's YAML changes.
 #SBATCH --requeue
@@ -112,14 +132,14 @@ HEAD = """\
 #SBATCH --open-mode=append
 set -euo pipefail
 
-name={name} num_tune={num_tune} num_final={num_final}
+name={name} num_tune={num_tune} num_further={num_further} num_final={num_final} rounds={rounds}
 folder={folder}
 command=({command})
 """
 
 BODY = r"""
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
-    sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"
+    sed -n '2,9s/^# //p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 if [[ "${1:-}" != --part ]]; then
@@ -132,6 +152,9 @@ if [[ "${1:-}" != --part ]]; then
         echo "${job%%;*}"
     }
     tune="$(submit tune "$@" --array="1-$num_tune")"
+    for ((round = 1; round <= rounds; round++)); do
+        tune="$(submit further "$@" --array="1-$num_further" --dependency="afterany:$tune")"
+    done
     choose="$(submit choose "$@" --dependency="afterany:$tune")"
     final="$(submit final "$@" --array="1-$num_final" --dependency="afterok:$choose" --kill-on-invalid-dep=yes)"
     submit compare "$@" --dependency="afterany:$final" > /dev/null || exit 1
@@ -140,6 +163,7 @@ fi
 
 case "$2" in
     tune) command+=(--only "tune:$SLURM_ARRAY_TASK_ID/$num_tune") ;;
+    further) command+=(--only "further:$SLURM_ARRAY_TASK_ID/$num_further") ;;
     choose) command+=(--only tune) ;;
     final) command+=(--only "final:$SLURM_ARRAY_TASK_ID/$num_final") ;;
     compare) ;;

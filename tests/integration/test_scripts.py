@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_keeplora.sweep import load_sweep
 from mllm_keeplora.sweep_jobs import slurm_script
+from mllm_keeplora.sweep_plan import load_sweep
 from tests.integration.processes import results
 
 ROOT = Path(__file__).parents[2]
@@ -266,7 +266,7 @@ def write_sweep():
             "name": "small",
             "run": "mini_dcl",
             "strategies": {"finetune": ["strategy.name=finetune"], "keeplora": []},
-            "tune": {"grid": [1e-3, 2e-3]},
+            "tune": {"grid": [1e-3, 2e-3], "extensions": 2},
             "final": {"seeds": [1, 2, 3]},
             "output": str(folder / "out"),
         }
@@ -276,17 +276,18 @@ def write_sweep():
     return build
 
 
-def test_a_sweep_is_submitted_as_four_jobs_that_wait_for_each_other(slurm, sweep_script):
+def test_a_sweep_is_submitted_as_jobs_that_wait_for_each_other(slurm, sweep_script):
     job = _job(slurm, [sweep_script, "--gpus", "1", "--comment=two words"], SLURM_JOB_ID="")
     assert job.wait(20) == 0
     jobs = [each.split("\n") for each in "\n".join(_told(slurm, "sbatch")).strip().split("\n\n")]
-    assert [each[-1] for each in jobs] == ["tune", "choose", "final", "compare"]
+    assert [each[-1] for each in jobs] == ["tune", "further", "further", "choose", "final", "compare"]
     assert all(each[-3:-1] == [str(sweep_script), "--part"] and "--comment=two words" in each for each in jobs)
     arrays = [[word for word in each if word.startswith(("--array", "--dependency"))] for each in jobs]
     assert arrays[0] == ["--array=1-4"]
-    assert arrays[1] == ["--dependency=afterany:1"]
-    assert arrays[2] == ["--array=1-6", "--dependency=afterok:2"]
+    assert arrays[1:3] == [["--array=1-2", "--dependency=afterany:1"], ["--array=1-2", "--dependency=afterany:2"]]
     assert arrays[3] == ["--dependency=afterany:3"]
+    assert arrays[4] == ["--array=1-6", "--dependency=afterok:4"]
+    assert arrays[5] == ["--dependency=afterany:5"]
 
 
 def test_a_refused_submission_ends_the_chain(slurm, sweep_script):
@@ -299,6 +300,7 @@ def test_a_refused_submission_ends_the_chain(slurm, sweep_script):
     ("part", "words"),
     [
         ("tune", ["--only", "tune:3/4"]),
+        ("further", ["--only", "further:3/2"]),
         ("choose", ["--only", "tune"]),
         ("final", ["--only", "final:3/6"]),
         ("compare", []),

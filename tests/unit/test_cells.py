@@ -13,7 +13,6 @@ import pytest
 
 from mllm_keeplora import cells
 from mllm_keeplora.cells import Cell, Runner
-from mllm_keeplora.errors import UserError
 
 
 @pytest.fixture
@@ -51,27 +50,31 @@ def test_an_interrupt_ends_what_runs_and_starts_nothing_more(sleeping, monkeypat
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    class Interrupted(cells.ThreadPoolExecutor):
-        def map(self, function, items):
-            futures = [self.submit(function, item) for item in items]
-            interrupt()
-            return futures
-
-    monkeypatch.setattr(cells, "ThreadPoolExecutor", Interrupted)
+    monkeypatch.setattr(cells, "as_completed", lambda futures: interrupt())
     with pytest.raises(KeyboardInterrupt):
         runner.run(sleeping(60, 5), "test")
     assert len(sleeping.started) == 2 and not runner.processes
 
 
-def test_a_run_that_went_wrong_by_itself_is_no_result_and_the_others_go_on(sleeping):
-    assert Runner(1).run(sleeping("0:1", 2), "test") == [None, None]
+@pytest.mark.parametrize("code", [1, 2, 137, 134])
+def test_a_run_that_failed_is_no_result_and_the_others_go_on(sleeping, code, caplog):
+    """Of a fault of its own, refused, killed for its memory, aborted: told at once, with the end of its log."""
+    todo = sleeping(f"0:{code}", 2)
+    cells.log_of(todo[0].folder).write_text("much before\nerror: no room\n\n")
+    with caplog.at_level("INFO", logger="mllm_keeplora"):
+        assert Runner(1).run(todo, "test") == [None, None]
     assert len(sleeping.started) == 2
+    assert f"cell0: failed with code {code}, see {cells.log_of(todo[0].folder)}: error: no room" in caplog.text
 
 
-@pytest.mark.parametrize("code", [2, 130, 137])
-def test_a_run_that_was_refused_or_killed_stops_the_sweep_with_its_log(sleeping, code):
-    with pytest.raises(UserError, match=rf"cell0 ended with code {code}; see .*cell0\.log"):
-        Runner(1).run(sleeping(f"0:{code}", 3), "test")
+@pytest.mark.parametrize("code", [75, 130, 143])
+def test_a_run_that_a_signal_ended_stops_the_others_to_be_continued(sleeping, code):
+    """At once, and not when the runs before it are over."""
+    runner, began = Runner(2), time.monotonic()
+    first, second, third = [*sleeping(30, 1), *sleeping(f"0:{code}", 2)]
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([first, second, third], "test")
+    assert len(sleeping.started) == 2 and not runner.processes and time.monotonic() - began < 25
 
 
 def test_termination_ends_what_runs_like_an_interrupt(sleeping):

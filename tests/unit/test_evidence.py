@@ -8,7 +8,7 @@ import pytest
 
 from mllm_keeplora.comparison import load_results
 from mllm_keeplora.report.groups import group_runs, mean_and_sd
-from mllm_keeplora.sweep import final_cell, load_sweep, tune_cell
+from mllm_keeplora.sweep_plan import final_cell, load_sweep, tune_cell
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"

@@ -28,13 +28,13 @@ LAYERS = (
     ("eval",),
     ("record_check", "memory"),
     ("check", "opening", "sequence"),
-    ("comparison", "cells", "sweep", "sweep_jobs"),
+    ("comparison", "cells", "sweep_plan", "sweep", "sweep_jobs"),
     ("cli_evaluation", "cli_sweep"),
     ("cli",),
     ("__main__", "__init__"),
 )
 # may import others of their own layer
-SIBLINGS = {"check", "opening", "sequence", "comparison", "cells", "sweep", "sweep_jobs"}
+SIBLINGS = {"check", "opening", "sequence", "comparison", "cells", "sweep_plan", "sweep", "sweep_jobs"}
 FORBIDDEN = {"eval": {"strategies", "training", "probes"}}
 ALONE = {"linalg": set(), "metrics": set(), "errors": set()}  # pure: nothing of the package outside themselves
 SOURCES = {"mllm_keeplora": ROOT / "mllm_keeplora", "mllm_keeplora.eval": ROOT / "eval"}

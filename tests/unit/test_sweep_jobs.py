@@ -16,8 +16,9 @@ from mllm_keeplora import cells, sweep_jobs
 from mllm_keeplora.cells import Cell, Runner, visible_devices
 from mllm_keeplora.cli_sweep import sweep
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.sweep import load_sweep, tune
+from mllm_keeplora.sweep import run_sweep, tune
 from mllm_keeplora.sweep_jobs import run_part, slurm_script
+from mllm_keeplora.sweep_plan import load_sweep
 
 SCORES = {1e-3: 50.0, 2e-3: 60.0, 4e-3: 70.0, 8e-3: 65.0}  # Last of the tuning runs, by learning rate
 
@@ -55,6 +56,7 @@ class Machine:
         self.most = 0
         self.done: dict[Path, None] = {}  # in the order in which they ended
         self.code = 0
+        self.failing: tuple[str, ...] = ()  # beginnings of names of runs that end with 1 and leave no score
         self.seconds = lambda folder: 0.0
         self.lock = threading.Lock()
 
@@ -72,6 +74,8 @@ class Machine:
             time.sleep(self.seconds(folder))
             with self.lock:
                 self.busy.remove(device)
+                if folder.name.startswith(self.failing or ("-",)):
+                    return 1
                 self.done[folder] = None
             return self.code
 
@@ -80,7 +84,8 @@ class Machine:
     def results(self, cell: Cell):
         if cell.folder not in self.done:
             return None
-        return SimpleNamespace(metrics={"last": SCORES[cell.config().train.lr], "bwt": None})
+        metrics = {"last": SCORES[cell.config().train.lr], "bwt": None}
+        return SimpleNamespace(metrics=metrics, to_dict=lambda: cell.folder.name)
 
 
 @pytest.fixture
@@ -164,6 +169,50 @@ def test_a_run_that_a_signal_stopped_stops_the_sweep_to_be_continued(machine, wr
     assert machine.started == ["finetune-0.001"]
 
 
+@pytest.fixture
+def reported(machine, monkeypatch):
+    """What the comparison at the end is given: (results, chosen values, notes), of each time it is written."""
+    written = []
+    monkeypatch.setattr("mllm_keeplora.sweep.check_sweep", lambda sweep: None)
+    monkeypatch.setattr("mllm_keeplora.sweep.visible_devices", lambda: [])
+    monkeypatch.setattr(
+        "mllm_keeplora.sweep.write_comparison",
+        lambda folder, title, results, choice: (
+            folder.mkdir(exist_ok=True),
+            written.append((results, choice.values, choice.notes)),
+        ),
+    )
+    return written
+
+
+def test_a_strategy_of_which_every_run_fails_holds_up_no_other(machine, write, reported):
+    machine.failing = ("finetune-",)
+    with pytest.raises(UserError, match=r"no setting of finetune gave a result; see .*; the comparison of the others"):
+        run_sweep(write())
+    [(results, values, notes)] = reported
+    assert results == ["keeplora-0.004-seed1", "keeplora-0.004-seed2"] and values == {"keeplora": 4e-3}
+    assert any(note.startswith("Not in here: no setting of finetune") for note in notes)
+    machine.failing = ()
+    assert len(run_sweep(write())) == 4 and len(reported[1][0]) == 4
+
+
+def test_a_final_run_that_fails_is_left_out_of_the_comparison_and_told(machine, write, reported):
+    machine.failing = ("keeplora-0.004-seed2",)
+    with pytest.raises(UserError, match=r"^keeplora-0\.004-seed2 failed; see .*The same command tries again"):
+        run_sweep(write())
+    [(results, values, notes)] = reported
+    assert len(results) == 3 and len(values) == 2
+    assert any("Not in here: keeplora-0.004-seed2 failed" in note for note in notes)
+
+
+def test_a_sweep_without_any_result_says_so_and_compares_nothing(machine, write, reported):
+    machine.code = 2
+    machine.failing = ("finetune", "keeplora")
+    with pytest.raises(UserError, match=r"no run gave a result; see .*/tune/\*\.log"):
+        run_sweep(write())
+    assert reported == []
+
+
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +245,40 @@ def test_final_parts_run_what_the_tuning_chose(machine, write):
     assert machine.started[8:] == [f"{label}-0.004-seed{seed}" for label in ("finetune", "keeplora") for seed in (1, 2)]
 
 
+def test_further_parts_try_one_value_beyond_the_edge_a_round(machine, write):
+    small = write(tune={"grid": [1e-3, 2e-3]})
+    for number in range(1, 5):
+        run_part(small, f"tune:{number}/4")
+    for expected in (["finetune-0.004", "keeplora-0.004"], ["finetune-0.008", "keeplora-0.008"], []):
+        before = len(machine.started)
+        said = [run_part(small, f"further:{number}/2") for number in (1, 2)]
+        assert machine.started[before:] == expected
+    assert said == [["further:1/2: nothing further to try"], ["further:2/2: nothing further to try"]]
+    run_part(small, "tune")
+    assert len(machine.started) == 8, "the choice has nothing left to run"
+
+
+def test_a_further_part_that_failed_is_tried_again_in_the_next_round(machine, write):
+    small = write(tune={"grid": [1e-3, 2e-3]})
+    run_part(small, "tune:1/4"), run_part(small, "tune:2/4")
+    machine.failing = ("finetune-0.004",)
+    with pytest.raises(UserError, match="failed"):
+        run_part(small, "further:1/2")
+    machine.failing = ()
+    assert run_part(small, "further:1/2") == [f"{small.folder}/tune/finetune-0.004 is done"]
+
+
+def test_a_choice_without_one_strategy_serves_the_others(machine, write):
+    small = write()
+    machine.failing = ("finetune-",)
+    said = run_part(small, "tune")
+    assert said[0] == "keeplora: chose train.lr 0.004" and said[1].startswith("no setting of finetune gave a result")
+    run_part(small, "final:3/4")
+    assert machine.started[-1] == "keeplora-0.004-seed1"
+    with pytest.raises(UserError, match="no setting of finetune gave a result"):
+        run_part(small, "final:2/4")
+
+
 def test_a_choice_among_other_settings_is_refused_and_more_seeds_are_not(machine, write):
     run_part(write(), "tune")
     run_part(write(final={"seeds": [1, 2, 3]}), "final:6/6")
@@ -218,6 +301,7 @@ def test_a_part_that_fails_names_its_log(machine, write):
         ("tune:0/6", "tune:K/N"),
         ("final", "tune:K/N"),
         ("tune:1", "tune:K/N"),
+        ("further:1/3", "has 2 such runs now"),
     ],
 )
 def test_a_wrong_part_is_told(machine, write, part, told):
@@ -228,7 +312,7 @@ def test_a_wrong_part_is_told(machine, write, part, told):
 
 def test_the_slurm_script_has_a_task_for_every_run_and_quotes_its_words(write):
     text = slurm_script(write(), ["/my env/python", "-m", "mllm_keeplora", "sweep", "it's.yaml"], Path("/my runs"))
-    assert "name=small num_tune=6 num_final=4\n" in text
+    assert "name=small num_tune=6 num_further=2 num_final=4 rounds=3\n" in text
     assert "folder='/my runs'\n" in text
     assert """command=('/my env/python' -m mllm_keeplora sweep 'it'"'"'s.yaml')\n""" in text
 
