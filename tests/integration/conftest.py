@@ -22,6 +22,14 @@ OPTIONS = {  # what a strategy needs to run on the tiny world; all questions beg
     "moelora": {"experts": 2},
 }
 
+TRAINED = {  # what a strategy trains in the tiny world, where that is not A and B of every layer
+    "gainlora": {"B", "down", "up", "key"},
+    "inflora": {"B"},
+    "keeplora": {"B"},
+    "moelora": {"A", "B", "weight"},
+    "sdlora": {"A", "B", "moved"},
+}
+
 
 def strategy_of(name: str) -> dict[str, Any]:
     """A strategy's settings in the tiny world."""

@@ -25,11 +25,12 @@ from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.sequence import run_sequence
 from mllm_keeplora.strategies import STRATEGIES
 from mllm_keeplora.training.fit import DomainTrainer, Reporter
-from tests.integration.conftest import strategy_of
+from tests.integration.conftest import TRAINED, strategy_of
 from tests.integration.processes import differing, leftovers, results
 
 # Interrupted in the fast suite, too: a mixer with rules of its own, routers beside a branch.
 MOST_TO_LOSE = ("gainlora", "moelora")
+PLAIN_AT_FIRST = ("agem", "ewc", "finetune", "independent", "lwf", "olora", "replay", "routed")
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Seen:
     strategy: str
     steps: list[tuple[set[str], set[str]]] = field(default_factory=list)  # with a gradient, declared
     changed: set[str] = field(default_factory=set)  # frozen, and not what they were
+    left: tuple[dict, torch.Tensor] | None = None  # records of the last domain, and the open branch's logits of them
 
 
 class Stopped(Exception):
@@ -65,6 +67,11 @@ def seen(request, settings, tmp_path_factory) -> Seen:
         outcome = train(self, *args, **keywords)
         after = dict(branches.model.named_parameters())
         watched.changed |= {name for name, values in frozen.items() if not torch.equal(values, after[name])}
+        batch = TrainCollator(self.context.base.prompt)(
+            [record.first_exchange() for record in self.context.records[:3]]
+        )
+        branches.model.eval()
+        watched.left = batch, _logits(branches.model, batch)
         return outcome
 
     with pytest.MonkeyPatch.context() as patch:
@@ -74,12 +81,29 @@ def seen(request, settings, tmp_path_factory) -> Seen:
     return watched
 
 
-def _run(settings, output: Path, strategy: str) -> None:
+@pytest.fixture(scope="module")
+def two_plain(settings, tmp_path_factory) -> Path:
+    """A run of sequential LoRA that nothing watched."""
+    output = tmp_path_factory.mktemp("plain") / "run"
+    _run(settings, output, "finetune")
+    return output
+
+
+def _run(settings, output: Path, strategy: str, **changes) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mllm_keeplora.eval.page.render_html", lambda *args, **keywords: "left out")
-        values = settings(output)
+        values = settings(output, **changes)
         values["strategy"] = strategy_of(strategy)
         run_sequence(parse_config(values, origin="test"))
+
+
+def _kind(name: str) -> str:
+    """A factor by its letter, a mixer's parameter by its own name."""
+    return "A" if ".lora_A." in name else "B" if ".lora_B." in name else name.rsplit(".", 1)[1]
+
+
+def _files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _conversations(saved, count=3):
@@ -104,8 +128,46 @@ def test_what_is_not_declared_to_train_stays_bit_equal(seen):
 
 
 def test_exactly_what_is_declared_gets_a_gradient(seen):
+    """And what is declared is what the method says that it trains, in every layer."""
+    layers = len(load_run(seen.output).base.parts.target_layers)
     for with_gradient, declared in seen.steps:
         assert with_gradient == declared and declared
+        kinds = [_kind(name) for name in declared]
+        assert set(kinds) == TRAINED.get(seen.strategy, {"A", "B"})
+        assert all(kinds.count(factor) == layers for factor in {"A", "B"} & set(kinds))
+
+
+def test_a_saved_run_is_the_model_that_training_ended_with(seen):
+    """Logits of the last domain's open branch, over merged earlier ones or those of a mixer, found again from files."""
+    batch, left = seen.left
+    saved = load_run(seen.output)
+    untouched = _logits(saved.base.model, batch)
+    assert (untouched - left).abs().max() > 1e-2
+    loaded = _logits(saved.restore(len(saved.run.finished_units), asked=_asked(saved)), batch)
+    assert torch.allclose(loaded, left, atol=1e-4)
+
+
+@pytest.mark.parametrize("seen", PLAIN_AT_FIRST, indirect=True)
+def test_a_first_domain_without_a_past_is_plain_lora_byte_for_byte(seen, two_plain):
+    own, plain = (load_run(output).run.finished_units for output in (seen.output, two_plain))
+    first, wanted = (load_run(seen.output).run.folder(own[0]), load_run(two_plain).run.folder(plain[0]))
+    assert _files_of(first.adapter) == _files_of(wanted.adapter) != {}
+
+
+@pytest.mark.parametrize("seen", [name for name in STRATEGIES if STRATEGIES[name].start_from == "base"], indirect=True)
+def test_a_branch_from_the_base_does_not_depend_on_the_domain_before(seen, settings, tmp_path):
+    _run(settings, tmp_path / "run", seen.strategy, domains=("Gamma", "Beta"))
+    found, wanted = (load_run(output).run for output in (tmp_path / "run", seen.output))
+    last, theirs = (run.folder(run.finished_units[-1]).adapter for run in (found, wanted))
+    assert _files_of(last) == _files_of(theirs) != {}
+
+
+@pytest.mark.parametrize("seen", ["independent"], indirect=True)
+def test_independent_branches_forget_nothing_and_the_base_answers_what_was_not_learnt(seen):
+    told = results(seen.output)
+    (alpha, beta), (alpha_later, _) = told["score_matrix"]
+    assert alpha == alpha_later and beta == told["zero_shot"][1]
+    assert told["metrics"]["bwt"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,31 @@ def test_memories_and_mean_weights_are_told(taught):
     assert len(told["mean_weights"]) == 2 and told["mean_weights"][1] > 0.1
 
 
+def test_a_layer_adds_every_branch_by_its_weight_for_the_question(new_base, questions, tmp_path):
+    """Against the reference, with weights between none and all."""
+    found = teach(new_base(), questions, tmp_path)
+    adapters, batch = found.adapters, encode(found.base, questions["Beta"][:1])
+    branches, seen = [*adapters.past, adapters.read()], {}
+    for gate in adapters.mixer.gates:  # trained ones are all but closed on past questions: turn their keys a little
+        gate.key.data.add_(adapters.mixer.newest.key.data.norm() / 30)
+    weights = weights_for(found.base, adapters.mixer, questions["Beta"][:1])[0].tolist()
+    assert all(0.02 < weight < 0.95 for weight in weights), weights
+    modules = {layer: adapters.model.get_submodule(f"base_model.model.{layer}") for layer in adapters.layers}
+    for layer, module in modules.items():
+        module.register_forward_hook(lambda _, given, out, layer=layer: seen.update({layer: (given[0], out)}))
+    adapters.look_at(batch)
+    logits_of(adapters.model, batch)
+    for layer, (x, y) in seen.items():
+        module = modules[layer].base_layer
+        parts = [(each.A[layer].numpy(), each.B[layer].numpy(), each.scaling(layer)) for each in branches]
+        bias = 0.0 if module.bias is None else module.bias.detach().numpy()
+        for row in (0, -1):
+            given, out = (each.detach().flatten(0, -2)[row].numpy() for each in (x, y))
+            wanted = oracle.gated_output(given, module.weight.detach().numpy(), parts, weights) + bias
+            assert np.abs(out - wanted).max() < 1e-4, layer
+    assert len(seen) == len(adapters.layers)
+
+
 def opened_wide(self, batch, model):
     """In place of `Gates.weigh`: every branch takes part in full."""
     return torch.ones(len(batch["input_ids"]), len(self.gates))

@@ -11,6 +11,7 @@ from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.strategies import build_strategy
+from mllm_keeplora.strategies.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.strategies.moelora import MoELoRA, MoELoRAOptions
 from tests.oracles import moelora as oracle
 from tests.support.strategies import context_of, learn
@@ -195,3 +196,23 @@ def test_a_rank_that_does_not_divide_into_the_experts_is_refused_naming_both(opt
 def test_presets_are_those_of_mcitlib(preset, values):
     options = build_strategy(StrategyConfig(name="moelora", preset=preset)).options
     assert (options.rank, options.alpha, options.experts) == values
+
+
+def test_a_single_expert_is_a_branch_that_is_carried_on(new_base, tiny_records, tmp_path):
+    learnt = []
+    shape = {"rank": 6, "alpha": 12.0}
+    for strategy in (
+        MoELoRA(MoELoRAOptions(**shape, experts=1)),
+        Finetune(FinetuneOptions(**shape, branch="carried")),
+    ):
+        base = new_base()
+        adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+        for index in range(2):
+            context = context_of(base, adapters, tiny_records, index)
+            factors = learn(strategy, context, tmp_path / f"{len(learnt)}-{index}")
+        learnt.append(factors)
+    mixed, plain = learnt
+    for layer in plain.A:
+        assert torch.allclose(mixed.A[layer], plain.A[layer], atol=1e-4), layer
+        assert torch.allclose(mixed.B[layer], plain.B[layer], atol=1e-4), layer
+        assert plain.B[layer].abs().max() > 1e-2

@@ -47,6 +47,7 @@ def run(tiny_folder, tmp_path_factory):
 
     def learnt(folder, stops=()):
         strategy = {"name": "sdlora", "rank": 3, "alpha": 6, "kd_threshold": 1.0, "magnitude_rate": 10}
+        strategy["later_ranks"] = {1: 2}
         values = tiny_config(tiny_folder, data, folder)
         config = parse_config({**values, "strategy": strategy}, "test")
         checked = check_everywhere(config)
