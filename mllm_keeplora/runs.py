@@ -7,6 +7,7 @@ stage it was in. Knows no model and no strategy.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -184,7 +185,7 @@ class RunDir:
         """Hold the run for this process (rank 0 of a distributed run); a second one is refused.
 
         Raises:
-            UserError: another process works on the run.
+            UserError: another process works on the run, or its file system gives no locks.
         """
         if not distributed.is_main():
             yield
@@ -195,7 +196,10 @@ class RunDir:
         with open(self.path / ".lock", "a+", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    told = f"no lock on its file system ({error}); choose another `output`"
+                    raise UserError(f"run {self.path}: {told}") from None
                 handle.seek(0)
                 owner = handle.read().strip() or "unknown"
                 raise UserError(f"run {self.path} is in use by another process (pid {owner})") from None

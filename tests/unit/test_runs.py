@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 
@@ -105,6 +107,15 @@ def test_a_run_is_held_once(run):
             RunDir(run.path).locked().__enter__()
     with run.locked():
         pass
+
+
+def test_a_file_system_without_locks_is_told_and_not_taken_for_another_process(run, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"no lock on its file system .*No locks available.*another `output`"):
+        run.locked().__enter__()
 
 
 def test_differences_show_both_values():
