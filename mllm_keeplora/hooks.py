@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.tokens import supervised_positions
@@ -80,12 +80,26 @@ def removed_afterwards(handles: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for the time of a pass; every module gets its own mode back."""
+def evaluating(model: Any, checkpointing: bool = False) -> Iterator[None]:
+    """Evaluation mode for the time of a pass; every module gets its own mode back.
+
+    With `checkpointing` blocks that checkpoint their gradients go on to: they look at their own mode, and what is in
+    them (dropout) at its own.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    for module in modes if checkpointing else ():
+        module.training = getattr(module, "gradient_checkpointing", False)
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def as_in_training(model: Any) -> AbstractContextManager:
+    """Run a model in half precision as the Trainer does, under autocast, which spares branches' float32 inputs."""
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    return torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype.itemsize == 2)

@@ -15,6 +15,8 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.hooks import removed_afterwards
 from mllm_keeplora.models.parts import Parts
 from mllm_keeplora.strategies import Strategy, StrategyOptions
+from mllm_keeplora.strategies.agem import AGEM
+from mllm_keeplora.strategies.ewc import EWC
 from mllm_keeplora.strategies.gpm import GPM
 
 if TYPE_CHECKING:
@@ -69,8 +71,7 @@ def estimate(
     layers = [model.get_submodule(name) for name in parts.target_layers]
     options = strategy.options
     item, train = dtype.itemsize, config.train
-    zero = _settings(config.deepspeed).get("zero_optimization", {})
-    stage, offloaded = int(zero.get("stage", 0)), "offload_optimizer" in zero
+    stage, offloaded = _zero(config.deepspeed)
     traced = trace(model, parts, dtype)
     micro = train.micro_batch_size or max(1, train.batch_size // world)
     weights = _weights(config, model, parts, item)
@@ -95,22 +96,30 @@ def estimate(
         return saved + 4 * rank * len(layers) * tokens * batch + answer_tokens * batch * per_answer
 
     probe, asked = train.probe_batch_size, config.eval.batch_size
+    waiting = (item if _sums_exactly(options) else min(item, 2)) * tokens * probe * sum(traced.input_widths)
+    sums = {"graph": graph(probe, 0), "gradient sums": _gradient_sums(options, layers), "layer inputs": waiting}
+    moments = {"moments": _moments(options, traced.input_widths, 4 if on_gpu else 8), "forward": forward * probe}
+    seen = sums if getattr(options, "feature_source", "") == "post_gradient" else moments
+    if isinstance(strategy, EWC):  # one record after the other, over what is known and what is added up
+        seen = {"graph": graph(1, 0), "Fisher information": 3 * 4 * _trained(config, options, model, parts, layers)}
+    at_once, beside = max(micro, probe) if isinstance(strategy, AGEM) else micro, kept if _at_hand(strategy) else {}
     cache = _cache_per_token(model, item) * (tokens + (config.eval.max_new_tokens or LONGEST_ANSWER))
     stages = {
         "prepare": {**common, "decomposition": decomposition},
-        "gradient": {**common, "graph": graph(probe, 0), "sketches": _sketches(options, layers),
-                     "layer inputs": min(item, 2) * tokens * probe * sum(traced.input_widths)},
-        "train": {**common, **(kept if _at_hand(strategy) else {}), "graph": graph(micro, _rank(options)),
-                  "branch and optimizer": states},
-        "consolidate": {**common, "moments": _moments(options, traced.input_widths, 4 if on_gpu else 8),
-                        "decomposition": decomposition, "forward": forward * probe},
+        "gradient": {**common, **sums},
+        "train": {**common, **beside, "graph": graph(at_once, _rank(options)), "branch and optimizer": states},
+        "consolidate": {**common, **seen, "decomposition": 0 if isinstance(strategy, EWC) else decomposition},
         "evaluate": {**common, "keys and values": cache * asked, "forward": forward * asked},
     }  # fmt: skip
-    unused = set() if hasattr(options, "grad_samples") else {"prepare", "gradient"}
-    unused |= set() if _keeps_features(options) else {"consolidate"}
-    stages = {name: taken for name, taken in stages.items() if name not in unused}
+    used = {name: taken for name, taken in stages.items() if name not in _unused(strategy)}
     where = f"{'GPU' if on_gpu else 'CPU'}, {str(dtype).removeprefix('torch.')}, records of {tokens} tokens"
-    return Estimate(stages, host + moved + (sum(kept.values()) if on_gpu else 0.0), where)
+    return Estimate(used, host + moved + (sum(kept.values()) if on_gpu else 0.0), where)
+
+
+def _unused(strategy: Strategy) -> set[str]:
+    """Stages that a strategy has nothing to do in."""
+    unused = set() if hasattr(strategy.options, "grad_samples") else {"prepare", "gradient"}
+    return unused | (set() if _keeps_features(strategy.options) or isinstance(strategy, EWC) else {"consolidate"})
 
 
 def _rank(options: StrategyOptions) -> int:
@@ -152,7 +161,14 @@ def _moments(options: StrategyOptions, widths: tuple[int, ...], item: int) -> fl
     return sum(4 * rows * width if rows < width else item * width * width for width in widths)
 
 
-def _sketches(options: StrategyOptions, layers: list) -> float:
+def _sums_exactly(options: StrategyOptions) -> bool:
+    """Whether mean gradients are asked for exactly; by themselves they are where they fit, as sketches else."""
+    return hasattr(options, "gradient_plan") and options.gradient_plan().statistic == "exact"
+
+
+def _gradient_sums(options: StrategyOptions, layers: list) -> float:
+    if _sums_exactly(options):
+        return 4 * sum(layer.in_features * layer.out_features for layer in layers)
     width = getattr(options, "sketch_width", None) or SKETCH * _rank(options)
     return sum(4 * width * layer.in_features + 2 * width * layer.out_features for layer in layers)
 
@@ -162,15 +178,26 @@ def _states(
     offloaded: bool,
 ) -> tuple[float, float]:  # fmt: skip
     """Bytes of the branch and of what its training keeps, on a device and on its host."""
-    first = _rank(options) * sum(layer.in_features for layer in layers)
-    is_frozen = getattr(options, "freeze_a", False)
-    trained = _rank(options) * sum(layer.out_features for layer in layers) + (0 if is_frozen else first)
-    if config.adapters.projector == "full":
-        trained += sum(p.numel() for name in parts.projectors for p in model.get_submodule(name).parameters())
+    frozen = _inputs_of(options, layers) if getattr(options, "freeze_a", False) else 0
+    trained = _trained(config, options, model, parts, layers)
     divided = {1: ADAM, 2: ADAM + GRADIENT, 3: ADAM + GRADIENT + MASTER}.get(stage, 0)
     share = trained * divided / world
-    device = trained * (ADAM + GRADIENT + MASTER - divided) + (4 * first if is_frozen else 0)
+    device = trained * (ADAM + GRADIENT + MASTER - divided) + 4 * frozen
     return (device, share) if offloaded else (device + share, 0.0)
+
+
+def _inputs_of(options: StrategyOptions, layers: list) -> int:
+    """Numbers of all A."""
+    return _rank(options) * sum(layer.in_features for layer in layers)
+
+
+def _trained(config: RunConfig, options: StrategyOptions, model: Any, parts: Parts, layers: list) -> int:
+    """How many numbers train."""
+    trained = _rank(options) * sum(layer.out_features for layer in layers)
+    trained += 0 if getattr(options, "freeze_a", False) else _inputs_of(options, layers)
+    if config.adapters.projector == "full":
+        trained += sum(p.numel() for name in parts.projectors for p in model.get_submodule(name).parameters())
+    return trained
 
 
 def _cache_per_token(model: Any, item: int) -> float:
@@ -227,9 +254,11 @@ def _weights(config: RunConfig, model: Any, parts: Parts, item: int) -> float:
     return packed * QUANTISED[config.base.quantization] + (total - packed) * 4
 
 
-def _settings(deepspeed: str | None) -> dict[str, Any]:
+def _zero(deepspeed: str | None) -> tuple[int, bool]:
+    """Stage, 0 for none, and whether the optimizer is on the host."""
     from mllm_keeplora import files
     from mllm_keeplora.training.deepspeed import deepspeed_file
 
     path = deepspeed_file(deepspeed)
-    return files.read_json(Path(path)) if path else {}
+    zero = files.read_json(Path(path)).get("zero_optimization", {}) if path else {}
+    return int(zero.get("stage", 0)), "offload_optimizer" in zero

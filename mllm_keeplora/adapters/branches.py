@@ -49,6 +49,9 @@ class Adapters:
         self._dense: DenseDeltas | None = None
         self._mixing: Mixing | None = None
         self._trained: dict[str, Any] = {}  # found once for each open branch: strategies ask at every step
+        self._start: tuple[dict[str, Tensor], dict[str, Tensor] | None] | None = (
+            None  # of the open branch, for teachers
+        )
         self._pristine = PristineWeights(model, layers if self.mode == "merged" else (), full)
 
     @property
@@ -200,7 +203,7 @@ class Adapters:
         trained = {key: copy_of(parameter) for key, parameter in full.items()}
         self._pristine.shift(self.past_full)
         if self.branch.carried:
-            self._peft.fill(OPEN, self.branch.A, self.branch.B or None)
+            self._peft.fill(OPEN, *self._start_at_hand())
         others = [name for name in self.peft.peft_config if name not in (OPEN, OFFSET) or self.branch.carried]
         try:
             with evaluating(self.model), self._peft.only(others):
@@ -208,6 +211,14 @@ class Adapters:
         finally:
             for key, values in trained.items():
                 assign(full[key], values)
+
+    def _start_at_hand(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """What the open branch began with, on the model's device: a teacher is asked at every micro-batch."""
+        if self._start is None:
+            device, branch = next(self.base.parameters()).device, self.branch
+            A, B = ({layer: values.to(device) for layer, values in each.items()} for each in (branch.A, branch.B))
+            self._start = A, B or None
+        return self._start
 
     @contextmanager
     def plan_kept(self) -> Iterator[None]:
@@ -265,7 +276,7 @@ class Adapters:
         self.model.eval()  # the Trainer switches to training by itself; everything else answers or probes
 
     def _unload(self) -> None:
-        self.branch, self._trained = None, {}
+        self.branch, self._trained, self._start = None, {}, None
         if self._mixing is not None:
             self._mixing.remove()
             self._mixing = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mllm_keeplora import distributed
 from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced, joined
 from mllm_keeplora.data.schema import Record, Turn
-from mllm_keeplora.hooks import evaluating, supervised_logits
+from mllm_keeplora.hooks import as_in_training, evaluating, supervised_logits
 from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, streamed
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments, shared_inputs
@@ -283,9 +283,10 @@ class RunContext:
         import torch
 
         trained = self.branches.trainable()
-        with evaluating(self.branches.model):
-            losses = token_losses(self._answer_logits(batch)[None], batch["labels"])
-        found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+        with evaluating(self.branches.model, checkpointing=True):  # the backward pass runs blocks again
+            with as_in_training(self.branches.base):
+                losses = token_losses(self._answer_logits(batch)[None], batch["labels"])
+            found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
         pairs = zip(trained.items(), found, strict=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}, losses.numel()
 

@@ -71,6 +71,34 @@ def test_zero_divides_what_it_divides(base, tiny_folder):
     assert one.host == 0.0 and away.host > one.stages["train"]["weights"]
 
 
+def test_gradients_that_are_summed_exactly_take_their_full_size(base, tiny_folder):
+    layers = [base.model.get_submodule(name) for name in base.parts.target_layers]
+    full = 4 * sum(m.weight.numel() for m in layers)
+    shape = {"name": "keeplora", "rank": 2, "alpha": 4}
+    sketched = estimated(tiny_folder, base, strategy=shape).stages["gradient"]["gradient sums"]
+    for options in ({"gradient_statistic": "exact"}, {"b_init": "gradient"}):
+        assert estimated(tiny_folder, base, strategy={**shape, **options}).stages["gradient"]["gradient sums"] == full
+    assert 0 < sketched < full
+    again = {**shape, "gradient_statistic": "exact", "feature_source": "post_gradient"}
+    assert estimated(tiny_folder, base, strategy=again).stages["consolidate"]["gradient sums"] == full
+
+
+def test_gradients_of_records_by_themselves_are_counted(base, tiny_folder):
+    """A-GEM's reference beside its training, EWC's squared ones behind it."""
+    plain, reference, squared = (
+        estimated(tiny_folder, base, strategy={"name": name, "rank": 4, "alpha": 8}, train=train).stages
+        for name, train in (
+            ("replay", {"micro_batch_size": 1, "probe_batch_size": 8}),
+            ("agem", {"micro_batch_size": 1, "probe_batch_size": 8}),
+            ("ewc", {}),
+        )
+    )
+    assert reference["train"]["graph"] > 7 * plain["train"]["graph"]
+    layers = [base.model.get_submodule(name) for name in base.parts.target_layers]
+    assert squared["consolidate"]["Fisher information"] == 12 * 4 * sum(sum(m.weight.shape) for m in layers)
+    assert squared["consolidate"]["graph"] > 0 and "consolidate" not in plain
+
+
 def test_stages_and_past_are_those_of_the_strategy(base, tiny_folder):
     ours = estimated(tiny_folder, base)
     plain, routed, projected = (

@@ -200,6 +200,26 @@ def test_the_reference_is_the_gradient_of_the_mean_over_tokens_without_dropout(b
         assert context.branches.trainable()[name].grad is None
 
 
+def test_the_reference_is_taken_as_a_training_runs_its_blocks(base, domains, tmp_path):
+    """Checkpointed where the training is, to the same gradient; under autocast if the base is in half precision."""
+    strategy, context = second_domain(base, domains, tmp_path, dropout=0.5)
+    references, decoder = references_of(strategy, context, domains, 5)[0], context.branches.base
+    plain, ran = context.loss_gradients(references), []
+    decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    block = next(module for module in decoder.modules() if type(module).__name__.endswith("DecoderLayer"))
+    hook = block.mlp.register_forward_pre_hook(lambda *_: ran.append(torch.is_autocast_enabled("cpu")))
+    try:
+        found = context.loss_gradients(references)
+        assert len(ran) == 2 * -(-5 // context.probe_batch_size) and not any(ran), "once more in the backward pass"
+        assert all(torch.allclose(found[name], values, atol=1e-6) for name, values in plain.items())
+        ran.clear()
+        decoder.to(torch.bfloat16)
+        assert all(values.isfinite().all() for values in context.loss_gradients(references).values()) and all(ran)
+    finally:
+        hook.remove()
+        decoder.gradient_checkpointing_disable()
+
+
 def test_the_buffer_is_filled_after_a_domain_and_survives_a_restart(base, tiny_records, tmp_path):
     strategy, context = second_domain(base, tiny_records, tmp_path)
     assert {domain for domain, _ in strategy.buffer.references} == {0} and len(strategy.buffer) == 6
