@@ -73,7 +73,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0.0)
     max_length: int | None = Field(None, ge=8)
     gradient_checkpointing: bool = runtime(False)
-    workers: int = runtime(0, ge=0)
+    workers: int | None = runtime(None, ge=0, description="processes that read records; null = 4 beside a GPU, else 0")
     checkpoint_steps: int = runtime(200, ge=1)
     log_steps: int = runtime(10, ge=1)
     args: dict[str, Any] = Field(default_factory=dict)

@@ -78,23 +78,32 @@ def release_from_engine(model: Any) -> None:
                 parameter.partition()
 
 
+def parameters_of(branches: Adapters) -> dict[str, tuple[Any, Any]]:
+    """Dtype of every parameter before an engine has it, and the values of those that a mixer holds fixed, else None."""
+    trained = {id(each) for each in branches.trainable().values()}
+    fixed = {id(each) for each in branches.mixer.parameters()} - trained if branches.mixer is not None else set()
+    named = branches.model.named_parameters()
+    return {name: (each.dtype, each.detach().clone() if id(each) in fixed else None) for name, each in named}
+
+
 @contextmanager
-def exact_afterwards(branches: Adapters, dtypes: Mapping[str, Any]) -> Iterator[None]:
+def exact_afterwards(branches: Adapters, before: Mapping[str, tuple[Any, Any]]) -> Iterator[None]:
     """For the block that destroys an engine in half precision, which ran everything in it, rounded.
 
-    Afterwards all parameters have their dtype of before, and those of float32 that were trained the values that were.
-    What ZeRO-3 divides stays as it is.
+    Afterwards all parameters have their dtype of before; those of float32 have the values that were trained, and those
+    that a mixer holds fixed (gates of earlier domains) the values that they had. What ZeRO-3 divides stays as it is.
 
     Args:
         branches: of the base that was trained.
-        dtypes: of its parameters before the engine, by name.
+        before: `parameters_of` them before the engine.
     """
     named = {name: each for name, each in branches.model.named_parameters() if not hasattr(each, "ds_id")}
-    changed = {name: each for name, each in named.items() if each.dtype != dtypes[name]}
+    changed = {name: each for name, each in named.items() if each.dtype != before[name][0]}
     exact = {name: _float32_of(each) for name, each in changed.items() if hasattr(each, "_hp_mapping")}
+    exact |= {name: before[name][1] for name in changed if before[name][1] is not None}
     yield
     for name, parameter in changed.items():
-        parameter.data = exact.get(name, parameter.data).to(parameter.device, dtypes[name])
+        parameter.data = exact.get(name, parameter.data).to(parameter.device, before[name][0])
 
 
 def _float32_of(parameter: Any) -> Any:

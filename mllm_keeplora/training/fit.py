@@ -23,7 +23,7 @@ from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.context import RunContext
-from mllm_keeplora.training.deepspeed import exact_afterwards, release_from_engine
+from mllm_keeplora.training.deepspeed import exact_afterwards, parameters_of, release_from_engine
 from mllm_keeplora.training.order import Collator, FilledSampler, Records
 from mllm_keeplora.training.reporter import Reporter
 from mllm_keeplora.training.state import COMPLETE, last_checkpoint, read_training_state, write_training_state
@@ -84,7 +84,7 @@ def fit_domain(
         "loss": outcome.training_loss,
         "trained_parameters": sum(parameter.numel() for parameter in branches.trainable().values()),
     }
-    with exact_afterwards(branches, trainer.dtypes):
+    with exact_afterwards(branches, trainer.before):
         trainer.accelerator.free_memory()
         release_from_engine(branches.model)
     if settings.gradient_checkpointing:
@@ -120,7 +120,7 @@ def training_arguments(
         "max_grad_norm": settings.max_grad_norm,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the frozen embeddings' output needs no gradient
-        "dataloader_num_workers": settings.workers,
+        "dataloader_num_workers": _workers(settings),
         "save_strategy": "steps",
         "save_steps": settings.checkpoint_steps,
         "save_total_limit": 2,
@@ -146,6 +146,11 @@ def training_arguments(
     return arguments
 
 
+def _workers(settings: TrainConfig) -> int:
+    """Processes that read records ahead; beside a GPU, which would wait for pictures, there are some by itself."""
+    return settings.workers if settings.workers is not None else 4 if torch.cuda.is_available() else 0
+
+
 def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     """Cross entropy of the answers' tokens: their mean over all that one optimizer step sees."""
     losses = token_losses(outputs.logits, labels)
@@ -161,7 +166,7 @@ class DomainTrainer(Trainer):
         self.context = context
         self.identity = identity
         self.lr_full: float | None = None
-        self.dtypes = {name: parameter.dtype for name, parameter in context.branches.model.named_parameters()}
+        self.before = parameters_of(context.branches)
         self.looked_at = 0  # micro-batches of this optimizer step whose loss is computed
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

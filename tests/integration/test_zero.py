@@ -131,7 +131,7 @@ def test_a_run_goes_on_under_another_engine_or_in_fewer_processes(ran_under, goe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["keeplora", "gpm"])
+@pytest.mark.parametrize("strategy", ["keeplora", "gpm", "gainlora"])
 def test_what_is_stored_of_a_training_in_half_precision_is_what_was_trained(strategy, settings, tmp_path):
     """The engine's float32 values, not the rounded ones that ran; killed behind the training, the rest is the same."""
     values = settings(tmp_path / "run", deepspeed="zero2")
@@ -145,6 +145,12 @@ def test_what_is_stored_of_a_training_in_half_precision_is_what_was_trained(stra
         for layer, columns in kept.items():
             A = learnt[f"base_model.model.{layer}.lora_A.weight"]
             assert (A @ columns).norm() < 1e-5 * A.norm(), layer
+    if strategy == "gainlora":
+        gates, later = (
+            read_tensors(tmp_path / f"run/domains/{unit}/mixer.safetensors") for unit in ("01_Alpha", "02_Beta")
+        )
+        assert len(gates) == 3 and all(torch.equal(gate, later[name]) for name, gate in gates.items())
+        assert all((gate.bfloat16().float() != gate).float().mean() > 0.9 for gate in gates.values())
     again = {**values, "output": str(tmp_path / "again")}
     assert run_in_child(again, kill=("mllm_keeplora.training.learner:Learner.consolidate", 2)) < 0
     assert run_in_child(again) == 0
