@@ -5,7 +5,7 @@ Knows sizes and accumulators of `linalg`; no model and no hooks (those are in `p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Statistic = Literal["auto", "exact", "sketch"]
 FLOAT32 = 4  # bytes
 SHARE_OF_FREE = 0.25  # of the free memory that `auto` lets statistics take
+MOST_PASSES = 8  # over the records, for exact moments that do not fit all at once
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class GradientPlan:
 class FeaturePlan:
     """Features: `exact` second moments (d_in, d_in), `sketch` of `size` rows (Frequent Directions), or `auto`.
 
+    `auto` is exact where that fits into `memory_gb` (None: a quarter of what is free), all layers at once or some in
+    each of a few passes; else a sketch.
+
     Exact moments are summed in float64 on a CPU, where it costs little: a few huge activations hold most of the energy,
     and the directions that a threshold decides about are small beside them. On a GPU they are summed in float32.
     `tokens` limits how many tokens of each kind a sample contributes, evenly spaced; None counts every token.
@@ -93,17 +97,28 @@ class FeaturePlan:
         inputs: dict[int, list[str]] = {}
         for layer, sketch in unclear.items():
             inputs.setdefault(id(sketch), []).append(layer)
-        rounds: list[list[str]] = []
-        left = 0
-        for layers in inputs.values():
-            sketch = unclear[layers[0]]
-            needed = _moments_dtype(sketch.device).itemsize * sketch.d_in**2
-            if needed > left:
-                rounds.append([])
-                left = allowed
-            rounds[-1] += layers
-            left -= needed
-        return rounds
+        sizes = [(layers, _size(unclear[layers[0]].d_in, unclear[layers[0]].device)) for layers in inputs.values()]
+        return _packed(sizes, allowed)
+
+    def exact_passes(
+        self, groups: Sequence[Sequence[str]], widths: Mapping[str, int], device: torch.device
+    ) -> list[list[str]] | None:
+        """Layers in groups whose exact moments fit into what `auto` allows, which all of them at once do not.
+
+        None where all fit, where it is asked for one or the other, and where it would take too many passes: then a
+        sketch has to do. To shrink a sketch of a wide layer costs a decomposition for each `size` tokens, many times
+        the time of a further pass.
+
+        Args:
+            groups: layers with the same input together.
+            widths: layer -> d_in.
+        """
+        if self.statistic != "auto":
+            return None
+        sizes, allowed = [(group, _size(widths[group[0]], device)) for group in groups], _allowed(self.memory_gb)
+        passes = _packed(sizes, allowed)
+        fits = all(size <= allowed for _, size in sizes) and len(passes) <= MOST_PASSES
+        return passes if fits and len(passes) > 1 else None
 
     def of_questions(self) -> FeaturePlan:
         """The same plan without the tokens of answers."""
@@ -111,7 +126,7 @@ class FeaturePlan:
 
     def exact(self, widths: list[int], device: torch.device) -> bool:
         """Whether features of these widths (one for each distinct input) get exact moments."""
-        needed = _moments_dtype(device).itemsize * sum(d_in * d_in for d_in in widths)
+        needed = sum(_size(d_in, device) for d_in in widths)
         return _is_exact("features", self.statistic, needed, self.memory_gb)
 
     def accumulator(self, d_in: int, exact: bool, device: torch.device) -> MomentAccumulator | FrequentDirections:
@@ -132,10 +147,32 @@ def _moments_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if torch.device(device).type == "cpu" else torch.float32
 
 
+def _size(d_in: int, device: torch.device) -> int:
+    """Bytes of exact moments."""
+    return _moments_dtype(device).itemsize * d_in**2
+
+
+def _packed(sizes: Iterable[tuple[Sequence[str], int]], allowed: float) -> list[list[str]]:
+    """Groups of layers joined, in order, as long as their bytes are no more than allowed."""
+    packed: list[list[str]] = []
+    left = 0.0
+    for layers, size in sizes:
+        if size > left:
+            packed.append([])
+            left = allowed
+        packed[-1] += layers
+        left -= size
+    return packed
+
+
+def _allowed(memory_gb: float | None) -> float:
+    return memory_gb * 1e9 if memory_gb is not None else SHARE_OF_FREE * distributed.free_bytes()
+
+
 def _is_exact(what: str, statistic: Statistic, needed: int, memory_gb: float | None) -> bool:
     if statistic != "auto":
         return statistic == "exact"
-    allowed = memory_gb * 1e9 if memory_gb is not None else SHARE_OF_FREE * distributed.free_bytes()
+    allowed = _allowed(memory_gb)
     exact = needed <= allowed
     if not exact:
         log.info(

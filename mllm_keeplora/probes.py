@@ -6,7 +6,7 @@ parameter ever requires a gradient, so quantised and partitioned weights work an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -236,6 +236,14 @@ def _backward(
         with hooks.supervised_logits(model, batch["labels"]):
             loss = per_sample_loss(model(**inputs).logits, batch["labels"]).sum()  # no name keeps the logits alive
         loss.backward()
+
+
+def exact_passes(
+    groups: Sequence[Sequence[str]], layers: dict[str, Any], plan: FeaturePlan
+) -> list[list[str]] | None:  # fmt: skip
+    """`FeaturePlan.exact_passes` of layers in groups of one input, as the main process decides it by its memory."""
+    widths = {name: layer.in_features for name, layer in layers.items()}
+    return distributed.from_main(plan.exact_passes(groups, widths, next(iter(layers.values())).weight.device))
 
 
 def _features_exactly(model: Any, layers: dict[str, Any], batch: dict, plan: FeaturePlan) -> bool:

@@ -97,6 +97,12 @@ class Context(Protocol):
         The records are those of the domain, or of the anchor sets named in `of`.
         """
 
+    def exact_passes(self, plan: FeaturePlan) -> list[list[str]] | None:
+        """Target layers in groups for `collect_inputs`, whose exact statistics fit one group after the other.
+
+        None where `collect_inputs` takes what the plan wants in one pass. The same in all processes.
+        """
+
     def collect_weight_gradients(
         self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS
     ) -> dict[str, GradientAccumulator | GradientSketch]:

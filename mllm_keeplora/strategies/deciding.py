@@ -27,9 +27,9 @@ def decided_features(
 ) -> Iterator[Features]:
     """Statistics of every target layer's inputs, in parts: each layer is in one of them.
 
-    Layers whose sketch does not decide are passed over and looked at again, with exact moments, so many in each further
-    pass over the records as take no more memory than the sketches of all layers did. A part is emptied when the next
-    is asked for.
+    Under `auto`, exact moments that do not fit all at once come in a few passes over the records. Of sketches, layers
+    whose sketch does not decide are passed over and looked at again, with exact moments, so many in each further pass
+    as take no more memory than the sketches of all layers did. A part is emptied when the next is asked for.
 
     Args:
         context: of the domain, branches as they are to be looked at.
@@ -41,21 +41,31 @@ def decided_features(
     def is_clear(layer: str, source: Any) -> bool:
         return not isinstance(source, FrequentDirections) or decides(layer, source)
 
+    passes = context.exact_passes(plan)
+    if passes is not None:
+        log.info("exact moments of all layers at once are too large: %d passes over the records", len(passes))
+        yield from _exact(context, samples, plan, of, passes)
+        return
     features = context.collect_inputs(samples, plan, of)
     clear = context.divided(features.get, is_clear)
     unclear = {layer: features[layer] for layer, enough in clear.items() if not enough}
     rounds = plan.exact_rounds(unclear, [each for each in features.values() if isinstance(each, FrequentDirections)])
     if unclear:
-        first, passes = next(iter(unclear)), len(rounds)
         log.info(
             "%d layers need exact moments, as their sketches are too small, first %s: %d more passes",
-            len(unclear), first, passes,
+            len(unclear), next(iter(unclear)), len(rounds),
         )  # fmt: skip
     part = {layer: each for layer, each in features.items() if clear[layer]}
     features.clear()
     unclear.clear()
     yield part
     part.clear()
+    yield from _exact(context, samples, plan, of, rounds)
+
+
+def _exact(
+    context: Context, samples: int | float, plan: FeaturePlan, of: tuple[str, ...], rounds: list[list[str]]
+) -> Iterator[Features]:
     for layers in rounds:
         part = context.collect_inputs(samples, plan.made_exact(), of, layers)
         yield part

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.deciding import decided_features
 from mllm_keeplora.strategies.kept_features import KeptFeatureOptions, begin_kept, grow_kept, open_outside
 
 if TYPE_CHECKING:
@@ -60,14 +61,17 @@ class InfLoRA(Strategy):
 
         options = self.options
         squared = options.directions == "moments"
-        features = context.collect_inputs(options.feature_samples, options.feature_plan(exact=squared))
+        plan = options.feature_plan(exact=squared)
 
         def begin(layer: str, source: Any) -> Tensor:
             rows = moment_rows(source) if squared else source
             found = context.kept[layer].missing(rows, 1.0, reference="residual", limit=options.rank)
             return options.row_length * found.mT.contiguous()
 
-        open_outside(context, options, context.divided(features.get, begin), train=("B",))
+        A: dict[str, Tensor] = {}
+        for features in decided_features(context, options.feature_samples, plan, lambda layer, sketch: True):
+            A |= context.divided(features.get, begin, features)
+        open_outside(context, options, {layer: A[layer] for layer in context.target_layers}, train=("B",))
 
     def after_domain(self, context: Context) -> None:
         grow_kept(context, self.options)

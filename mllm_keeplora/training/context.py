@@ -14,7 +14,7 @@ from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.hooks import as_in_training, evaluating, supervised_logits
 from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, streamed
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
-from mllm_keeplora.probes import collect_mean_gradients, collect_moments, shared_inputs
+from mllm_keeplora.probes import collect_mean_gradients, collect_moments, exact_passes, shared_inputs
 from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.tokens import token_losses
@@ -118,6 +118,9 @@ class RunContext:
         batches = self._pass(records, samples, "anchors" if of else "features")
         idle = self._idle_layers(records, samples)
         return collect_moments(self.branches.model, self._modules(layers), batches, plan, idle)
+
+    def exact_passes(self, plan: FeaturePlan) -> list[list[str]] | None:
+        return exact_passes(self.shared_inputs(), self._modules(), plan) if plan.statistic == "auto" else None
 
     def collect_weight_gradients(
         self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS

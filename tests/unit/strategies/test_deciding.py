@@ -48,6 +48,26 @@ def test_a_part_is_emptied_when_the_next_is_asked_for(context):
     assert held[1] == {}
 
 
+def test_exact_moments_that_do_not_fit_come_in_passes(context):
+    """Under `auto`: of what fits in eight passes none is sketched, of what does not all."""
+    total = sum(8 * context.d_in(group[0]) ** 2 for group in context.shared_inputs())
+    exact = context.collect_inputs(6)
+    for share, passes in ((1.01, 1), (0.5, 2), (0.1, None)):
+        plan = FeaturePlan("auto", 4, memory_gb=share * total / 1e9)
+        parts = [dict(part) for part in decided_features(context, 6, plan, lambda layer, sketch: True)]
+        found = {layer: each for part in parts for layer, each in part.items()}
+        assert found.keys() == set(context.target_layers)
+        assert len(parts) == (passes or 1)
+        for layer, each in found.items():
+            assert isinstance(each, MomentAccumulator if passes else FrequentDirections)
+            assert not passes or torch.equal(each.tensors()[0], exact[layer].tensors()[0])
+
+
+@pytest.mark.parametrize("statistic", ["exact", "sketch"])
+def test_what_is_asked_for_outright_comes_in_one_pass(context, statistic):
+    assert context.exact_passes(FeaturePlan(statistic, 4, memory_gb=1e-9)) is None
+
+
 def test_rounds_take_no_more_than_the_sketches_did_and_keep_shared_inputs_together():
     """Sketches of 8 float32 rows of 100 are 3,200 bytes each; exact float64 moments are 80,000."""
     sketches = {name: FrequentDirections(100, 4) for name in "abcd"}
