@@ -44,6 +44,7 @@ def evaluate_set(
     title: str,
     batch_size: int,
     max_new_tokens: int | None = None,
+    settle_ties: bool = True,
     asked_of: str = "",
     keep_journal: bool = False,
 ) -> float | None:
@@ -58,6 +59,7 @@ def evaluate_set(
         title: shown beside the progress bar.
         batch_size: questions per forward and process.
         max_new_tokens: overrides the set's own.
+        settle_ties: as in `generate`.
         asked_of: names the model, where one folder may be used for several: answers of another are not taken over.
         keep_journal: leave the answers for a caller that has more sets to ask; `forget_journals` removes them.
 
@@ -66,7 +68,7 @@ def evaluate_set(
     """
     plan = _plan(base, records, batch_size)
     tokens = max_new_tokens or part.max_new_tokens
-    identity = _identity(base, records, part, batch_size, tokens, asked_of)
+    identity = _identity(base, records, part, [batch_size, tokens, settle_ties, asked_of])
     journal = Journal(predictions.with_name(f"{predictions.name}.rank{distributed.rank()}.part"), identity)
     own = range(distributed.rank(), len(plan), distributed.world_size())
     left = [number for number in own if number not in journal.answers]
@@ -74,7 +76,8 @@ def evaluate_set(
         advance(sum(len(plan[number]) for number in own if number not in left))
         for number in left + _idle(model, len(left)):
             batch = [records[index] for index in plan[number or 0]]
-            answers = generate(base, model, batch, [part.suffix_for(record) for record in batch], tokens)
+            suffixes = [part.suffix_for(record) for record in batch]
+            answers = generate(base, model, batch, suffixes, tokens, settle_ties)
             if number is not None:
                 journal.add(number, dict(zip(plan[number], answers, strict=True)))
                 advance(len(plan[number]))
@@ -104,16 +107,17 @@ def forget_journals(folder: DomainDir, names: Sequence[str]) -> None:
 
 
 def generate(
-    base: Base, model: Any, records: Sequence[Record], suffixes: Sequence[str], max_new_tokens: int
-) -> list[Answer]:
+    base: Base, model: Any, records: Sequence[Record], suffixes: Sequence[str], max_new_tokens: int,
+    settle_ties: bool = True,
+) -> list[Answer]:  # fmt: skip
     """Greedy answers to one batch of questions, each with a suffix appended.
 
-    Where the likeliest of two tokens is a matter of rounding, and so of the other rows, the question is asked again
-    alone, so that neither the size of batches nor the number of processes tips it. Processes that must answer in step
-    leave it at the batch's answer.
+    Where the likeliest of two tokens is a matter of rounding, and so of the other rows, `settle_ties` asks the question
+    again alone, so that neither the size of batches nor the number of processes tips it. Processes that must answer in
+    step leave it at the batch's answer.
     """
     answers, close = _decoded(base, model, records, suffixes, max_new_tokens)
-    if len(records) > 1 and not keeps_step(model):
+    if settle_ties and len(records) > 1 and not keeps_step(model):
         for row in close:
             [answers[row]], _ = _decoded(base, model, [records[row]], [suffixes[row]], max_new_tokens)
     return answers
@@ -185,9 +189,7 @@ def _plan(base: Base, records: Sequence[Record], batch_size: int) -> list[list[i
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _identity(
-    base: Base, records: Sequence[Record], part: TestSet, batch_size: int, max_new_tokens: int, asked_of: str
-) -> str:
+def _identity(base: Base, records: Sequence[Record], part: TestSet, asked_how: list) -> str:
     """What makes answers the same: questions as they are put, pictures, batches, precision, device, and the model."""
     asked = hashlib.sha256()
     for record in records:
@@ -195,8 +197,8 @@ def _identity(
         for media in record.media:
             asked.update(f"{media.path}\0{media.pad}".encode() + hashlib.sha1(media.data or b"").digest())
     parameter = next(base.model.parameters())
-    how = [batch_size, max_new_tokens, str(parameter.dtype), parameter.device.type, distributed.world_size(), asked_of]
-    return json.dumps([asked.hexdigest()[:16], *how])
+    here = [str(parameter.dtype), parameter.device.type, distributed.world_size()]
+    return json.dumps([asked.hexdigest()[:16], *asked_how, *here])
 
 
 def _to(value: Any, parameter: Any) -> Any:

@@ -49,6 +49,7 @@ def evaluate_named(
             title=f"{folder.path.name}: {name}",
             batch_size=config.eval.batch_size,
             max_new_tokens=config.eval.max_new_tokens,
+            settle_ties=config.eval.settle_ties,
             **journal,
         )
     return {"score": percent, "questions": len(records)}

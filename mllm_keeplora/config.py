@@ -86,7 +86,9 @@ class DomainOverride(Section):
 class EvalConfig(Section):
     """`split: validation` grades the validation questions instead, and no suite: for choosing settings.
 
-    `weights` is for ZeRO-3: whole on every process (`gathered`) or fetched block by block (`divided`).
+    `weights` is for ZeRO-3: whole on every process (`gathered`) or fetched block by block (`divided`). `settle_ties`
+    asks again alone where an answer hangs on rounding, so that batches do not tip it; in half precision that is so for
+    a few of a hundred one-word answers, and for most of fifty words.
     """
 
     domains: Literal["seen", "all"] = "seen"
@@ -96,6 +98,7 @@ class EvalConfig(Section):
     limit: int | None = Field(None, ge=1)
     suite_limit: int | None = Field(None, ge=1)
     weights: Literal["auto", "gathered", "divided"] = runtime("auto")
+    settle_ties: bool = True
     zero_shot: bool = True
 
 

@@ -85,9 +85,9 @@ def test_an_answer_that_reached_the_token_limit_is_marked(base, records, tmp_pat
     assert sum(row.get("cut", False) for row in files.read_json_lines(tmp_path / "p.jsonl")) == len(records) // 2
 
 
-@pytest.mark.parametrize("in_step", [False, True])
-def test_a_close_call_is_asked_again_alone(base, records, monkeypatch, in_step):
-    """Not where processes answer in step: the others would wait for a question that they do not have."""
+@pytest.mark.parametrize(("in_step", "settle_ties"), [(False, True), (True, True), (False, False)])
+def test_a_close_call_is_asked_again_alone(base, records, monkeypatch, in_step, settle_ties):
+    """Not where processes answer in step: the others would wait for a question that they do not have; nor unasked."""
     import torch
 
     asked = []
@@ -100,9 +100,9 @@ def test_a_close_call_is_asked_again_alone(base, records, monkeypatch, in_step):
 
     monkeypatch.setattr(harness, "greedy", spoken)
     monkeypatch.setattr(harness, "keeps_step", lambda model: in_step)
-    texts = [answer.text for answer in generate(base, base.model, records[:6], [""] * 6, 4)]
+    texts = [answer.text for answer in generate(base, base.model, records[:6], [""] * 6, 4, settle_ties)]
     in_batch, alone = base.prompt.answers(torch.tensor([[17], [18]]))
-    again = () if in_step else (1, 4)
+    again = (1, 4) if settle_ties and not in_step else ()
     assert asked == [6] + [1] * len(again)
     assert texts == [alone if row in again else in_batch for row in range(6)]
 
@@ -131,11 +131,11 @@ def test_a_set_that_is_graded_elsewhere_leaves_what_to_hand_in(base, records, tm
 def test_an_interrupted_evaluation_asks_nothing_twice_and_ends_the_same(base, records, tmp_path, monkeypatch):
     asked = []
 
-    def counted(base, model, records, suffix, tokens):
+    def counted(base, model, records, *how):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append([record.id for record in records])
-        return generate(base, model, records, suffix, tokens)
+        return generate(base, model, records, *how)
 
     whole = answers(base, records, tmp_path, 3)
     monkeypatch.setattr(harness, "generate", counted)
@@ -197,9 +197,9 @@ def test_a_journal_of_another_question_set_is_not_used(tmp_path):
 
 
 def test_another_batch_size_starts_the_plan_afresh(base, records, tmp_path):
-    identities = {harness._identity(base, records, PART, size, 4, "") for size in (1, 2, 3)}
+    identities = {harness._identity(base, records, PART, [size, 4]) for size in (1, 2, 3)}
     assert len(identities) == 3
-    assert harness._identity(base, records[:-1], PART, 3, 4, "") not in identities
+    assert harness._identity(base, records[:-1], PART, [3, 4]) not in identities
     plan = harness._plan(base, records, 5)
     assert [len(batch) for batch in plan] == [5, 5, 2]
     assert sorted(index for batch in plan for index in batch) == list(range(12))
