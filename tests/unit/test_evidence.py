@@ -2,16 +2,25 @@
 
 import json
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
 from mllm_keeplora.comparison import load_results
+from mllm_keeplora.config import load_config
+from mllm_keeplora.report.costs import costs
 from mllm_keeplora.report.groups import group_runs, mean_and_sd
+from mllm_keeplora.strategies import STRATEGIES, build_strategy
 from mllm_keeplora.sweep_plan import final_cell, load_sweep, tune_cell
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
+HEADINGS = {
+    "mini_dcl": "# mllm_keeplora",
+    "mini_dcl_variants": "### Variants, and one part left out at a time",
+    "mini_all": "### Every method side by side",
+}
 ROWS = {
     ("mini_dcl", "joint"): "joint training",
     ("mini_dcl", "finetune"): "sequential LoRA",
@@ -23,8 +32,47 @@ ROWS = {
     ("mini_dcl_variants", "no_weights"): "weights not protected",
     ("mini_dcl_variants", "no_features"): "features not protected",
     ("mini_dcl_variants", "random_A"): "random A in the free space",
+    ("mini_all", "joint"): "joint training",
+    ("mini_all", "independent"): "independent branches, domain told",
+    ("mini_all", "finetune"): "sequential LoRA, a branch a domain",
+    ("mini_all", "finetune_carried"): "sequential LoRA, one branch",
+    ("mini_all", "replay"): "replay",
+    ("mini_all", "ewc"): "EWC",
+    ("mini_all", "lwf"): "LwF",
+    ("mini_all", "agem"): "A-GEM",
+    ("mini_all", "gpm"): "GPM-LoRA",
+    ("mini_all", "olora"): "O-LoRA",
+    ("mini_all", "inflora"): "InfLoRA",
+    ("mini_all", "gainlora"): "GainLoRA over InfLoRA",
+    ("mini_all", "sdlora"): "SD-LoRA",
+    ("mini_all", "moelora"): "MoELoRA",
+    ("mini_all", "routed"): "routed branches",
+    ("mini_all", "keeplora"): "**KeepLoRA**",
 }
-COLUMNS = ("last", "average", "transfer", "bwt", "plasticity", "general_retention")
+METRICS = {
+    "Last": ("last", 1),
+    "Average": ("average", 1),
+    "Transfer": ("transfer", 1),
+    "BWT": ("bwt", 1),
+    "Plasticity": ("plasticity", 1),
+    "General kept": ("general_retention", 100),
+}
+COMPARED = [strategy for sweep, strategy in ROWS if sweep == "mini_all"]
+COSTS = ("trained", "stored", "training", "answering")
+
+
+def table_under(heading: str) -> list[list[str]]:
+    """Cells of the README's first table below a heading, its first row the heads."""
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    lines = lines[lines.index(heading) :]
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    rows = takewhile(lambda line: line.startswith("|"), lines[first:])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def row_of(sweep: str, name: str) -> dict[str, str]:
+    heads, *rows = table_under(HEADINGS[sweep])
+    return dict(zip(heads, next(row for row in rows if row[0] == name), strict=True))
 
 
 def numbers(cell: str) -> list[float]:
@@ -34,14 +82,24 @@ def numbers(cell: str) -> list[float]:
 @pytest.mark.parametrize(("sweep", "strategy"), ROWS)
 def test_the_readme_says_what_the_stored_runs_say(sweep, strategy):
     groups = {group.family: group for group in group_runs(load_results([EVIDENCE / sweep]))}
-    named = f"| {ROWS[sweep, strategy]} |"
-    row = next(line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith(named))
-    cells = row.strip("|").split("|")[2:]
-    for key, cell in zip(COLUMNS, cells, strict=False):
-        factor = 100.0 if key == "general_retention" else 1.0
+    row = row_of(sweep, ROWS[sweep, strategy])
+    for head in METRICS.keys() & row.keys():
+        key, factor = METRICS[head]
         mean, sd = mean_and_sd(groups[strategy].metric(key))
-        told = numbers(cell)
-        assert told == ([round(factor * mean, 1), round(factor * sd, 1)] if mean is not None else []), (key, row)
+        expected = [round(factor * mean, 1), round(factor * sd, 1)] if mean is not None else []
+        assert numbers(row[head]) == expected, (head, row)
+    chosen = json.loads((EVIDENCE / sweep / "sweep.json").read_text("utf-8"))["tuning"][strategy]["chosen"]
+    assert float(row["learning rate"]) == chosen
+
+
+@pytest.mark.parametrize("strategy", COMPARED)
+def test_the_readme_says_what_each_method_costs(strategy):
+    """Millions of parameters; megabytes to answer, and those beside them to go on; times of sequential LoRA."""
+    _, rows = costs(group_runs(load_results([EVIDENCE / "mini_all"])))
+    [cells] = [cells for name, *cells in rows if name == strategy]
+    trained, *others = (numbers(cell.replace(",", ""))[0] for cell in cells)
+    row = row_of("mini_all", ROWS["mini_all", strategy])
+    assert [number for head in COSTS for number in numbers(row[head])] == [round(trained / 1e6, 2), *others]
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in EVIDENCE.glob("*/sweep.json")))
@@ -54,3 +112,13 @@ def test_stored_runs_are_those_of_the_shipped_sweep(name, monkeypatch):
             assert tune_cell(sweep, label, float(value)).results() is not None, (label, value)
         for seed in sweep.final.seeds:
             assert final_cell(sweep, label, record["chosen"], seed).results() is not None, (label, seed)
+
+
+@pytest.mark.parametrize("strategy", [name for name in COMPARED if name in STRATEGIES and name != "keeplora"])
+def test_a_shipped_run_has_the_rate_that_a_sweep_chose(strategy):
+    """The first table's where it has the strategy; all else of the method is as it was swept."""
+    sweep = "mini_dcl" if ("mini_dcl", strategy) in ROWS else "mini_all"
+    chosen = json.loads((EVIDENCE / sweep / "sweep.json").read_text("utf-8"))["tuning"][strategy]["chosen"]
+    run, swept = load_config(f"mini_dcl_{strategy}"), tune_cell(load_sweep("mini_all"), strategy, chosen).config()
+    assert run.train.lr == chosen
+    assert build_strategy(run.strategy).options == build_strategy(swept.strategy).options
