@@ -155,7 +155,6 @@ class RunContext:
         return min(self.full_batch, len(self.records) - done)
 
     def drawn(self, population: int, count: int) -> list[int]:
-        """This micro-batch's part of `count` draws with replacement, made anew for every optimizer step."""
         draws = random.Random(f"{self.seed} {self.step}")
         place, places = self.share
         return [draws.randrange(population) for _ in range(count)][place::places]
@@ -256,6 +255,7 @@ class RunContext:
         text = Record("a text", (), (Turn("user", "?"), Turn("assistant", "!")))
         device = next(self.branches.base.parameters()).device
         batch = {key: value.to(device) for key, value in self.collator([text]).items()}
+        self.branches.look_at(batch)
         return shared_inputs(self.branches.model, self._modules(), batch)
 
     def _idle_layers(self, records: Sequence[Record], samples: int | float) -> list[str]:
