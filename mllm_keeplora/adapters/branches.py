@@ -49,9 +49,7 @@ class Adapters:
         self._dense: DenseDeltas | None = None
         self._mixing: Mixing | None = None
         self._trained: dict[str, Any] = {}  # found once for each open branch: strategies ask at every step
-        self._start: tuple[dict[str, Tensor], dict[str, Tensor] | None] | None = (
-            None  # of the open branch, for teachers
-        )
+        self._start: tuple[dict[str, Tensor], dict[str, Tensor] | None] | None = None  # A, B as the branch began
         self._pristine = PristineWeights(model, layers if self.mode == "merged" else (), full)
 
     @property
