@@ -1,6 +1,8 @@
 """Joint training: all domains at once, an upper bound for Last; as many steps as the whole sequence has.
 
-The branch is that of sequential LoRA.
+The branch is that of sequential LoRA. One pass over all records together in random order, each as often as its domain
+has epochs (a fraction of an epoch by a seeded sample), so that domains count by their size. The sequence rounds up to
+whole batches domain by domain, joint training once: it may have fewer steps by less than one a domain and epoch.
 """
 
 from __future__ import annotations
