@@ -9,7 +9,7 @@ Departures from the code: p_0 is divided by the true number of words; rows are n
 and the change is counted from the domain's start, which is the same; the first domain reaches its share of energy, and
 the share rises over the run's domains, not over 15; the features are not cut into blocks. Not published: `pictures`
 adds the frozen tower's, as long as the words' (the projector may train, so it is never looked through); how long a
-first key is (the code gives its direction, here too): as a linear layer's row. Rank and alpha are those of this project.
+first key is (the code gives its direction, here too): as a row of a linear layer. Rank and alpha are not the code's.
 """
 
 from __future__ import annotations
