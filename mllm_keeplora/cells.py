@@ -86,8 +86,12 @@ class Runner:
                     done[futures[future]] = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # first, or a free worker would start the next run
-            for process in list(self.processes):
+            ended = list(self.processes)
+            for process in ended:
                 process.terminate()
+            for process in ended:  # here, too: a worker that was just being started is not one that shutdown waits for
+                process.wait()
+            self.processes.difference_update(ended)
             raise
         finally:
             pool.shutdown()

@@ -77,6 +77,22 @@ def test_a_run_that_a_signal_ended_stops_the_others_to_be_continued(sleeping, co
     assert len(sleeping.started) == 2 and not runner.processes and time.monotonic() - began < 25
 
 
+def test_an_interrupt_while_a_worker_starts_leaves_no_process(sleeping, monkeypatch):
+    """The pool does not know the worker yet, and would not wait for it."""
+    runner, start = Runner(1), threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        while not runner.processes:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(sleeping(60, 2), "test")
+    assert len(sleeping.started) == 1 and not runner.processes
+
+
 def test_termination_ends_what_runs_like_an_interrupt(sleeping):
     runner = Runner(1)
 
