@@ -92,7 +92,7 @@ def _cell(sweep: SweepConfig, part: str) -> Cell | None:
     labels, seeds = list(sweep.strategies), sweep.final.seeds
     if kind == "further":
         return further_cell(sweep, labels[number - 1])
-    chosen, (place, seed) = _load_choice(sweep), divmod(number - 1, len(seeds))
+    chosen, (seed, place) = _load_choice(sweep), divmod(number - 1, len(labels))  # in the order of `final_cells`
     if labels[place] not in chosen:
         raise UserError(nothing_of(sweep, labels[place]))
     return final_cell(sweep, labels[place], chosen[labels[place]], seeds[seed])

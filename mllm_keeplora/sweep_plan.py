@@ -96,9 +96,13 @@ def tune_cells(sweep: SweepConfig) -> list[Cell]:
 
 
 def final_cells(sweep: SweepConfig, chosen: Mapping[str, float]) -> list[Cell]:
-    """The runs of every strategy's chosen value, for every seed; of those that have one."""
+    """The runs of every strategy's chosen value, for every seed; of those that have one.
+
+    Seed by seed: one seed's comparison is whole after the first of them, and runs whose times are compared are near in
+    time.
+    """
     labels = [label for label in sweep.strategies if label in chosen]
-    return [final_cell(sweep, label, chosen[label], seed) for label in labels for seed in sweep.final.seeds]
+    return [final_cell(sweep, label, chosen[label], seed) for seed in sweep.final.seeds for label in labels]
 
 
 def _cell(sweep: SweepConfig, label: str, value: float, seed: int, extra: Sequence[str], folder: Path) -> Cell:

@@ -196,6 +196,12 @@ def test_a_strategy_of_which_every_run_fails_holds_up_no_other(machine, write, r
     assert len(run_sweep(write())) == 4 and len(reported[1][0]) == 4
 
 
+def test_final_runs_go_seed_by_seed(machine, write, reported):
+    run_sweep(write())
+    finals = [name for name in machine.started if "seed" in name]
+    assert finals == [f"{label}-0.004-seed{seed}" for seed in (1, 2) for label in ("finetune", "keeplora")]
+
+
 def test_a_final_run_that_fails_is_left_out_of_the_comparison_and_told(machine, write, reported):
     machine.failing = ("keeplora-0.004-seed2",)
     with pytest.raises(UserError, match=r"^keeplora-0\.004-seed2 failed; see .*The same command tries again"):
@@ -242,7 +248,7 @@ def test_final_parts_run_what_the_tuning_chose(machine, write):
     assert len(machine.started) == 8, "the part that was done is not done again; both grids went on to 8e-3"
     for number in range(1, 5):
         run_part(small, f"final:{number}/4")
-    assert machine.started[8:] == [f"{label}-0.004-seed{seed}" for label in ("finetune", "keeplora") for seed in (1, 2)]
+    assert machine.started[8:] == [f"{label}-0.004-seed{seed}" for seed in (1, 2) for label in ("finetune", "keeplora")]
 
 
 def test_further_parts_try_one_value_beyond_the_edge_a_round(machine, write):
@@ -273,10 +279,10 @@ def test_a_choice_without_one_strategy_serves_the_others(machine, write):
     machine.failing = ("finetune-",)
     said = run_part(small, "tune")
     assert said[0] == "keeplora: chose train.lr 0.004" and said[1].startswith("no setting of finetune gave a result")
-    run_part(small, "final:3/4")
+    run_part(small, "final:2/4")
     assert machine.started[-1] == "keeplora-0.004-seed1"
     with pytest.raises(UserError, match="no setting of finetune gave a result"):
-        run_part(small, "final:2/4")
+        run_part(small, "final:3/4")
 
 
 def test_a_choice_among_other_settings_is_refused_and_more_seeds_are_not(machine, write):
