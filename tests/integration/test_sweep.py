@@ -82,5 +82,5 @@ def test_a_run_that_fails_is_told_with_its_log(swept, tmp_path):
     values["tune"] |= {"grid": [1e30], "key": "train.lr"}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values))
     said = shell("sweep", tmp_path / "sweep.yaml")
-    assert said.code == 2 and "no run gave a result" in said.err
+    assert said.code == 2 and f"no run gave a result; see {tmp_path / 'out'}/tune/*.log" in said.err
     assert "loss is" in (tmp_path / "out" / "tune" / "finetune-1e+30.log").read_text()
