@@ -113,6 +113,11 @@ def submission_file(predictions: Path) -> Path:
     return predictions.with_name(f"{predictions.stem}.submit.jsonl")
 
 
+def answer_files(predictions: Path) -> list[Path]:
+    """What there is of a set's answers: predictions, figures, what to hand in elsewhere."""
+    return [path for path in (predictions, figures_file(predictions), submission_file(predictions)) if path.is_file()]
+
+
 def submission_rows(records: Sequence[Record], predictions: Sequence[str], part: TestSet) -> list[dict[str, Any]]:
     """Lines as the official runners write them: question_id, prompt with its suffix, text."""
     return [

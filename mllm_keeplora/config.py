@@ -89,6 +89,8 @@ class EvalConfig(Section):
     `weights` is for ZeRO-3: whole on every process (`gathered`) or fetched block by block (`divided`). `settle_ties`
     asks again alone where an answer hangs on rounding, so that batches do not tip it; in half precision that is so for
     a few of a hundred one-word answers, and for most of fifty words.
+
+    `base_answers` is a folder that runs share: what one was answered by the untouched base, another need not ask.
     """
 
     domains: Literal["seen", "all"] = "seen"
@@ -100,6 +102,7 @@ class EvalConfig(Section):
     weights: Literal["auto", "gathered", "divided"] = runtime("auto")
     settle_ties: bool = True
     zero_shot: bool = True
+    base_answers: str | None = runtime(None)
 
 
 class DiagnosticsConfig(Section):

@@ -23,6 +23,7 @@ from mllm_keeplora import distributed, watch
 from mllm_keeplora.check import Checked, check_everywhere
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import with_published_epochs
+from mllm_keeplora.eval.base_answers import asked_once
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.rows import evaluate_named, sets_after
@@ -89,8 +90,12 @@ def evaluate(learner: Learner, unit: Unit) -> None:
         learner.bring_to(unit.index, asked=name)
         return evaluate_named(learner.base, learner.adapters.model, benchmark, name, config, run.folder(unit))
 
+    def work(name: str) -> dict[str, Any]:
+        shared = config.eval.base_answers if unit.index == 0 else None
+        return asked_once(Path(shared), run, config, name, partial(ask, name)) if shared else ask(name)
+
     names = sets_after(unit, run.units, benchmark, config)
-    asked = [run.once(f"{unit.key}/evaluate/{name}", partial(ask, name)) for name in names]
+    asked = [run.once(f"{unit.key}/evaluate/{name}", partial(work, name)) for name in names]
     if any(asked):
         scores = (f"{name} {_text(run.record['stages'][f'{unit.key}/evaluate/{name}']['score'])}" for name in names)
         log.info("after %s: %s", unit.name, ", ".join(scores))

@@ -107,7 +107,8 @@ def final_cells(sweep: SweepConfig, chosen: Mapping[str, float]) -> list[Cell]:
 
 def _cell(sweep: SweepConfig, label: str, value: float, seed: int, extra: Sequence[str], folder: Path) -> Cell:
     own = [f"name={label}", f"seed={seed}", f"output={folder}", f"{sweep.tune.key}={value!r}"]
-    return Cell(sweep.run, (*sweep.strategies[label], *extra, *own), folder)
+    shared = f"eval.base_answers={sweep.folder / 'base_answers'}"  # first, so that the sweep's YAML may say otherwise
+    return Cell(sweep.run, (shared, *sweep.strategies[label], *extra, *own), folder)
 
 
 @dataclass

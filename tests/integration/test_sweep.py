@@ -58,6 +58,15 @@ def test_tuning_saw_validation_questions_of_seen_domains_and_no_suite(swept):
         assert results["general"] == {} and results["score_matrix"][0][1] is None
 
 
+def test_final_runs_share_what_the_base_answers(swept):
+    root, _ = swept
+    ledgers = [json.loads(path.read_text())["stages"] for path in (root / "out").glob("final/*/run.json")]
+    asked = {name for stages in ledgers for name in stages if name.startswith("00_base/evaluate/")}
+    assert len(asked) == len(list((root / "out" / "base_answers").glob("*/facts.json"))) == 3
+    for name in asked:  # what asking took tells who asked: at most those two that ran side by side at first
+        assert len({stages[name]["seconds"] for stages in ledgers}) <= 2
+
+
 def test_a_finished_sweep_is_not_run_again(swept):
     root, _ = swept
     before = {name: data for name, data in content(root / "out").items() if "/" in name}

@@ -92,6 +92,16 @@ def test_another_choice_is_another_run(write):
     assert len(folders) == 4
 
 
+def test_runs_share_the_base_s_answers_unless_the_sweep_says_otherwise(write, tmp_path):
+    sweep = load_sweep(write())
+    shared = {
+        final_cell(sweep, label, 2e-3, seed).config().eval.base_answers for label in sweep.strategies for seed in (1, 2)
+    }
+    assert shared == {str(tmp_path / "out" / "base_answers")}
+    sweep = load_sweep(write(final={"seeds": [1], "overrides": ["eval.base_answers=null"]}))
+    assert final_cell(sweep, "keeplora", 2e-3, 1).config().eval.base_answers is None
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
