@@ -9,7 +9,6 @@ import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -142,7 +141,8 @@ def write_rows(path: Path, drafts: Iterable[Draft]) -> None:
 
 
 def _row(draft: Draft) -> dict[str, Any]:
-    values = {**asdict(draft), "images": [_name(image) for image in draft.images]}
+    turns, images = list(map(vars, draft.turns)), [_name(image) for image in draft.images]
+    values = {**vars(draft), "turns": turns, "images": images}  # not asdict: it copies every string, four times as slow
     pictures = [image[1] for image in draft.images if not isinstance(image, str)]
     return {"draft": json.dumps(values, ensure_ascii=False), "pictures": pictures}
 
