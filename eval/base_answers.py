@@ -1,75 +1,112 @@
 """What the untouched base answers, asked once by runs that share a folder: no strategy, rate or seed has a part in it.
 
-    <shared>/<set>-<digest>/<set>.jsonl and its figures, as in a run; facts.json is written last
+    <shared>/<set>-<digest>/     predictions and figures as in a run, facts.json; there whole or not at all
 
-The digest is of everything that the answers depend on: weights, questions, how they are asked, device and versions.
+Answers are shared, not scores: whoever takes them over grades them. The digest is of all that a run is compared by when
+it is continued, as far as the base's answers depend on it, and of where it runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mllm_keeplora import distributed, files
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.eval.grading import answer_files
+from mllm_keeplora.data import Benchmark
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval.grading import answer_files, regrade
+from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.results import digest_of_data, environment
+from mllm_keeplora.eval.rows import asked_records
 from mllm_keeplora.log import log
 from mllm_keeplora.runs import BASE_UNIT, RunDir
 
 Facts = dict[str, Any]
 
 
-def asked_once(shared: Path, run: RunDir, config: RunConfig, name: str, ask: Callable[[], Facts]) -> Facts:
-    """Take over what another run was answered by the same base, or ask and leave the answers for others.
+def asked_once(
+    shared: Path, run: RunDir, config: RunConfig, benchmark: Benchmark, name: str, ask: Callable[[], Facts]
+) -> Facts:
+    """Take over what the same base answered another run, or ask and leave the answers for others.
 
     Args:
-        shared: the folder that the runs share; runs may use it at the same time.
-        run, config: the run that asks; its base is loaded.
+        shared: the folder that the runs share; they may use it at the same time.
+        run, config, benchmark: of the run that asks.
         name: of the domain or suite.
-        ask: answers and grades the set with the run's base, and returns facts for the ledger.
+        ask: answers and grades the set with the run's base; returns facts for the ledger.
 
     Returns:
         The facts; `seconds` is what the asking took, whoever asked, so that costs of runs can be compared.
     """
     kept = shared / f"{name}-{_digest(run, config, name)}"
-    found = distributed.main_first(lambda: _taken_over(kept, run, name) if distributed.is_main() else None)
-    facts = distributed.from_main(found)  # what one process asks, all do: another run may be done at this moment
+    predictions = run.folder(BASE_UNIT).predictions(name)
+
+    def take_over() -> Facts | None:
+        return _taken_over(kept, predictions, config, benchmark) if distributed.is_main() else None
+
+    facts = distributed.from_main(distributed.main_first(take_over))  # one decision: another run may end just now
     if facts is not None:
         log.info("the base's answers to %s are those in %s", name, kept)
+        forget_journals(run.folder(BASE_UNIT), [name])
         return facts
     started = time.monotonic()
     facts = ask()
     facts["seconds"] = round(time.monotonic() - started, 3)
     if distributed.is_main():
-        for path in answer_files(run.folder(BASE_UNIT).predictions(name)):
-            _copy(path, kept / path.name)
-        files.write_json(kept / "facts.json", facts)
+        _publish(kept, predictions, facts)
     return facts
 
 
-def _taken_over(kept: Path, run: RunDir, name: str) -> Facts | None:
-    """Facts of kept answers, which are the run's own afterwards; None where there are none."""
-    if not (kept / "facts.json").is_file():
+def _taken_over(kept: Path, predictions: Path, config: RunConfig, benchmark: Benchmark) -> Facts | None:
+    """Facts of kept answers, which are the run's own and graded afterwards; None where there are none to be had."""
+    if not kept.is_dir():
         return None
-    for path in answer_files(kept / f"{name}.jsonl"):
-        _copy(path, run.folder(BASE_UNIT).predictions(name).with_name(path.name))
-    return files.read_json(kept / "facts.json")
+    name = predictions.stem
+    try:
+        facts = files.read_json(kept / "facts.json")
+        for path in answer_files(kept / predictions.name):
+            files.write_atomically(predictions.with_name(path.name), lambda to, path=path: shutil.copyfile(path, to))
+        facts["score"] = regrade(predictions, benchmark.graded(name), asked_records(benchmark, name, config))
+    except (UserError, ValueError, OSError) as error:
+        log.warning("the base is asked %s again: %s", name, error)
+        return None
+    return facts
+
+
+def _publish(kept: Path, predictions: Path, facts: Facts) -> None:
+    """Leave answers for others; the first to do so does. Who cannot has its own, and says so."""
+    staged = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        staged.mkdir(parents=True)
+        for path in answer_files(predictions):
+            shutil.copyfile(path, staged / path.name)
+        files.write_json(staged / "facts.json", facts)
+        if not kept.exists():
+            os.rename(staged, kept)
+    except OSError as error:
+        if not kept.is_dir():  # else another run was faster by a moment
+            log.warning("the base's answers are not kept for other runs: %s", error)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _digest(run: RunDir, config: RunConfig, name: str) -> str:
+    import torch
+
     record = run.record
     (part,) = (each for each in [*record["domains"], *record["suites"]] if each["name"] == name)
-    settings = {key: value for key, value in record["config"].items() if key.startswith(("base.", "eval."))}
-    place = [config.eval.batch_size, distributed.world_size(), distributed.device().split(":")[0], environment()]
-    told = [record["base"]["fingerprint"], settings, digest_of_data([part]), place]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _copy(source: Path, target: Path) -> None:
-    files.write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
+    what = [record["base"]["fingerprint"], digest_of_data([part]), record.get("generator")]
+    how = {key: value for key, value in record["config"].items() if key.startswith(("base.", "eval."))}
+    batches = [config.eval.batch_size, config.eval.weights, config.deepspeed, distributed.world_size()]
+    on_gpu = distributed.device() != "cpu"
+    device = torch.cuda.get_device_name() if on_gpu else [torch.backends.cpu.get_cpu_capability(), config.threads]
+    told = json.dumps([what, how, batches, device, environment()], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:12]

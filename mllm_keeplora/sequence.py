@@ -86,16 +86,18 @@ def evaluate(learner: Learner, unit: Unit) -> None:
     """Row of the score matrix after a unit; cells that are measured already are left alone."""
     config, run, benchmark = learner.config, learner.run, learner.benchmark
 
-    def ask(name: str) -> dict[str, Any]:
+    def answered(name: str) -> dict[str, Any]:
         learner.bring_to(unit.index, asked=name)
         return evaluate_named(learner.base, learner.adapters.model, benchmark, name, config, run.folder(unit))
 
-    def work(name: str) -> dict[str, Any]:
-        shared = config.eval.base_answers if unit.index == 0 else None
-        return asked_once(Path(shared), run, config, name, partial(ask, name)) if shared else ask(name)
+    def ask(name: str) -> dict[str, Any]:
+        shared = config.eval.base_answers if unit == BASE_UNIT else None
+        if shared is None:
+            return answered(name)
+        return asked_once(Path(shared), run, config, benchmark, name, partial(answered, name))
 
     names = sets_after(unit, run.units, benchmark, config)
-    asked = [run.once(f"{unit.key}/evaluate/{name}", partial(work, name)) for name in names]
+    asked = [run.once(f"{unit.key}/evaluate/{name}", partial(ask, name)) for name in names]
     if any(asked):
         scores = (f"{name} {_text(run.record['stages'][f'{unit.key}/evaluate/{name}']['score'])}" for name in names)
         log.info("after %s: %s", unit.name, ", ".join(scores))

@@ -11,6 +11,7 @@ from mllm_keeplora import files, sequence
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.sequence import run_sequence
+from tests.integration.processes import run_on_two
 from tests.support.tiny import tiny_benchmark
 
 BASE = "domains/00_base/predictions"
@@ -89,12 +90,45 @@ def test_nothing_is_taken_over_that_answers_other_questions(shared_run, base_ask
     assert "Alpha" in base_asked[before:]
 
 
-def test_answers_that_were_not_kept_whole_are_asked_again(shared_run, base_asked, tmp_path):
+@pytest.mark.parametrize("lost", ["facts.json", "Alpha.jsonl"])
+def test_answers_that_are_not_whole_are_asked_again(lost, shared_run, base_asked, tmp_path):
     first = shared_run("first")
     before = len(base_asked)
-    for path in (tmp_path / "shared").glob("Alpha-*/facts.json"):  # written last: a killed run left it out
-        path.unlink()
+    [path] = (tmp_path / "shared").glob(f"Alpha-*/{lost}")
+    path.write_text("[")
     second = shared_run("second")
     assert base_asked[before:] == ["Alpha"]
     assert (second.path / BASE / "Alpha.jsonl").read_bytes() == (first.path / BASE / "Alpha.jsonl").read_bytes()
-    assert len(list((tmp_path / "shared").glob("Alpha-*/facts.json"))) == 1
+
+
+def test_answers_are_shared_but_not_scores(shared_run, tmp_path):
+    """As after a change of the scoring rules: what was kept was graded by others."""
+    first = shared_run("first")
+    [path] = (tmp_path / "shared").glob("Alpha-*/Alpha.jsonl")
+    rows = files.read_json_lines(path)
+    files.write_json_lines(path, [{**row, "score": 1 - row["score"]} for row in rows])
+    second = shared_run("second")
+    assert _base_stages(second) == _base_stages(first)
+    assert (second.path / BASE / "Alpha.jsonl").read_bytes() == (first.path / BASE / "Alpha.jsonl").read_bytes()
+
+
+def test_a_folder_that_takes_nothing_is_told_and_holds_nothing_up(shared_run, tmp_path):
+    (tmp_path / "shared").write_text("no folder")
+    run = shared_run("first")
+    told = run.log.read_text()
+    assert "the base's answers are not kept for other runs" in told and str(tmp_path / "shared") in told
+    assert (run.path / BASE / "Alpha.jsonl").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_agree_to_take_over(settings, tmp_path):
+    evaluation = {"base_answers": str(tmp_path / "shared")}
+    ledgers = []
+    for name in ("first", "second"):
+        values = settings(tmp_path / name, ("Alpha",), eval=evaluation)
+        ended = run_on_two(values, tmp_path / f"told_{name}")
+        assert [each.code for each in ended] == [0, 0], ended
+        ledgers.append(_base_stages(RunDir(tmp_path / name).load()))
+    assert ledgers[0] == ledgers[1] and ledgers[0]
+    first, second = (tmp_path / name / BASE / "Alpha.jsonl" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
