@@ -27,6 +27,7 @@ from mllm_keeplora.opening import graded_parts
 from mllm_keeplora.strategies import summary_of
 from mllm_keeplora.sweep_plan import (
     SweepConfig,
+    TuneConfig,
     Tuning,
     chosen_of,
     final_cell,
@@ -175,8 +176,8 @@ def _notes(sweep: SweepConfig, tunings: Mapping[str, Tuning]) -> list[str]:
     notes = [f"{label}: {summary_of(config.strategy.name)}" for label, config in tuned.items()]
     notes += [
         f"One rule for every strategy: {tune.key} from {grid} with seed {tune.seed}, graded on the {splits[0]} "
-        f"questions; the highest Last is chosen, and the grid goes on by the factor {tune.factor:g} while the best "
-        f"lies at its edge. The chosen setting then runs with seeds {seeds}, graded on the {splits[1]} questions."
+        f"questions; the highest Last is chosen{_going_on(tune)}. "
+        f"The chosen setting then runs with seeds {seeds}, graded on the {splits[1]} questions."
     ]
     own = {
         label: [each for each in sweep.strategies[label] if not each.startswith("strategy.name=")] for label in tuned
@@ -187,6 +188,13 @@ def _notes(sweep: SweepConfig, tunings: Mapping[str, Tuning]) -> list[str]:
     if edges:
         notes.append(f"Still at the edge of what was tried: {', '.join(edges)}.")
     return notes
+
+
+def _going_on(tune: TuneConfig) -> str:
+    if not tune.extensions:
+        return ""
+    steps = "one step" if tune.extensions == 1 else f"{tune.extensions} steps"
+    return f", and the grid goes on by the factor {tune.factor:g}, at most {steps} either way, while it lies at an edge"
 
 
 def nothing_of(sweep: SweepConfig, label: str) -> str:
