@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import files
 from mllm_keeplora.data.images import read_image
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
 from mllm_keeplora.errors import UserError
@@ -15,6 +14,7 @@ from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.base import NOTES
+from mllm_keeplora.system import files
 
 
 def ask(

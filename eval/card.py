@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from mllm_keeplora import files
 from mllm_keeplora.eval.saved import SavedRun
 from mllm_keeplora.models.base import resolve
+from mllm_keeplora.system import files
 
 LOAD = {
     "transformers": """from transformers import AutoModelForImageTextToText, AutoProcessor

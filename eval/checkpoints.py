@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import distributed, files
 from mllm_keeplora.config import RunConfig, apply_override, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, load_benchmark
 from mllm_keeplora.data.readers import digest
@@ -19,6 +18,7 @@ from mllm_keeplora.eval.rows import evaluate_named, stored_rows
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.models.base import NOTES
 from mllm_keeplora.runs import DomainDir, RunDir
+from mllm_keeplora.system import distributed, files
 
 ADAPTER = "adapter_config.json"
 

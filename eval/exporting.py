@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import files
 from mllm_keeplora.adapters import Factors, concatenate, merge_for_good
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.errors import UserError
@@ -17,6 +16,7 @@ from mllm_keeplora.eval.saved import SavedRun, load_run
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.base import NOTES, prompt_style, resolve
 from mllm_keeplora.models.parts import projector_names
+from mllm_keeplora.system import files
 
 if TYPE_CHECKING:
     from torch import Tensor

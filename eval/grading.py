@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import files
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, grade, mistake, score
+from mllm_keeplora.system import files
 
 HOW = ("batch_size", "max_new_tokens", "dtype")  # how answers came about; grading them again does not change it
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import distributed, files
 from mllm_keeplora.adapters.mixing import look_at
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.data.images import images_of
@@ -23,8 +22,9 @@ from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.partition import keeps_step
-from mllm_keeplora.progress import progress_bar
 from mllm_keeplora.runs import DomainDir
+from mllm_keeplora.system import distributed, files
+from mllm_keeplora.system.progress import progress_bar
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import files
 from mllm_keeplora.adapters.stored import stored_files
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import PATHS, Benchmark
@@ -20,6 +19,7 @@ from mllm_keeplora.eval.grading import errors_of, stored_figures, stored_percent
 from mllm_keeplora.eval.rows import blind_graded, by_type, sets_after, stored_rows
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir
+from mllm_keeplora.system import files
 
 FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "torchvision")

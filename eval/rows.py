@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllm_keeplora import files
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.collate import evenly_spaced
@@ -15,6 +14,7 @@ from mllm_keeplora.metrics import UNGRADED, BlindAnswerer
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.partition import answering
 from mllm_keeplora.runs import DomainDir, Unit
+from mllm_keeplora.system import files
 
 
 def asked_records(benchmark: Benchmark, name: str, config: RunConfig) -> Sequence[Record]:

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import distributed, files
 from mllm_keeplora.adapters import Adapters, adapters_for, merge_for_good
 from mllm_keeplora.adapters.stored import is_oracle, past_of
 from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
@@ -20,9 +19,10 @@ from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.rows import asked_records, evaluate_named
-from mllm_keeplora.log import log
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
+from mllm_keeplora.system import distributed, files
+from mllm_keeplora.system.log import log
 
 
 @dataclass

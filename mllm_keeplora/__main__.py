@@ -24,9 +24,9 @@ def main() -> None:
 
 def _run() -> int:
     from mllm_keeplora.cli import app
-    from mllm_keeplora.distributed import is_main
     from mllm_keeplora.errors import INTERRUPTED, UserError
-    from mllm_keeplora.watch import tell_failure, tell_mistake
+    from mllm_keeplora.system.distributed import is_main
+    from mllm_keeplora.system.watch import tell_failure, tell_mistake
 
     try:
         app(standalone_mode=True)

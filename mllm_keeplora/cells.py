@@ -19,7 +19,7 @@ from typing import Any
 from mllm_keeplora.config import RunConfig, load_config, parse_config, read_yaml
 from mllm_keeplora.errors import STOPPED
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.log import log
+from mllm_keeplora.system.log import log
 
 # A run that a signal ended, before or after it could see to it: it is not at fault, and goes on later.
 INTERRUPTED = {STOPPED, *(code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number))}

@@ -41,9 +41,9 @@ def run(
     Example: mllm-keeplora run mini_dcl strategy.name=finetune output=runs/finetune
     """
     from mllm_keeplora.config import load_config
-    from mllm_keeplora.distributed import is_main
     from mllm_keeplora.errors import UserError
     from mllm_keeplora.sequence import run_sequence
+    from mllm_keeplora.system.distributed import is_main
 
     if (from_run is None) != (after is None):
         raise UserError("--from RUN and --after N belong together")
@@ -70,9 +70,9 @@ def report(
 
     Example: mllm-keeplora report runs/mini_dcl --export tables
     """
-    from mllm_keeplora import files
     from mllm_keeplora.eval.saved import load_run, refresh_results
     from mllm_keeplora.report import exported, run_tables
+    from mllm_keeplora.system import files
 
     results = refresh_results(load_run(run)).to_dict()
     _print_results(results)
@@ -166,8 +166,8 @@ def check(
 
     from mllm_keeplora.check import check_run, memory_of
     from mllm_keeplora.config import load_config
-    from mllm_keeplora.log import start_logging
     from mllm_keeplora.report import memory_table
+    from mllm_keeplora.system.log import start_logging
 
     start_logging()
     loaded = load_config(config, overrides or [])

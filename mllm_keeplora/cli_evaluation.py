@@ -31,10 +31,10 @@ def evaluate(
     Example: mllm-keeplora eval tiny-llava --benchmark mini_dcl --output runs/zero_shot
     Example: mllm-keeplora eval exported/merged --benchmark my_run.yaml
     """
-    from mllm_keeplora import watch
-    from mllm_keeplora.distributed import is_main, process_group
     from mllm_keeplora.errors import UserError
-    from mllm_keeplora.log import start_logging
+    from mllm_keeplora.system import watch
+    from mllm_keeplora.system.distributed import is_main, process_group
+    from mllm_keeplora.system.log import start_logging
 
     is_run = (Path(target) / "run.json").is_file()
     if benchmark is None and not is_run:
@@ -106,7 +106,7 @@ def ask(
     Example: mllm-keeplora ask runs/mini_dcl --image photo.png "what do you see ?"
     """
     from mllm_keeplora.eval.asking import ask as ask_one
-    from mllm_keeplora.log import start_logging
+    from mllm_keeplora.system.log import start_logging
 
     start_logging()
     typer.echo(ask_one(target, question, image or (), after, base, max_new_tokens, domain))

@@ -49,13 +49,13 @@ def sweep(
     """
     from rich.console import Console
 
-    from mllm_keeplora.distributed import world_size
     from mllm_keeplora.errors import UserError
-    from mllm_keeplora.log import start_logging
     from mllm_keeplora.report import compare_table
     from mllm_keeplora.sweep import run_sweep
     from mllm_keeplora.sweep_jobs import run_part
     from mllm_keeplora.sweep_plan import load_sweep
+    from mllm_keeplora.system.distributed import world_size
+    from mllm_keeplora.system.log import start_logging
 
     if world_size() > 1:
         raise UserError("sweep starts its runs by itself; call it without torchrun (each gets a share of the cores)")
@@ -75,9 +75,9 @@ def sweep(
 
 
 def _write_script(path: Path, loaded: SweepConfig, words: list[str]) -> None:
-    from mllm_keeplora import files
     from mllm_keeplora.sweep import check_sweep
     from mllm_keeplora.sweep_jobs import slurm_script
+    from mllm_keeplora.system import files
 
     check_sweep(loaded)  # faults are told here and not by a hundred jobs; data that are drawn are drawn once
     command = [sys.executable, "-m", "mllm_keeplora", "sweep", *words]

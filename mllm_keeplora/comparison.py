@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import files
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report import (
@@ -26,6 +25,7 @@ from mllm_keeplora.report import (
     trade_off_curves,
     trade_off_figure,
 )
+from mllm_keeplora.system import files
 
 PAGE, TABLES, MATRICES, TRADE_OFF = "report.html", "tables.md", "score_matrices.png", "trade_off.png"
 

@@ -256,7 +256,7 @@ def _weights(config: RunConfig, model: Any, parts: Parts, item: int) -> float:
 
 def _zero(deepspeed: str | None) -> tuple[int, bool]:
     """Stage, 0 for none, and whether the optimizer is on the host."""
-    from mllm_keeplora import files
+    from mllm_keeplora.system import files
     from mllm_keeplora.training.deepspeed import deepspeed_file
 
     path = deepspeed_file(deepspeed)

@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import distributed, files
 from mllm_keeplora.check import Checked
 from mllm_keeplora.config import EXPONENT, RunConfig, as_yaml, flatten, read_yaml, result_defining
 from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.log import log
 from mllm_keeplora.runs import BASE_UNIT, RunDir, differences, now
+from mllm_keeplora.system import distributed, files
+from mllm_keeplora.system.log import log
 from mllm_keeplora.training.units import plan_units
 
 MAY_DIFFER_FROM_PARENT = ("name:", "seed:", "eval.domains:", "eval.zero_shot:")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from mllm_keeplora import distributed
-from mllm_keeplora.log import log
+from mllm_keeplora.system import distributed
+from mllm_keeplora.system.log import log
 
 if TYPE_CHECKING:
     import torch

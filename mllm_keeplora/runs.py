@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import distributed, files, watch
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.system import distributed, files, watch
 
 FORMAT = 1
 

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import distributed, watch
 from mllm_keeplora.check import Checked, check_everywhere
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import with_published_epochs
@@ -27,9 +26,10 @@ from mllm_keeplora.eval.base_answers import asked_once
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.rows import evaluate_named, sets_after
-from mllm_keeplora.log import log, start_logging
 from mllm_keeplora.opening import open_run
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
+from mllm_keeplora.system import distributed, watch
+from mllm_keeplora.system.log import log, start_logging
 from mllm_keeplora.training.deepspeed import deepspeed_file
 from mllm_keeplora.training.learner import Learner
 

@@ -16,13 +16,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllm_keeplora import files
 from mllm_keeplora.cells import Runner, log_of, visible_devices
 from mllm_keeplora.check import check_run
 from mllm_keeplora.comparison import Choice, write_comparison
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.eval.results import Results, digest_of_data
-from mllm_keeplora.log import log
 from mllm_keeplora.opening import graded_parts
 from mllm_keeplora.strategies import summary_of
 from mllm_keeplora.sweep_plan import (
@@ -36,6 +34,8 @@ from mllm_keeplora.sweep_plan import (
     last_of,
     tune_cell,
 )
+from mllm_keeplora.system import files
+from mllm_keeplora.system.log import log
 
 
 def run_sweep(sweep: SweepConfig, jobs: int | None = None) -> list[dict[str, Any]]:

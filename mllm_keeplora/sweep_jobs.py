@@ -11,11 +11,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllm_keeplora import files
 from mllm_keeplora.cells import Cell, Runner, log_of, visible_devices
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.sweep import check_sweep, nothing_of, tune
 from mllm_keeplora.sweep_plan import SweepConfig, chosen_of, final_cell, further_cell, tune_cells
+from mllm_keeplora.system import files
 
 PART = re.compile(r"(?P<kind>tune|further|final):(?P<number>[1-9]\d*)/(?P<total>[1-9]\d*)")
 CHOICE = "tune"  # the part that finishes the tuning and keeps what it chose

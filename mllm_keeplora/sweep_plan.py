@@ -12,7 +12,7 @@ from mllm_keeplora.cells import Cell
 from mllm_keeplora.config import apply_override, find_config, read_yaml
 from mllm_keeplora.errors import UserError, several, validation_faults
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.log import log
+from mllm_keeplora.system.log import log
 
 
 class Section(BaseModel):

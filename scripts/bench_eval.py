@@ -28,12 +28,13 @@ from bench.measure import side_by_side
 from rich.console import Console
 from rich.table import Table
 
-from mllm_keeplora import distributed, files, load_config
+from mllm_keeplora import load_config
 from mllm_keeplora.data import Benchmark, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.eval.harness import evaluate_set
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.models import load_base
+from mllm_keeplora.system import distributed, files
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from mllm_keeplora.files import cache_folder
 from mllm_keeplora.models.base import resolve_path
+from mllm_keeplora.system.files import cache_folder
 
 IMAGE = "<image>"
 # SmolLM2-Instruct's turn marks; the package's language model is that one, and its end mark is <|im_end|>.

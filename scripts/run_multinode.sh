@@ -32,6 +32,6 @@ if [[ "${1:-}" =~ ^[0-9]+$ ]]; then
 else
     processes="$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')"
 fi
-exec "$python" -m mllm_keeplora.launch --nnodes "$nodes" --nproc_per_node "$processes" \
+exec "$python" -m mllm_keeplora.system.launch --nnodes "$nodes" --nproc_per_node "$processes" \
     --rdzv_backend c10d --rdzv_endpoint "$head" --rdzv_id "${RDZV_ID:-mllm-keeplora}" \
     -m mllm_keeplora run "$config" "$@"

@@ -25,4 +25,4 @@ else
 fi
 program=(-m mllm_keeplora run "$config" "$@")
 [[ "$processes" -gt 1 ]] || exec "$python" "${program[@]}"
-exec "$python" -m mllm_keeplora.launch --standalone --nproc_per_node "$processes" "${program[@]}"
+exec "$python" -m mllm_keeplora.system.launch --standalone --nproc_per_node "$processes" "${program[@]}"

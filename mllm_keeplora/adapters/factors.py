@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_keeplora import files
 from mllm_keeplora.adapters.mixers import rebuilt
+from mllm_keeplora.system import files
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import files
+from mllm_keeplora.system import files
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import distributed, files
 from mllm_keeplora.adapters.factors import Factors, concatenate
 from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.runs import DomainDir, RunDir, Unit
+from mllm_keeplora.system import distributed, files
 
 if TYPE_CHECKING:
     from torch import Tensor

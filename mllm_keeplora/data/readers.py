@@ -14,12 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
-from mllm_keeplora import files
 from mllm_keeplora.data.formats import Draft, Fault, question_draft, test_draft, train_draft
 from mllm_keeplora.data.layout import Layout
 from mllm_keeplora.data.store import VERSION, Records, open_rows, rows_of, write_rows
 from mllm_keeplora.errors import UserError, several
-from mllm_keeplora.log import log
+from mllm_keeplora.system import files
+from mllm_keeplora.system.log import log
 
 INFO = "dataset_info.json"
 CHUNK = 1 << 16  # characters of a JSON array read at once

@@ -13,9 +13,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
-from mllm_keeplora import files
 from mllm_keeplora.data.formats import Draft
 from mllm_keeplora.data.schema import Media, Record, Turn
+from mllm_keeplora.system import files
 
 VERSION = 2  # of the stored form; another one is made anew
 BATCH = 1000  # rows written at once

@@ -10,15 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import files
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
 from mllm_keeplora.errors import UserError, first_line, known
-from mllm_keeplora.log import log
 from mllm_keeplora.models.identity import identity_of
 from mllm_keeplora.models.parts import ALL_LINEARS, Parts, expert_weights, name_parts
 from mllm_keeplora.models.prefix_prompt import PrefixPrompt
 from mllm_keeplora.models.prompt import ChatPrompt
 from mllm_keeplora.models.templates import STYLES
+from mllm_keeplora.system import files
+from mllm_keeplora.system.log import log
 
 NOTES = "mllm_keeplora.json"  # in an exported folder: how its model was prompted
 PACKAGE, CACHE = "package:", "cache:"  # what a shipped base's path is relative to
@@ -178,7 +178,7 @@ def _onto_gpu(model: Any, config: BaseConfig) -> None:
     """Where there is one. Beside a base in half precision float32 products, those of branches, are TF32 there."""
     import torch
 
-    from mllm_keeplora import distributed
+    from mllm_keeplora.system import distributed
 
     if torch.cuda.is_available():
         if compute_dtype(config.dtype).itemsize == 2:
@@ -222,7 +222,7 @@ def _quantisation(config: BaseConfig, location: str) -> dict[str, Any]:
         return {}
     from transformers import BitsAndBytesConfig
 
-    from mllm_keeplora import distributed
+    from mllm_keeplora.system import distributed
 
     empty = skeleton(location)
     parts = name_parts(empty, "frozen", ())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from mllm_keeplora import files
 from mllm_keeplora.errors import UserError, first_line
+from mllm_keeplora.system import files
 
 
 def fingerprint(folder: Path) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mllm_keeplora import distributed
+from mllm_keeplora.system import distributed
 
 if TYPE_CHECKING:
     from torch import Tensor

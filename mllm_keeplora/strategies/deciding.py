@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.log import log
 from mllm_keeplora.plans import FeaturePlan
 from mllm_keeplora.strategies.base import Context
+from mllm_keeplora.system.log import log
 
 if TYPE_CHECKING:
     from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.log import log
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.deciding import decided_features
 from mllm_keeplora.strategies.keeplora_options import PRESETS, KeepLoRAOptions
+from mllm_keeplora.system.log import log
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.log import log
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.plain import fresh_branch
+from mllm_keeplora.system.log import log
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import distributed, files
 from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.system import distributed, files
 
 if TYPE_CHECKING:
     from mllm_keeplora.adapters import Adapters

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import distributed
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.probes import measure_inputs
 from mllm_keeplora.runs import Unit
+from mllm_keeplora.system import distributed
 from mllm_keeplora.training.passes import own_batches
 
 if TYPE_CHECKING:

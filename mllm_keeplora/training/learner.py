@@ -10,18 +10,18 @@ import shutil
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import distributed, files, watch
 from mllm_keeplora.adapters import Adapters, Branch, Factors, adapters_for
 from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
 from mllm_keeplora.adapters.stored import is_oracle, kept_of, parts_of, past_of, save_growth, updates_of, write_manifest
 from mllm_keeplora.config import RunConfig, result_defining
 from mllm_keeplora.data import Benchmark
 from mllm_keeplora.data.collate import TrainCollator
-from mllm_keeplora.log import log
 from mllm_keeplora.models import Base, cache_tower, load_base
 from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.strategies import DomainInfo, Strategy
+from mllm_keeplora.system import distributed, files, watch
+from mllm_keeplora.system.log import log
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import deepspeed_file, divided_loading
 from mllm_keeplora.training.diagnose import capacity_of, changes_of, inputs_of, sets_to_look_at, slices_of

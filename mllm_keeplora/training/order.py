@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from mllm_keeplora import watch
 from mllm_keeplora.data.schema import Record
+from mllm_keeplora.system import watch
 
 IDLE = -1
 

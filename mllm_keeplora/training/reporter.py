@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from mllm_keeplora import files, watch
 from mllm_keeplora.strategies import Strategy
+from mllm_keeplora.system import files, watch
 from mllm_keeplora.training.context import RunContext
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora import files
 from mllm_keeplora.strategies import Strategy
+from mllm_keeplora.system import files
 
 COMPLETE = "complete.json"  # of a checkpoint; written last
 

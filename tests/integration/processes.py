@@ -50,7 +50,7 @@ def killed() -> None:
 
 def told(number: int) -> None:
     """A signal from outside, which this process has noticed."""
-    from mllm_keeplora import watch
+    from mllm_keeplora.system import watch
 
     os.kill(os.getpid(), number)
     until = time.monotonic() + 20

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora import files, sequence
+from mllm_keeplora import sequence
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.sequence import run_sequence
+from mllm_keeplora.system import files
 from tests.integration.processes import run_on_two
 from tests.support.tiny import tiny_benchmark
 

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from mllm_keeplora import files
 from mllm_keeplora.config import load_config, shipped
 from mllm_keeplora.data import load_benchmark
+from mllm_keeplora.system import files
 from tests.support.miniatures import MINIATURES, TEST
 
 RUNS = {

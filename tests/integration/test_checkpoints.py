@@ -8,10 +8,11 @@ import shutil
 import pytest
 import yaml
 
-from mllm_keeplora import files, load_run
+from mllm_keeplora import load_run
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval import harness
 from mllm_keeplora.eval.checkpoints import Checkpoint, evaluate_checkpoint
+from mllm_keeplora.system import files
 
 
 @pytest.fixture

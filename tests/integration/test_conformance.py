@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_keeplora import files
 from mllm_keeplora.adapters.mixing import look_at
 from mllm_keeplora.adapters.stored import LIVE, stored_files
 from mllm_keeplora.config import parse_config
@@ -24,6 +23,7 @@ from mllm_keeplora.eval.rows import asked_records
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.sequence import run_sequence
 from mllm_keeplora.strategies import STRATEGIES
+from mllm_keeplora.system import files
 from mllm_keeplora.training.fit import DomainTrainer, Reporter
 from tests.integration.conftest import TRAINED, strategy_of
 from tests.integration.processes import differing, leftovers, results

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from mllm_keeplora.files import read_tensors
+from mllm_keeplora.system.files import read_tensors
 from tests.integration.processes import launched
 
 CHILD = """

@@ -11,7 +11,7 @@ from mllm_keeplora.data.images import images_of
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run
-from mllm_keeplora.files import read_tensors
+from mllm_keeplora.system.files import read_tensors
 from tests.integration.processes import run_in_child
 
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_exported_is_told_and_leaves_nothing(two, tmp_path, comma
 
 
 def test_a_cut_checkpoint_is_refused(two, tmp_path, monkeypatch):
-    from mllm_keeplora import files
+    from mllm_keeplora.system import files
 
     write = files.write_tensors
     monkeypatch.setattr(

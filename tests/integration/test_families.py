@@ -22,11 +22,11 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run
-from mllm_keeplora.files import read_tensors
 from mllm_keeplora.linalg import Basis
 from mllm_keeplora.models import load_base
 from mllm_keeplora.models.parts import name_parts
 from mllm_keeplora.sequence import run_sequence
+from mllm_keeplora.system.files import read_tensors
 from tests.support.families import FAMILIES, build_family
 from tests.support.mixing import Given
 from tests.support.tiny import tiny_config

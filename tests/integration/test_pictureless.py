@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora import files
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.strategies import STRATEGIES
+from mllm_keeplora.system import files
 from tests.integration.conftest import TRAIN, strategy_of
 from tests.integration.processes import run_in_child, run_on_two
 from tests.integration.test_two_processes import logits

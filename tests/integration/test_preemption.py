@@ -115,7 +115,7 @@ def test_one_of_two_processes_told_to_stop_stops_both_with_a_checkpoint(deepspee
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_launch_told_to_stop_ends_with_75_and_continues(number, settings, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(tmp_path / "run", ("Alpha",), train={"epochs": 60})))
-    words = ["-m", "mllm_keeplora.launch", "--standalone", "--nproc_per_node", "2", "-m", "mllm_keeplora", "run"]
+    words = ["-m", "mllm_keeplora.system.launch", "--standalone", "--nproc_per_node", "2", "-m", "mllm_keeplora", "run"]
     command = [sys.executable, *words, str(tmp_path / "run.yaml")]
     with open(tmp_path / "said", "w") as said:
         launch = subprocess.Popen(command, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})

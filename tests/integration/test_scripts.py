@@ -119,7 +119,7 @@ def launcher(tmp_path):
     def start(code: int) -> subprocess.Popen:
         words = ["--standalone", "--nproc_per_node", "2", tmp_path / "worker.py", tmp_path, code]
         environment = {key: os.environ[key] for key in os.environ if key not in ("OMP_NUM_THREADS", "DS_ACCELERATOR")}
-        command = [sys.executable, "-m", "mllm_keeplora.launch", *map(str, words)]
+        command = [sys.executable, "-m", "mllm_keeplora.system.launch", *map(str, words)]
         started.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
         return started[-1]
 
@@ -220,7 +220,7 @@ def test_a_slurm_job_starts_one_launcher_a_node_and_keeps_the_exit_code(slurm, c
     assert _told(slurm, "scontrol") == []
     step, program = " ".join(_told(slurm, "srun")), _told(slurm, "python")
     assert "--nodes 2 --ntasks 2 --ntasks-per-node 1 --kill-on-bad-exit=1 --cpus-per-task 64" in step
-    assert " ".join(program[:8]) == "-m mllm_keeplora.launch --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d"
+    assert " ".join(program[:8]) == "-m mllm_keeplora.system.launch --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d"
     assert program[8:12] == ["--rdzv_endpoint", "node1:20123", "--rdzv_id", "123-0"]
     assert program[12:] == ["-m", "mllm_keeplora", "run", "my run.yaml", "output=my runs/one"]
 

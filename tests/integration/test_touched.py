@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_keeplora import files
+from mllm_keeplora.system import files
 from tests.integration.commands import content
 from tests.integration.processes import differing, results
 from tests.support.tiny import tiny_benchmark

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from mllm_keeplora.files import read_tensors
+from mllm_keeplora.system.files import read_tensors
 from tests.integration.conftest import strategy_of
 from tests.integration.processes import (
     differing,

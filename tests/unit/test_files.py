@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mllm_keeplora import files
 from mllm_keeplora.eval.harness import Answer, Journal
+from mllm_keeplora.system import files
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])

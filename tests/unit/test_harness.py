@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora import files
 from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.readers import read_test
 from mllm_keeplora.eval import harness
 from mllm_keeplora.eval.decoding import Decoded
 from mllm_keeplora.eval.harness import Answer, Journal, evaluate_set, forget_journals, generate
 from mllm_keeplora.runs import DomainDir
+from mllm_keeplora.system import files
 
 QUESTIONS = ["where ?", "what colour is the square where it is ?", "is it red ?", "what is the colour of the square ?"]
 

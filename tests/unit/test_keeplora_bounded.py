@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters.stored import kept_of, parts_of, save_growth
-from mllm_keeplora.files import write_tensors
 from mllm_keeplora.linalg import Basis
 from mllm_keeplora.runs import RunDir, Unit
+from mllm_keeplora.system.files import write_tensors
 from tests.support.keeplora import columns_of
 from tests.support.variants import opened
 

@@ -12,9 +12,9 @@ import torch
 
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.adapters.stored import kept_of, save_growth
-from mllm_keeplora.files import write_tensors
 from mllm_keeplora.linalg import Basis
 from mllm_keeplora.runs import RunDir, Unit
+from mllm_keeplora.system.files import write_tensors
 from tests.oracles import subspace
 from tests.support.keeplora import ALPHA, ENERGY_FEATURES, ENERGY_WEIGHTS, RANK, TOLERANCE, columns_of, layer_scale
 

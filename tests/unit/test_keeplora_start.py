@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_keeplora import distributed
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.linalg import Basis
 from mllm_keeplora.strategies.keeplora import KeepLoRA
+from mllm_keeplora.system import distributed
 from tests.oracles import subspace
 from tests.support.keeplora import (
     ALPHA,

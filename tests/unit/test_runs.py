@@ -9,10 +9,10 @@ import os
 
 import pytest
 
-from mllm_keeplora import files
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit, differences
+from mllm_keeplora.system import files
 from mllm_keeplora.training.seeds import stage_seed
 from mllm_keeplora.training.units import plan_units, token_limit
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import pytest
 
-from mllm_keeplora import watch
-from mllm_keeplora.watch import watcher
-from mllm_keeplora.watch.signals import ENDING
+from mllm_keeplora.system import watch
+from mllm_keeplora.system.watch import watcher
+from mllm_keeplora.system.watch.signals import ENDING
 
 SENTENCE = "stopped on SIGTERM; the same command continues the run\n"
 HEAD = """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mllm_keeplora.data.reservoir import Reservoir
-from mllm_keeplora.files import read_tensors, write_tensors
+from mllm_keeplora.system.files import read_tensors, write_tensors
 from tests.oracles import replay
 
 DOMAINS = (3, 1, 2)  # records of three domains, six in all

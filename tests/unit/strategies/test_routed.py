@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_keeplora import distributed
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.adapters.features import prompt_features
 from mllm_keeplora.adapters.mixers import load_mixer, rebuilt, save_mixer
@@ -18,6 +17,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.strategies.routed import Routed, RoutedOptions, whitening_of
+from mllm_keeplora.system import distributed
 from tests.oracles import routed as oracle
 from tests.support.strategies import context_of, learn
 from tests.unit.adapters.conftest import random_factors

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mllm_keeplora import distributed
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.watch.peers import Peers
-from mllm_keeplora.watch.signals import ENDING, Signals, Stopped
+from mllm_keeplora.system import distributed
+from mllm_keeplora.system.watch.peers import Peers
+from mllm_keeplora.system.watch.signals import ENDING, Signals, Stopped
 
 GRACE_S = 10  # from a signal to the end, where no checkpoint is to be written
 LEFT_S = 3  # from the end of one process to that of another which may be waiting for it

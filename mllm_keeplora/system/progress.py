@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from mllm_keeplora import distributed, watch
+from mllm_keeplora.system import distributed, watch
 
 
 @cache

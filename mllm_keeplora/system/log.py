@@ -6,7 +6,7 @@ import logging
 import warnings
 from pathlib import Path
 
-from mllm_keeplora import distributed
+from mllm_keeplora.system import distributed
 
 log = logging.getLogger("mllm_keeplora")
 
@@ -21,7 +21,7 @@ def start_logging(run_log: Path | None = None, level: int = logging.INFO) -> Non
     if distributed.is_main():
         from rich.logging import RichHandler
 
-        from mllm_keeplora.progress import console
+        from mllm_keeplora.system.progress import console
 
         log.addHandler(RichHandler(console=console(), show_path=False, show_level=False, log_time_format="[%X]"))
         if run_log is not None:

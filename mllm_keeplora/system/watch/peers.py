@@ -15,7 +15,7 @@ import threading
 import time
 from typing import Any
 
-from mllm_keeplora import distributed
+from mllm_keeplora.system import distributed
 
 SILENCE_S = 40  # a machine whose kernel has not answered for so long is gone
 CONNECT_S = 60  # all processes have passed a collective just before they connect

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from mllm_keeplora import distributed
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.watch import peers
-from mllm_keeplora.watch.signals import Stopped, ignore_endings, once_for_forks
-from mllm_keeplora.watch.watcher import MISTAKE_S, Watcher, name_of, short
+from mllm_keeplora.system import distributed
+from mllm_keeplora.system.watch import peers
+from mllm_keeplora.system.watch.signals import Stopped, ignore_endings, once_for_forks
+from mllm_keeplora.system.watch.watcher import MISTAKE_S, Watcher, name_of, short
 
 __all__ = [
     "Stopped",
