@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mllm_keeplora.metrics import acl, captions, coin, dcl, ucit, vqa, words
+from mllm_keeplora.metrics import acl, coin, dcl, ucit, vqa, words
 from mllm_keeplora.metrics.acl import UNGRADED
+from mllm_keeplora.metrics.captions import captions
 
 Answer = str | Sequence[str]
 Scorer = Callable[..., float]  # of prediction, answer, question and image; the score is in [0, 1]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 pytest.importorskip("pycocoevalcap", reason="without the extra `captions` the caption mean is left unchecked")
 pytest.importorskip("nltk", reason="without the extra `captions` the caption mean is left unchecked")
 
-from mllm_keeplora.metrics import captions, grade, meteor_lists, score
+from mllm_keeplora.metrics import grade, score
+from mllm_keeplora.metrics.captions import captions, meteor_lists
 from tests.unit.metrics import caption_oracle as oracle
 
 GOLDEN = [

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 pytest.importorskip("pycocoevalcap", reason="without the extra `captions` METEOR is left unchecked")
 pytest.importorskip("nltk", reason="without the extra `captions` METEOR is left unchecked")
 
-from mllm_keeplora.metrics import meteor_lists
-from mllm_keeplora.metrics.meteor import EXACT, PARAPHRASE, Match, _candidates, align, meteor
+from mllm_keeplora.metrics.captions import meteor_lists
+from mllm_keeplora.metrics.captions.meteor import EXACT, PARAPHRASE, Match, _candidates, align, meteor
 
 PAIRS = [
     ("the cat sat on the mat", ["on the mat sat the cat"], 0.4776696620223255),

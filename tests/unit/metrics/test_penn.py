@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_keeplora.metrics.penn import caption_words
+from mllm_keeplora.metrics.captions.penn import caption_words
 
 JAVA = [
     ("A man riding a wave on top of a surfboard.", "a man riding a wave on top of a surfboard"),

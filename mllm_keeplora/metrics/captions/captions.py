@@ -6,8 +6,8 @@ Source: `eval_caption.py` of HiDe-LLaVA (arXiv 2503.12941), which runs the COCO 
 from collections.abc import Sequence
 from typing import Any
 
-from mllm_keeplora.metrics.meteor import meteor
-from mllm_keeplora.metrics.penn import caption_words
+from mllm_keeplora.metrics.captions.meteor import meteor
+from mllm_keeplora.metrics.captions.penn import caption_words
 
 MAX_CHARACTERS = 300
 PARTS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from mllm_keeplora.metrics import meteor_lists as english
+from mllm_keeplora.metrics.captions import meteor_lists as english
 
 EXACT, STEM, SYNONYM, PARAPHRASE = range(4)
 WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # what a matched word is worth, by kind of match

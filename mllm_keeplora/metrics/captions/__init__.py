@@ -1,0 +1,1 @@
+"""Scores of captions over a whole set: BLEU, METEOR, ROUGE-L and CIDEr as the official tools compute them."""
