@@ -21,7 +21,7 @@ from mllm_keeplora.metrics import SCORERS, UNGRADED
 DATA_ROOT = "MLLM_KEEPLORA_DATA"
 SHIPPED = "mini_dcl"  # one whose folder is that of all shipped ones
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
-GENERATORS: dict[str, str] = {"mini_dcl": "mllm_keeplora.data.mini.write:ensure_mini_dcl"}
+GENERATORS: dict[str, str] = {"mini_dcl": "mllm_keeplora.mini.write:ensure_mini_dcl"}
 
 
 def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> Benchmark:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mllm_keeplora.data.mini.draw import SHAPES
-from mllm_keeplora.data.mini.vocabulary import BOS, CHARACTERS, IMAGE, PAD, vocabulary
+from mllm_keeplora.mini.draw import SHAPES
+from mllm_keeplora.mini.vocabulary import BOS, CHARACTERS, IMAGE, PAD, vocabulary
 
 from .corpus import EASY_SHARE, Corpus, encode_qa
 from .network import NUM_IMAGE_TOKENS

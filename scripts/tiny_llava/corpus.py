@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_keeplora.data.mini import ad, fin, general, med, rs, sci
-from mllm_keeplora.data.mini.draw import Sample
-from mllm_keeplora.data.mini.general_scenes import CHANNELS
-from mllm_keeplora.data.mini.vocabulary import ASSISTANT, EOS, USER, vocabulary
+from mllm_keeplora.mini import ad, fin, general, med, rs, sci
+from mllm_keeplora.mini.draw import Sample
+from mllm_keeplora.mini.general_scenes import CHANNELS
+from mllm_keeplora.mini.vocabulary import ASSISTANT, EOS, USER, vocabulary
 
 from .mosaic import mosaic
 

@@ -7,7 +7,7 @@ import json
 import torch
 from PIL import Image
 
-from mllm_keeplora.data.mini import ensure_mini_dcl
+from mllm_keeplora.mini import ensure_mini_dcl
 
 
 @torch.no_grad()

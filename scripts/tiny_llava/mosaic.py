@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from mllm_keeplora.data.mini.draw import COLORS, QUARTERS, SHAPES, Canvas, digit_mask, pick, vary
-from mllm_keeplora.data.mini.general_scenes import BACKGROUNDS, KINDS, new_cells, object_cells, visible_colors
+from mllm_keeplora.mini.draw import COLORS, QUARTERS, SHAPES, Canvas, digit_mask, pick, vary
+from mllm_keeplora.mini.general_scenes import BACKGROUNDS, KINDS, new_cells, object_cells, visible_colors
 
 DIGIT_SHARE, SHAPE_SHARE = 0.75, 0.15  # the rest of the quarters stays empty
 

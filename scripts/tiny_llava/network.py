@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mllm_keeplora.data.mini.general_scenes import CHANNELS
-from mllm_keeplora.data.mini.vocabulary import BOS, EOS, IMAGE, PAD, vocabulary
+from mllm_keeplora.mini.general_scenes import CHANNELS
+from mllm_keeplora.mini.vocabulary import BOS, EOS, IMAGE, PAD, vocabulary
 
 from .processing import MEAN, PATCH, STD
 

@@ -6,8 +6,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_clip import CLIPImageProcessor
 
-from mllm_keeplora.data.mini.draw import SIZE
-from mllm_keeplora.data.mini.vocabulary import ASSISTANT, BOS, EOS, IMAGE, PAD, UNK, USER, vocabulary
+from mllm_keeplora.mini.draw import SIZE
+from mllm_keeplora.mini.vocabulary import ASSISTANT, BOS, EOS, IMAGE, PAD, UNK, USER, vocabulary
 
 PATCH = 8
 MEAN, STD = [0.5, 0.5, 0.5], [0.3, 0.3, 0.3]

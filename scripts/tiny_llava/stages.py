@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from mllm_keeplora.data.mini.general_scenes import HUES, KINDS
-from mllm_keeplora.data.mini.vocabulary import EOS, vocabulary
+from mllm_keeplora.mini.general_scenes import HUES, KINDS
+from mllm_keeplora.mini.vocabulary import EOS, vocabulary
 
 from .batches import Batches
 from .corpus import Corpus

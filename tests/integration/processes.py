@@ -38,7 +38,7 @@ PRELOADED = [
     "mllm_keeplora.sequence",
     "mllm_keeplora.training.fit",
     "mllm_keeplora.eval.saved",
-    "mllm_keeplora.data.mini",
+    "mllm_keeplora.mini",
 ]
 MEASURED = ("predictions/*.jsonl", "*.safetensors", "adapter/*", "gradient.json", "manifest.json")
 

@@ -16,13 +16,13 @@ from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import BaseConfig, find_config, parse_config, read_yaml, shipped
 from mllm_keeplora.data.collate import TrainCollator, joined
 from mllm_keeplora.data.images import images_of
-from mllm_keeplora.data.mini import write_mini_dcl
 from mllm_keeplora.data.schema import Media
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.linalg import Basis
+from mllm_keeplora.mini import write_mini_dcl
 from mllm_keeplora.models import load_base
 from mllm_keeplora.models.parts import name_parts
 from mllm_keeplora.sequence import run_sequence

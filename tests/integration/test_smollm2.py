@@ -23,7 +23,7 @@ def test_a_pretrained_language_model_learns_to_answer_a_mini_domain(tmp_path):
     base = tmp_path / "base"
     script = ROOT / "scripts" / "build_smollm2_llava.py"
     subprocess.run([sys.executable, str(script), "--output", str(base)], check=True, capture_output=True)
-    from mllm_keeplora.data.mini import write_mini_dcl
+    from mllm_keeplora.mini import write_mini_dcl
 
     mini = tmp_path / "mini"
     write_mini_dcl(mini, {"train": 48, "val": 2, "test": 12, "general": 2, "anchors": 2})

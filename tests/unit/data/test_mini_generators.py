@@ -5,10 +5,10 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from mllm_keeplora.data.mini import ad, draw, fin, general, med, rs, sci
-from mllm_keeplora.data.mini.draw import COLORS, SHAPES, TEXTURES, Canvas, digit_mask, photo_patch
-from mllm_keeplora.data.mini.general_scenes import CHANNELS
-from mllm_keeplora.data.mini.vocabulary import CHARACTERS, SPECIAL_TOKENS, WORDS, vocabulary
+from mllm_keeplora.mini import ad, draw, fin, general, med, rs, sci
+from mllm_keeplora.mini.draw import COLORS, SHAPES, TEXTURES, Canvas, digit_mask, photo_patch
+from mllm_keeplora.mini.general_scenes import CHANNELS
+from mllm_keeplora.mini.vocabulary import CHARACTERS, SPECIAL_TOKENS, WORDS, vocabulary
 
 MODULES = {"general": general, "rs": rs, "med": med, "ad": ad, "sci": sci, "fin": fin}
 DOMAINS = {name: module for name, module in MODULES.items() if name != "general"}

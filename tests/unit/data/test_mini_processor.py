@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import mllm_keeplora
-from mllm_keeplora.data.mini import ad, fin, general, med, rs, sci
-from mllm_keeplora.data.mini.vocabulary import SPECIAL_TOKENS, vocabulary
+from mllm_keeplora.mini import ad, fin, general, med, rs, sci
+from mllm_keeplora.mini.vocabulary import SPECIAL_TOKENS, vocabulary
 
 FOLDER = Path(mllm_keeplora.__file__).parent / "assets" / "tiny_llava"
 

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import pytest
 from PIL import Image
 
-from mllm_keeplora.data.mini import ensure_mini_dcl, generator_hash, write_mini_dcl
+from mllm_keeplora.mini import ensure_mini_dcl, generator_hash, write_mini_dcl
 
 TINY = {"train": 60, "val": 12, "test": 40, "general": 40, "anchors": 8}
 DOMAINS = ("RS", "Med", "AD", "Sci", "Fin")
