@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.data.images import read_image
+from mllm_keeplora.data.media.images import read_image
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.checkpoints import Checkpoint

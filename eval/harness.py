@@ -17,7 +17,7 @@ from typing import Any
 
 from mllm_keeplora.adapters.mixing import look_at
 from mllm_keeplora.data import Record, TestSet
-from mllm_keeplora.data.images import images_of
+from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
 from mllm_keeplora.models import Base

@@ -60,7 +60,7 @@ def _gold(answer: str | list[str]) -> str:
 def _png(media: Media) -> bytes:
     from io import BytesIO
 
-    from mllm_keeplora.data.images import read_image
+    from mllm_keeplora.data.media.images import read_image
 
     buffer = BytesIO()
     picture = read_image(media)

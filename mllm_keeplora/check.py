@@ -13,7 +13,7 @@ from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
-from mllm_keeplora.data.images import image_size, unreadable_images
+from mllm_keeplora.data.media.images import image_size, unreadable_images
 from mllm_keeplora.errors import UserError, first_line, several
 from mllm_keeplora.memory import Estimate, estimate
 from mllm_keeplora.models import ChatPrompt

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm_keeplora.data import Record, TestSet
-from mllm_keeplora.data.images import image_size, images_of
+from mllm_keeplora.data.media.images import image_size, images_of
 from mllm_keeplora.errors import UserError, first_line
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import IGNORED, ChatPrompt

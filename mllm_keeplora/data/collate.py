@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_keeplora.data.images import images_of
+from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import Selection
 

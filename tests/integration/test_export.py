@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from mllm_keeplora.data.images import images_of
+from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run

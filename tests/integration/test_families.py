@@ -15,7 +15,7 @@ from mllm_keeplora.adapters.features import feature_sizes, prompt_features, rows
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import BaseConfig, find_config, parse_config, read_yaml, shipped
 from mllm_keeplora.data.collate import TrainCollator, joined
-from mllm_keeplora.data.images import images_of
+from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.schema import Media
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.decoding import greedy

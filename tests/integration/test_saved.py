@@ -30,7 +30,7 @@ def test_a_loaded_model_answers_as_the_run_recorded(two):
     model, processor = run.load(after=2)
     rows = [json.loads(line) for line in (two / "domains/02_Beta/predictions/Beta.jsonl").read_text().splitlines()]
     records = {record.id: record for record in run.benchmark.test_records("Beta")}
-    from mllm_keeplora.data.images import images_of
+    from mllm_keeplora.data.media.images import images_of
     from mllm_keeplora.models import ChatPrompt
 
     prompt = ChatPrompt(processor)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from mllm_keeplora.data.images import images_of
+from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.readers import read_test
 from mllm_keeplora.eval import decoding
 from mllm_keeplora.eval.decoding import greedy

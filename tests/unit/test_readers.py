@@ -10,7 +10,7 @@ import pytest
 
 from mllm_keeplora.data import Media
 from mllm_keeplora.data.collate import batches, evenly_spaced
-from mllm_keeplora.data.images import images_of, read_image, unreadable_images
+from mllm_keeplora.data.media.images import images_of, read_image, unreadable_images
 from mllm_keeplora.data.readers import digest, read_test, read_train
 from mllm_keeplora.errors import UserError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_keeplora.data.images import image_size, images_of, padded_to_square
+from mllm_keeplora.data.media.images import image_size, images_of, padded_to_square
 from mllm_keeplora.data.schema import Media, Record, Turn
 from mllm_keeplora.models import ChatPrompt
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mllm_keeplora.data import readers
-from mllm_keeplora.data.images import images_of
+from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.readers import read_test, read_train
 from mllm_keeplora.data.store import Selection
 from mllm_keeplora.errors import UserError

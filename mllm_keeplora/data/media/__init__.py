@@ -1,0 +1,1 @@
+"""What records show: files that are decoded when a batch needs them."""
