@@ -15,9 +15,9 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.hooks import removed_afterwards
 from mllm_keeplora.models.parts import Parts
 from mllm_keeplora.strategies import Strategy, StrategyOptions
-from mllm_keeplora.strategies.agem import AGEM
-from mllm_keeplora.strategies.ewc import EWC
-from mllm_keeplora.strategies.gpm import GPM
+from mllm_keeplora.strategies.baselines.agem import AGEM
+from mllm_keeplora.strategies.baselines.ewc import EWC
+from mllm_keeplora.strategies.subspace.gpm import GPM
 
 if TYPE_CHECKING:
     import torch

@@ -11,22 +11,22 @@ from pydantic import ValidationError
 
 from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.errors import UserError, known, several, validation_faults
-from mllm_keeplora.strategies.agem import AGEM
 from mllm_keeplora.strategies.base import Context, DomainInfo, Strategy, StrategyOptions
-from mllm_keeplora.strategies.ewc import EWC
-from mllm_keeplora.strategies.finetune import Finetune
-from mllm_keeplora.strategies.gainlora import GainLoRA
-from mllm_keeplora.strategies.gpm import GPM
-from mllm_keeplora.strategies.independent import Independent
-from mllm_keeplora.strategies.inflora import InfLoRA
-from mllm_keeplora.strategies.joint import Joint
-from mllm_keeplora.strategies.keeplora import KeepLoRA
-from mllm_keeplora.strategies.lwf import LwF
-from mllm_keeplora.strategies.moelora import MoELoRA
-from mllm_keeplora.strategies.olora import OLoRA
-from mllm_keeplora.strategies.replay import Replay
-from mllm_keeplora.strategies.routed import Routed
-from mllm_keeplora.strategies.sdlora import SDLoRA
+from mllm_keeplora.strategies.baselines.agem import AGEM
+from mllm_keeplora.strategies.baselines.ewc import EWC
+from mllm_keeplora.strategies.baselines.finetune import Finetune
+from mllm_keeplora.strategies.baselines.independent import Independent
+from mllm_keeplora.strategies.baselines.joint import Joint
+from mllm_keeplora.strategies.baselines.lwf import LwF
+from mllm_keeplora.strategies.baselines.replay import Replay
+from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
+from mllm_keeplora.strategies.mixture.moelora import MoELoRA
+from mllm_keeplora.strategies.mixture.routed import Routed
+from mllm_keeplora.strategies.mixture.sdlora import SDLoRA
+from mllm_keeplora.strategies.subspace.gpm import GPM
+from mllm_keeplora.strategies.subspace.inflora import InfLoRA
+from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA
+from mllm_keeplora.strategies.subspace.olora import OLoRA
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "agem": AGEM,

@@ -15,7 +15,7 @@ from mllm_keeplora.adapters import Adapters, Branch, Factors
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.strategies import DomainInfo
-from mllm_keeplora.strategies.keeplora import KeepLoRA, KeepLoRAOptions
+from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA, KeepLoRAOptions
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.fit import fit_domain, training_arguments
 from tests.oracles import subspace

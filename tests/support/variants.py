@@ -11,7 +11,7 @@ import torch
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.strategies import DomainInfo
-from mllm_keeplora.strategies.keeplora import KeepLoRA, KeepLoRAOptions
+from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA, KeepLoRAOptions
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.passes import Sources
 from tests.oracles import subspace

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.keeplora import KeepLoRA, KeepLoRAOptions
+from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA, KeepLoRAOptions
 from tests.oracles import subspace
 
 QUICK = settings(max_examples=50, deadline=None)

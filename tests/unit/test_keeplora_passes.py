@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mllm_keeplora.strategies.keeplora import KeepLoRAOptions
+from mllm_keeplora.strategies.subspace.keeplora import KeepLoRAOptions
 from tests.oracles import subspace
 from tests.support.keeplora import ENERGY_FEATURES, RANK, modules_of, weights_of
 from tests.support.variants import assert_bases, begin, disturb, opened

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.linalg import Basis
-from mllm_keeplora.strategies.keeplora import KeepLoRA
+from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA
 from mllm_keeplora.system import distributed
 from tests.oracles import subspace
 from tests.support.keeplora import (

@@ -14,8 +14,8 @@ from mllm_keeplora.check import _unfit_for
 from mllm_keeplora.config import load_config
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.strategies.agem import AGEM, AGEMOptions
-from mllm_keeplora.strategies.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.baselines.agem import AGEM, AGEMOptions
+from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.system.files import read_tensors, write_tensors
 from tests.oracles import agem
 from tests.support.strategies import alone, context_of, fit, learn

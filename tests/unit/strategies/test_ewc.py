@@ -8,8 +8,8 @@ import torch
 
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.ewc import EWC, EWCOptions
-from mllm_keeplora.strategies.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.baselines.ewc import EWC, EWCOptions
+from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.system.files import read_tensors, write_tensors
 from mllm_keeplora.training.context import RunContext
 from tests.oracles import ewc

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mllm_keeplora.strategies.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from tests.support.strategies import context_of, fit
 from tests.unit.adapters.conftest import adapt
 from tests.unit.conftest import encode

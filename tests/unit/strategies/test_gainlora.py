@@ -18,9 +18,9 @@ from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.linalg import Basis
 from mllm_keeplora.strategies.base import Strategy
-from mllm_keeplora.strategies.gainlora import GainLoRA
-from mllm_keeplora.strategies.gainlora_options import BASES, GainLoRAOptions
-from mllm_keeplora.strategies.plain import fresh_branch
+from mllm_keeplora.strategies.baselines.plain import fresh_branch
+from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
+from mllm_keeplora.strategies.mixture.gainlora_options import BASES, GainLoRAOptions
 from tests.oracles import gainlora as oracle
 from tests.support.strategies import context_of, fit, learn
 from tests.unit.adapters.test_gates import matrices, moments_of, random_gate

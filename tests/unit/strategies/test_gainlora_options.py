@@ -7,8 +7,8 @@ import pytest
 from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.strategies.gainlora import GainLoRA
-from mllm_keeplora.strategies.gainlora_options import GainLoRAOptions
+from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
+from mllm_keeplora.strategies.mixture.gainlora_options import GainLoRAOptions
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.linalg import Basis, leak
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.strategies.finetune import Finetune, FinetuneOptions
-from mllm_keeplora.strategies.gpm import GPM, GPMOptions
-from mllm_keeplora.strategies.plain import fresh_branch
+from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.baselines.plain import fresh_branch
+from mllm_keeplora.strategies.subspace.gpm import GPM, GPMOptions
 from tests.oracles import gpm as oracle
 from tests.oracles import subspace
 from tests.support.bases import gram_error
@@ -158,7 +158,7 @@ def test_a_starts_outside_of_the_memory_with_rows_as_long_as_those_of_plain_lora
 
 
 def test_rows_in_a_single_free_dimension_are_outside_of_the_memory_too():
-    from mllm_keeplora.strategies.gpm import _outside
+    from mllm_keeplora.strategies.subspace.gpm import _outside
 
     kept = Basis.from_columns(torch.linalg.qr(torch.randn(300, 299, dtype=torch.float64))[0])
     A = _outside(torch.randn(4, 300), kept)

@@ -13,7 +13,7 @@ from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.linalg import Basis, leak, moment_rows
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.strategies.inflora import InfLoRA, InfLoRAOptions
+from mllm_keeplora.strategies.subspace.inflora import InfLoRA, InfLoRAOptions
 from tests.oracles import inflora as oracle
 from tests.oracles import subspace
 from tests.support.bases import SOURCES, gram_error, moments_of, rows_of, sketch_of

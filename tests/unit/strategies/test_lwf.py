@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.hooks import supervised_logits
-from mllm_keeplora.strategies.finetune import Finetune, FinetuneOptions
-from mllm_keeplora.strategies.lwf import LwF, LwFOptions, distillation
+from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.baselines.lwf import LwF, LwFOptions, distillation
 from tests.oracles import lwf
 from tests.support.strategies import context_of, fit, learn
 from tests.unit.adapters.conftest import adapt, projector_parameters, same

@@ -11,8 +11,8 @@ from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.strategies.finetune import Finetune, FinetuneOptions
-from mllm_keeplora.strategies.moelora import MoELoRA, MoELoRAOptions
+from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.mixture.moelora import MoELoRA, MoELoRAOptions
 from tests.oracles import moelora as oracle
 from tests.support.strategies import context_of, learn
 from tests.unit.conftest import encode, logits_of, snapshot

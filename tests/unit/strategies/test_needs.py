@@ -7,7 +7,7 @@ from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.check import _unfit_for
 from mllm_keeplora.config import shipped
 from mllm_keeplora.strategies import STRATEGIES, build_strategy, summary_of
-from mllm_keeplora.strategies.ewc import EWC
+from mllm_keeplora.strategies.baselines.ewc import EWC
 from mllm_keeplora.sweep_plan import load_sweep, tune_cell
 
 

@@ -9,8 +9,8 @@ import torch
 from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.strategies.finetune import Finetune, FinetuneOptions
-from mllm_keeplora.strategies.olora import OLoRA, OLoRAOptions, overlap
+from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.subspace.olora import OLoRA, OLoRAOptions, overlap
 from tests.oracles import olora as oracle
 from tests.support.strategies import context_of, fit, learn
 from tests.unit.adapters.conftest import HISTORIES, adapt, random_factors
@@ -166,7 +166,7 @@ def test_micro_batches_divide_the_penalty_as_they_divide_the_loss(new_base, tiny
 
 
 def test_earlier_directions_are_gathered_once_a_domain(base, tiny_records, tmp_path, monkeypatch):
-    from mllm_keeplora.strategies import olora
+    from mllm_keeplora.strategies.subspace import olora
 
     real, calls = olora._past_by_layer, []
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Adapters
-from mllm_keeplora.strategies.finetune import Finetune, FinetuneOptions
-from mllm_keeplora.strategies.replay import Replay, ReplayOptions
+from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.baselines.replay import Replay, ReplayOptions
 from mllm_keeplora.system.files import read_tensors, write_tensors
 from tests.oracles import replay
 from tests.support.strategies import alone, context_of, fit, learn

@@ -16,7 +16,7 @@ from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.strategies import DomainInfo
-from mllm_keeplora.strategies.routed import Routed, RoutedOptions, whitening_of
+from mllm_keeplora.strategies.mixture.routed import Routed, RoutedOptions, whitening_of
 from mllm_keeplora.system import distributed
 from tests.oracles import routed as oracle
 from tests.support.strategies import context_of, learn

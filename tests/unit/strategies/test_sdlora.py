@@ -11,7 +11,7 @@ from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
 from mllm_keeplora.adapters.stored import Past
 from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.strategies.sdlora import SDLoRA, SDLoRAOptions
+from mllm_keeplora.strategies.mixture.sdlora import SDLoRA, SDLoRAOptions
 from tests.oracles import sdlora as oracle
 from tests.support.keeplora import weights_of
 from tests.support.strategies import context_of, fit, learn

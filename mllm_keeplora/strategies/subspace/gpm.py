@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
-from mllm_keeplora.strategies.kept_features import KeptFeatureOptions, begin_kept, grow_kept, open_outside
-from mllm_keeplora.strategies.plain import fresh_branch
+from mllm_keeplora.strategies.baselines.plain import fresh_branch
+from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, grow_kept, open_outside
 
 if TYPE_CHECKING:
     from torch import Tensor

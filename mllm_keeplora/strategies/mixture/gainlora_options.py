@@ -9,9 +9,9 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from mllm_keeplora.errors import known, validation_faults
 from mllm_keeplora.strategies.base import Samples, Strategy, StrategyOptions
-from mllm_keeplora.strategies.gpm import GPM
-from mllm_keeplora.strategies.inflora import InfLoRA
-from mllm_keeplora.strategies.olora import OLoRA
+from mllm_keeplora.strategies.subspace.gpm import GPM
+from mllm_keeplora.strategies.subspace.inflora import InfLoRA
+from mllm_keeplora.strategies.subspace.olora import OLoRA
 
 BASES: dict[str, type[Strategy]] = {"gpm": GPM, "inflora": InfLoRA, "olora": OLoRA}
 DEFAULTS = {"inflora": {"energy": 0.995}}  # that of gated runs on T5, as the energy of gates is

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
-from mllm_keeplora.strategies.plain import fresh_branch
+from mllm_keeplora.strategies.baselines.plain import fresh_branch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
-from mllm_keeplora.strategies.deciding import decided_features
-from mllm_keeplora.strategies.kept_features import KeptFeatureOptions, begin_kept, grow_kept, open_outside
+from mllm_keeplora.strategies.subspace.deciding import decided_features
+from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, grow_kept, open_outside
 
 if TYPE_CHECKING:
     from torch import Tensor

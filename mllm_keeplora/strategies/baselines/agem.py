@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from mllm_keeplora.strategies.base import Context, Need, StrategyOptions
-from mllm_keeplora.strategies.buffered import Buffered, BufferOptions
+from mllm_keeplora.strategies.baselines.buffered import Buffered, BufferOptions
 
 
 class AGEMOptions(BufferOptions):

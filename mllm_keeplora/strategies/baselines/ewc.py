@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from mllm_keeplora.strategies.base import Context, Need, Samples, Strategy, StrategyOptions
-from mllm_keeplora.strategies.plain import carried_branch
+from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

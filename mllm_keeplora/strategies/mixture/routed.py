@@ -22,7 +22,7 @@ from pydantic import Field
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
-from mllm_keeplora.strategies.plain import fresh_branch
+from mllm_keeplora.strategies.baselines.plain import fresh_branch
 from mllm_keeplora.system.log import log
 
 if TYPE_CHECKING:

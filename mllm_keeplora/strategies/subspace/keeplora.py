@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
-from mllm_keeplora.strategies.deciding import decided_features
-from mllm_keeplora.strategies.keeplora_options import PRESETS, KeepLoRAOptions
+from mllm_keeplora.strategies.subspace.deciding import decided_features
+from mllm_keeplora.strategies.subspace.keeplora_options import PRESETS, KeepLoRAOptions
 from mllm_keeplora.system.log import log
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.linalg import Basis, FrequentDirections
-    from mllm_keeplora.strategies.deciding import Features
+    from mllm_keeplora.strategies.subspace.deciding import Features
 
 
 class KeepLoRA(Strategy):

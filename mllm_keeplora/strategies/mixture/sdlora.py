@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
-from mllm_keeplora.strategies.plain import fresh_branch
+from mllm_keeplora.strategies.baselines.plain import fresh_branch
 
 if TYPE_CHECKING:
     from torch import Tensor

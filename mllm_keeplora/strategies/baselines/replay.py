@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from mllm_keeplora.strategies.base import Context, StrategyOptions
-from mllm_keeplora.strategies.buffered import Buffered, BufferOptions
+from mllm_keeplora.strategies.baselines.buffered import Buffered, BufferOptions
 
 
 class ReplayOptions(BufferOptions):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
-from mllm_keeplora.strategies.gainlora_options import BASES, GainLoRAOptions, options_of_base
+from mllm_keeplora.strategies.mixture.gainlora_options import BASES, GainLoRAOptions, options_of_base
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.plans import FeaturePlan, Statistic
 from mllm_keeplora.strategies.base import Context, Samples, StrategyOptions
-from mllm_keeplora.strategies.deciding import decided_features
+from mllm_keeplora.strategies.subspace.deciding import decided_features
 from mllm_keeplora.system.log import log
 
 if TYPE_CHECKING:

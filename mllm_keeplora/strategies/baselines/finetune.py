@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
-from mllm_keeplora.strategies.plain import carried_branch, fresh_branch
+from mllm_keeplora.strategies.baselines.plain import carried_branch, fresh_branch
 
 
 class FinetuneOptions(StrategyOptions):

@@ -1,0 +1,1 @@
+"""Methods that keep no subspace: plain LoRA, bounds, replay and regularisers."""

@@ -1,0 +1,1 @@
+"""Methods whose branches are weighed when a question is answered."""

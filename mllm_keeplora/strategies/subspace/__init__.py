@@ -1,0 +1,1 @@
+"""Methods that choose the directions an update may take."""
