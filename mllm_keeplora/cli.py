@@ -164,7 +164,7 @@ def check(
     """
     from rich.console import Console
 
-    from mllm_keeplora.check import check_run, memory_of
+    from mllm_keeplora.checks.run import check_run, memory_of
     from mllm_keeplora.config import load_config
     from mllm_keeplora.report import memory_table
     from mllm_keeplora.system.log import start_logging
@@ -190,10 +190,10 @@ def _show_record(config: RunConfig, which: str) -> None:
     """Print one training record, by domain and number, as the model will see it."""
     from rich.console import Console
 
+    from mllm_keeplora.checks.records import as_seen, load_prompt
     from mllm_keeplora.data import load_benchmark
     from mllm_keeplora.errors import UserError, known
     from mllm_keeplora.models.base import prompt_style, resolve
-    from mllm_keeplora.record_check import as_seen, load_prompt
 
     benchmark = load_benchmark(config)
     domain, _, number = which.rpartition("/")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.check import Checked
+from mllm_keeplora.checks.run import Checked
 from mllm_keeplora.config import EXPONENT, RunConfig, as_yaml, flatten, read_yaml, result_defining
 from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
 from mllm_keeplora.data.readers import digest

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.check import Checked, check_everywhere
+from mllm_keeplora.checks.run import Checked, check_everywhere
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import with_published_epochs
 from mllm_keeplora.eval.base_answers import asked_once

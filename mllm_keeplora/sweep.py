@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_keeplora.cells import Runner, log_of, visible_devices
-from mllm_keeplora.check import check_run
+from mllm_keeplora.checks.run import check_run
 from mllm_keeplora.comparison import Choice, write_comparison
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.eval.results import Results, digest_of_data

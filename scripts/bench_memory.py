@@ -20,10 +20,10 @@ from rich.table import Table
 
 from mllm_keeplora import load_config
 from mllm_keeplora.adapters import Branch, adapters_for
+from mllm_keeplora.checks.memory import estimate
 from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
 from mllm_keeplora.hooks import supervised_logits
-from mllm_keeplora.memory import estimate
 from mllm_keeplora.models import load_base
 from mllm_keeplora.models.base import resolve_path, skeleton
 from mllm_keeplora.plans import GradientPlan

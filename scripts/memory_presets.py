@@ -15,7 +15,7 @@ import torch
 import transformers as hf
 
 from mllm_keeplora import load_config
-from mllm_keeplora.memory import Estimate, estimate
+from mllm_keeplora.checks.memory import Estimate, estimate
 from mllm_keeplora.models.parts import name_parts
 from mllm_keeplora.strategies import build_strategy
 

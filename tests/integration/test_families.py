@@ -242,8 +242,8 @@ def test_several_projector_modules_trained_in_full_leave_as_one_adapter(remote_s
 
 
 def test_records_with_and_without_pictures_are_told_apart_where_a_processor_cannot_batch_them(remote_sensing, tmp_path):
+    from mllm_keeplora.checks.records import load_prompt, mixed_faults
     from mllm_keeplora.data import load_benchmark
-    from mllm_keeplora.record_check import load_prompt, mixed_faults
 
     folder = build_family("mllama", tmp_path / "base")
     config = parse_config(config_of("mllama", folder, remote_sensing, tmp_path / "run"), origin="test")

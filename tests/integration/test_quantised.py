@@ -74,7 +74,7 @@ def test_an_export_puts_what_was_learnt_on_the_weights_as_they_were_before(quant
 
 
 def test_merging_into_quantised_weights_is_refused(settings, tmp_path, command):
-    from mllm_keeplora.check import check_run
+    from mllm_keeplora.checks.run import check_run
     from mllm_keeplora.config import parse_config
 
     values = settings(tmp_path / "run", adapters={"history": "merged"})

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mllm_keeplora.checks.memory import estimate, trace
 from mllm_keeplora.config import parse_config
-from mllm_keeplora.memory import estimate, trace
 from mllm_keeplora.models.base import skeleton
 from mllm_keeplora.strategies import build_strategy
 from tests.support.tiny import tiny_config

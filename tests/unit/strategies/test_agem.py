@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Adapters
-from mllm_keeplora.check import _unfit_for
+from mllm_keeplora.checks.run import _unfit_for
 from mllm_keeplora.config import load_config
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.strategies import build_strategy

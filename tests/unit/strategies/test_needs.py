@@ -4,7 +4,7 @@ import pytest
 
 from mllm_keeplora import load_config
 from mllm_keeplora.adapters.stored import LIVE
-from mllm_keeplora.check import _unfit_for
+from mllm_keeplora.checks.run import _unfit_for
 from mllm_keeplora.config import shipped
 from mllm_keeplora.strategies import STRATEGIES, build_strategy, summary_of
 from mllm_keeplora.strategies.baselines.ewc import EWC

@@ -7,7 +7,7 @@ import torch
 
 from mllm_keeplora.adapters.mixers import load_mixer
 from mllm_keeplora.adapters.stored import past_of, updates_of
-from mllm_keeplora.check import check_everywhere
+from mllm_keeplora.checks.run import check_everywhere
 from mllm_keeplora.config import StrategyConfig, parse_config
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.opening import open_run

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.adapters.stored import LIVE
+from mllm_keeplora.checks.memory import Estimate, estimate
+from mllm_keeplora.checks.records import gold_faults, load_prompt, mixed_faults, token_faults
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.media.images import image_size, unreadable_images
 from mllm_keeplora.errors import UserError, first_line, several
-from mllm_keeplora.memory import Estimate, estimate
 from mllm_keeplora.models import ChatPrompt
 from mllm_keeplora.models.base import compute_dtype, prompt_style, refuse_original_llava, resolve, skeleton
 from mllm_keeplora.models.identity import fingerprint
 from mllm_keeplora.models.parts import name_parts, summary_of
-from mllm_keeplora.record_check import gold_faults, load_prompt, mixed_faults, token_faults
 from mllm_keeplora.strategies import Strategy, build_strategy
 from mllm_keeplora.system import distributed
 from mllm_keeplora.system.log import log

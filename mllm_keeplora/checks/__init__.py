@@ -1,0 +1,1 @@
+"""What is looked at before a GPU is used: config, data, base, memory."""
