@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mllm_keeplora.sweep_plan import SweepConfig
+    from mllm_keeplora.sweeps.plan import SweepConfig
 
 
 def sweep(
@@ -51,9 +51,9 @@ def sweep(
 
     from mllm_keeplora.errors import UserError
     from mllm_keeplora.report import compare_table
-    from mllm_keeplora.sweep import run_sweep
-    from mllm_keeplora.sweep_jobs import run_part
-    from mllm_keeplora.sweep_plan import load_sweep
+    from mllm_keeplora.sweeps.jobs import run_part
+    from mllm_keeplora.sweeps.plan import load_sweep
+    from mllm_keeplora.sweeps.sweep import run_sweep
     from mllm_keeplora.system.distributed import world_size
     from mllm_keeplora.system.log import start_logging
 
@@ -75,8 +75,8 @@ def sweep(
 
 
 def _write_script(path: Path, loaded: SweepConfig, words: list[str]) -> None:
-    from mllm_keeplora.sweep import check_sweep
-    from mllm_keeplora.sweep_jobs import slurm_script
+    from mllm_keeplora.sweeps.jobs import slurm_script
+    from mllm_keeplora.sweeps.sweep import check_sweep
     from mllm_keeplora.system import files
 
     check_sweep(loaded)  # faults are told here and not by a hundred jobs; data that are drawn are drawn once

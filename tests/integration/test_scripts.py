@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mllm_keeplora.sweep_jobs import slurm_script
-from mllm_keeplora.sweep_plan import load_sweep
+from mllm_keeplora.sweeps.jobs import slurm_script
+from mllm_keeplora.sweeps.plan import load_sweep
 from tests.integration.processes import results
 
 ROOT = Path(__file__).parents[2]

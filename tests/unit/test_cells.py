@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from mllm_keeplora import cells
-from mllm_keeplora.cells import Cell, Runner
+from mllm_keeplora.sweeps import cells
+from mllm_keeplora.sweeps.cells import Cell, Runner
 
 
 @pytest.fixture

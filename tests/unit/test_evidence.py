@@ -13,7 +13,7 @@ from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report.costs import costs
 from mllm_keeplora.report.groups import group_runs, mean_and_sd
 from mllm_keeplora.strategies import STRATEGIES, build_strategy
-from mllm_keeplora.sweep_plan import final_cell, load_sweep, tune_cell
+from mllm_keeplora.sweeps.plan import final_cell, load_sweep, tune_cell
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"

@@ -14,7 +14,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SCORERS, UNGRADED
 from mllm_keeplora.models.templates import STYLES
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.sweep_plan import final_cell, load_sweep, tune_cell
+from mllm_keeplora.sweeps.plan import final_cell, load_sweep, tune_cell
 from mllm_keeplora.training.deepspeed import deepspeed_file
 
 CONFIGS = Path(str(resources.files("mllm_keeplora.configs")))

@@ -7,7 +7,7 @@ import yaml
 
 from mllm_keeplora.config import load_config
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.sweep_plan import TuneConfig, Tuning, final_cell, load_sweep, tune_cell
+from mllm_keeplora.sweeps.plan import TuneConfig, Tuning, final_cell, load_sweep, tune_cell
 
 TUNE = TuneConfig(grid=[1e-3, 2e-3, 4e-3], factor=2, extensions=2)
 

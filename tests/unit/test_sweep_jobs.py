@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from mllm_keeplora import cells, sweep_jobs
-from mllm_keeplora.cells import Cell, Runner, visible_devices
 from mllm_keeplora.cli_sweep import sweep
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.sweep import run_sweep, tune
-from mllm_keeplora.sweep_jobs import run_part, slurm_script
-from mllm_keeplora.sweep_plan import load_sweep
+from mllm_keeplora.sweeps import cells
+from mllm_keeplora.sweeps import jobs as sweep_jobs
+from mllm_keeplora.sweeps.cells import Cell, Runner, visible_devices
+from mllm_keeplora.sweeps.jobs import run_part, slurm_script
+from mllm_keeplora.sweeps.plan import load_sweep
+from mllm_keeplora.sweeps.sweep import run_sweep, tune
 
 SCORES = {1e-3: 50.0, 2e-3: 60.0, 4e-3: 70.0, 8e-3: 65.0}  # Last of the tuning runs, by learning rate
 
@@ -173,10 +174,10 @@ def test_a_run_that_a_signal_stopped_stops_the_sweep_to_be_continued(machine, wr
 def reported(machine, monkeypatch):
     """What the comparison at the end is given: (results, chosen values, notes), of each time it is written."""
     written = []
-    monkeypatch.setattr("mllm_keeplora.sweep.check_sweep", lambda sweep: None)
-    monkeypatch.setattr("mllm_keeplora.sweep.visible_devices", lambda: [])
+    monkeypatch.setattr("mllm_keeplora.sweeps.sweep.check_sweep", lambda sweep: None)
+    monkeypatch.setattr("mllm_keeplora.sweeps.sweep.visible_devices", lambda: [])
     monkeypatch.setattr(
-        "mllm_keeplora.sweep.write_comparison",
+        "mllm_keeplora.sweeps.sweep.write_comparison",
         lambda folder, title, results, choice: (
             folder.mkdir(exist_ok=True),
             written.append((results, choice.values, choice.notes)),
@@ -324,7 +325,7 @@ def test_the_slurm_script_has_a_task_for_every_run_and_quotes_its_words(write):
 
 
 def test_the_command_writes_the_slurm_script_and_runs_nothing(machine, write, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("mllm_keeplora.sweep.check_sweep", lambda sweep: None)
+    monkeypatch.setattr("mllm_keeplora.sweeps.sweep.check_sweep", lambda sweep: None)
     write()
     path = tmp_path / "a sweep.sh"
     sweep(str(tmp_path / "small.yaml"), ["tune.seed=3"], slurm=path)

@@ -8,7 +8,7 @@ from mllm_keeplora.checks.run import _unfit_for
 from mllm_keeplora.config import shipped
 from mllm_keeplora.strategies import STRATEGIES, build_strategy, summary_of
 from mllm_keeplora.strategies.baselines.ewc import EWC
-from mllm_keeplora.sweep_plan import load_sweep, tune_cell
+from mllm_keeplora.sweeps.plan import load_sweep, tune_cell
 
 
 def faults_of(name, stage, *overrides):

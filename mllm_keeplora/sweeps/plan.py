@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mllm_keeplora.cells import Cell
 from mllm_keeplora.config import apply_override, find_config, read_yaml
 from mllm_keeplora.errors import UserError, several, validation_faults
 from mllm_keeplora.eval.results import Results
+from mllm_keeplora.sweeps.cells import Cell
 from mllm_keeplora.system.log import log
 
 

@@ -11,10 +11,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllm_keeplora.cells import Cell, Runner, log_of, visible_devices
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.sweep import check_sweep, nothing_of, tune
-from mllm_keeplora.sweep_plan import SweepConfig, chosen_of, final_cell, further_cell, tune_cells
+from mllm_keeplora.sweeps.cells import Cell, Runner, log_of, visible_devices
+from mllm_keeplora.sweeps.plan import SweepConfig, chosen_of, final_cell, further_cell, tune_cells
+from mllm_keeplora.sweeps.sweep import check_sweep, nothing_of, tune
 from mllm_keeplora.system import files
 
 PART = re.compile(r"(?P<kind>tune|further|final):(?P<number>[1-9]\d*)/(?P<total>[1-9]\d*)")

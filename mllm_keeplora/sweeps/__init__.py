@@ -1,0 +1,1 @@
+"""Many runs: choose settings, run seeds, put them side by side."""
