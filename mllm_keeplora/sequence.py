@@ -26,12 +26,12 @@ from mllm_keeplora.eval.base_answers import asked_once
 from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.rows import evaluate_named, sets_after
-from mllm_keeplora.opening import open_run
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
+from mllm_keeplora.stages.learner import Learner
+from mllm_keeplora.stages.opening import open_run
 from mllm_keeplora.system import distributed, watch
 from mllm_keeplora.system.log import log, start_logging
 from mllm_keeplora.training.deepspeed import deepspeed_file
-from mllm_keeplora.training.learner import Learner
 
 
 def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: int | None = None) -> Results:

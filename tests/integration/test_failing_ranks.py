@@ -20,7 +20,7 @@ CALLS = {  # stage -> what both processes call in it
     "01_Alpha/gradient": (f"{PROBES}:per_sample_loss", 1),
     "01_Alpha/train": (f"{FIT}:Reporter.on_step_end", 3),
     "01_Alpha/consolidate": (f"{LINALG}:Basis.missing", 1),
-    "01_Alpha/diagnose": ("mllm_keeplora.training.learner:changes_of", 1),
+    "01_Alpha/diagnose": ("mllm_keeplora.stages.learner:changes_of", 1),
     "01_Alpha/evaluate/Alpha": ("mllm_keeplora.eval.harness:Journal.add", 1),
 }
 LAST = "01_Alpha/evaluate/general"

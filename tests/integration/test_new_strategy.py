@@ -7,11 +7,11 @@ import torch
 
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.sequence import run_sequence
+from mllm_keeplora.stages.learner import Learner
 from mllm_keeplora.strategies import STRATEGIES
 from mllm_keeplora.strategies.baselines.finetune import Finetune
 from mllm_keeplora.system import files
 from mllm_keeplora.training.fit import Reporter
-from mllm_keeplora.training.learner import Learner
 from tests.integration.processes import differing
 
 

@@ -53,7 +53,7 @@ MORE_KILLS = {
         "01_Alpha/consolidate",
     ),
     "consolidate_before_it_is_entered": (
-        ("+mllm_keeplora.training.learner:Learner.consolidate", 1),
+        ("+mllm_keeplora.stages.learner:Learner.consolidate", 1),
         "01_Alpha/train",
         "01_Alpha/consolidate",
     ),
@@ -148,7 +148,7 @@ def test_a_finished_run_is_not_done_again_and_loads_no_model(settings, two, tmp_
     values = settings(run)
     run_sequence(parse_config(values, origin="test"))  # takes note of the copy's new `output`
     before = _content(run)
-    monkeypatch.setattr("mllm_keeplora.training.learner.load_base", _not_to_be_called)
+    monkeypatch.setattr("mllm_keeplora.stages.learner.load_base", _not_to_be_called)
     again = run_sequence(parse_config(values, origin="test"))
     assert again.score_matrix == results(two)["score_matrix"]
     assert _content(run) == before

@@ -12,9 +12,9 @@ import pytest
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit, differences
+from mllm_keeplora.stages.units import plan_units, token_limit
 from mllm_keeplora.system import files
 from mllm_keeplora.training.seeds import stage_seed
-from mllm_keeplora.training.units import plan_units, token_limit
 
 RECORD = {"units": [{"index": 1, "name": "A", "domains": ["A"]}, {"index": 2, "name": "B", "domains": ["B"]}]}
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mllm_keeplora.training.units import plan_units, training_records
+from mllm_keeplora.stages.units import plan_units, training_records
 
 RECORDS = {"Alpha": ["a", "b"], "Beta": ["c", "d", "e"], "Gamma": [f"g{number}" for number in range(10)]}
 EPOCHS = {"Alpha": 1.0, "Beta": 2.0, "Gamma": 1.3}

@@ -10,9 +10,9 @@ from mllm_keeplora.adapters.stored import past_of, updates_of
 from mllm_keeplora.checks.run import check_everywhere
 from mllm_keeplora.config import StrategyConfig, parse_config
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.opening import open_run
+from mllm_keeplora.stages.learner import Learner
+from mllm_keeplora.stages.opening import open_run
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.training.learner import Learner
 from tests.support.tiny import tiny_config, write_tiny_data
 
 

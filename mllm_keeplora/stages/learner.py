@@ -19,16 +19,16 @@ from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.models import Base, cache_tower, load_base
 from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
+from mllm_keeplora.stages.effects import capacity_of, changes_of, inputs_of, sets_to_look_at, slices_of
+from mllm_keeplora.stages.units import token_limit, training_records
 from mllm_keeplora.strategies import DomainInfo, Strategy
 from mllm_keeplora.system import distributed, files, watch
 from mllm_keeplora.system.log import log
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import deepspeed_file, divided_loading
-from mllm_keeplora.training.diagnose import capacity_of, changes_of, inputs_of, sets_to_look_at, slices_of
 from mllm_keeplora.training.passes import Sources
 from mllm_keeplora.training.seeds import seed_everything, stage_seed
 from mllm_keeplora.training.state import read_training_state, write_training_state
-from mllm_keeplora.training.units import token_limit, training_records
 
 if TYPE_CHECKING:
     from mllm_keeplora.linalg import Basis

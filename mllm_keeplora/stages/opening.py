@@ -14,9 +14,9 @@ from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_e
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.runs import BASE_UNIT, RunDir, differences, now
+from mllm_keeplora.stages.units import plan_units
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log
-from mllm_keeplora.training.units import plan_units
 
 MAY_DIFFER_FROM_PARENT = ("name:", "seed:", "eval.domains:", "eval.zero_shot:")
 
