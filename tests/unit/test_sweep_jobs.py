@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from mllm_keeplora.cli_sweep import sweep
+from mllm_keeplora.cli.sweep import sweep
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.sweeps import cells
 from mllm_keeplora.sweeps import jobs as sweep_jobs

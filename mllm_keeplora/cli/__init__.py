@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mllm_keeplora.cli_evaluation import ask, evaluate, rescore
-from mllm_keeplora.cli_sweep import sweep
+from mllm_keeplora.cli.evaluation import ask, evaluate, rescore
+from mllm_keeplora.cli.sweep import sweep
 
 if TYPE_CHECKING:
     from mllm_keeplora.config import RunConfig
