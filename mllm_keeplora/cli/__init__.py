@@ -94,7 +94,7 @@ def export(
 
     Example: mllm-keeplora export runs/mini_dcl --after 3 --to merged checkpoints/after_3
     """
-    from mllm_keeplora.eval.exporting import export as export_run
+    from mllm_keeplora.exports.checkpoint import export as export_run
 
     export_run(run, to, folder, after, domain)
     typer.echo(f"written  {folder}")

@@ -17,10 +17,10 @@ from mllm_keeplora.adapters.stored import LIVE, stored_files
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.rows import asked_records
 from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.exports.checkpoint import export
 from mllm_keeplora.sequence import run_sequence
 from mllm_keeplora.strategies import STRATEGIES
 from mllm_keeplora.system import files

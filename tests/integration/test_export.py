@@ -9,8 +9,8 @@ import torch
 
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.exports.checkpoint import export
 from mllm_keeplora.system.files import read_tensors
 from tests.integration.processes import run_in_child
 

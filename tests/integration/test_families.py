@@ -19,8 +19,8 @@ from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.schema import Media
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.decoding import greedy
-from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.exports.checkpoint import export
 from mllm_keeplora.linalg import Basis
 from mllm_keeplora.mini import write_mini_dcl
 from mllm_keeplora.models import load_base

@@ -11,8 +11,8 @@ import pytest
 
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.card import model_card
 from mllm_keeplora.eval.saved import evaluate, load_run
+from mllm_keeplora.exports.card import model_card
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.sequence import run_sequence
 from tests.integration.processes import artefacts, differing, results, run_in_child, stages

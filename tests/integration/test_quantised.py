@@ -10,8 +10,8 @@ import torch
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import BaseConfig
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.exporting import export
 from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.exports.checkpoint import export
 from mllm_keeplora.models import load_base
 from tests.integration.processes import run_in_child
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mllm_keeplora.adapters import Factors, concatenate, merge_for_good
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.card import model_card
 from mllm_keeplora.eval.saved import SavedRun, load_run
+from mllm_keeplora.exports.card import model_card
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.base import NOTES, prompt_style, resolve
 from mllm_keeplora.models.parts import projector_names

@@ -1,0 +1,1 @@
+"""Checkpoints that need none of this code."""
