@@ -105,7 +105,7 @@ def _continued(model: Any, inputs: Mapping[str, Tensor], result: Any, going: Ten
     """Inputs of the rows that go on: their tokens so far and what is cached of them, pictures included."""
     import torch
 
-    from mllm_keeplora.adapters.mixing import mixer_of
+    from mllm_keeplora.adapters.mixers.mixing import mixer_of
 
     name = "cache" if "cache" in result else "past_key_values"  # as transformers called it until 5.24
     kept = going.nonzero().flatten()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.adapters.mixing import look_at
+from mllm_keeplora.adapters.mixers.mixing import look_at
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.eval.decoding import greedy

@@ -19,7 +19,7 @@ from mllm_keeplora.models.partition import assign, copy_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters.mixing import Mixer, Mixing
+    from mllm_keeplora.adapters.mixers.mixing import Mixer, Mixing
     from mllm_keeplora.models import Base
 
 OPEN, PAST, OFFSET = "domain", "history", "offset"
@@ -120,7 +120,7 @@ class Adapters:
     def look_at(self, batch: Mapping[str, Tensor]) -> None:
         """To be called before the model runs on a batch: live branches are weighed by its questions."""
         if self._mixing is not None:
-            from mllm_keeplora.adapters.mixing import look_at
+            from mllm_keeplora.adapters.mixers.mixing import look_at
 
             look_at(self.base, batch)
 
@@ -234,7 +234,7 @@ class Adapters:
 
     def _run_live(self, mixer: Mixer, branch: Branch | None = None) -> None:
         """Past branches as one whose rank coordinates the mixer weighs."""
-        from mllm_keeplora.adapters.mixing import Mixing
+        from mllm_keeplora.adapters.mixers.mixing import Mixing
 
         self._mixing = Mixing(self.base, mixer)
         past = [] if branch is not None and branch.carried else [factors.unweighted() for factors in self.past]

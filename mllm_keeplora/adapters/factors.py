@@ -16,7 +16,7 @@ from mllm_keeplora.system import files
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters.mixing import Mixer
+    from mllm_keeplora.adapters.mixers.mixing import Mixer
 
 PREFIX = "base_model.model."
 MIXER = "mixer|"

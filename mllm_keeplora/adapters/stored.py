@@ -15,7 +15,7 @@ from mllm_keeplora.system import distributed, files
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters.mixing import Mixer
+    from mllm_keeplora.adapters.mixers.mixing import Mixer
     from mllm_keeplora.linalg import Basis
 
 COMBINE = ("merge", "sum", "gate", "route", "oracle")

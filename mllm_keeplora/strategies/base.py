@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters import Adapters
-    from mllm_keeplora.adapters.mixing import Mixer
+    from mllm_keeplora.adapters.mixers.mixing import Mixer
     from mllm_keeplora.linalg import (
         Basis,
         FrequentDirections,

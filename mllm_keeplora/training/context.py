@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters import Adapters
-    from mllm_keeplora.adapters.mixing import Mixer
+    from mllm_keeplora.adapters.mixers.mixing import Mixer
     from mllm_keeplora.linalg import (
         Basis,
         FrequentDirections,
@@ -206,7 +206,7 @@ class RunContext:
     def prompt_features(self, samples: int | float, pictures: bool = True) -> Tensor:
         import torch
 
-        from mllm_keeplora.adapters.features import feature_sizes, prompt_features
+        from mllm_keeplora.adapters.mixers.features import feature_sizes, prompt_features
 
         found = []
         with torch.no_grad(), streamed(self.branches.base):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllm_keeplora.adapters.mixing import look_at
+from mllm_keeplora.adapters.mixers.mixing import look_at
 from mllm_keeplora.data.collate import TrainCollator, batches
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.models.partition import IdleBatch, is_partitioned

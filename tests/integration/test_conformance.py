@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_keeplora.adapters.mixing import look_at
+from mllm_keeplora.adapters.mixers.mixing import look_at
 from mllm_keeplora.adapters.stored import LIVE, stored_files
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.data.collate import TrainCollator

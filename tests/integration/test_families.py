@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_keeplora.adapters.features import feature_sizes, prompt_features, rows_by_question
+from mllm_keeplora.adapters.mixers.features import feature_sizes, prompt_features, rows_by_question
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import BaseConfig, find_config, parse_config, read_yaml, shipped
 from mllm_keeplora.data.collate import TrainCollator, joined

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from mllm_keeplora.adapters.mixing import look_at
+from mllm_keeplora.adapters.mixers.mixing import look_at
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.strategies import STRATEGIES

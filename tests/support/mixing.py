@@ -2,7 +2,7 @@
 
 import torch
 
-from mllm_keeplora.adapters.mixing import Mixer
+from mllm_keeplora.adapters.mixers.mixing import Mixer
 
 
 class Given(Mixer):

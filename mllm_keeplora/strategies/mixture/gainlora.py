@@ -26,7 +26,7 @@ from mllm_keeplora.strategies.mixture.gainlora_options import BASES, GainLoRAOpt
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters.gates import Gates
+    from mllm_keeplora.adapters.mixers.gates import Gates
     from mllm_keeplora.linalg import Basis, MomentAccumulator
 
 OF_BASE, OF_MEMORY = "base|", "memory|"
@@ -70,7 +70,7 @@ class GainLoRA(Strategy):
 
     def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:
         """Take the change of every layer of the new gate out of the memory of that layer's inputs."""
-        from mllm_keeplora.adapters.gates import constrained
+        from mllm_keeplora.adapters.mixers.gates import constrained
 
         self.base.around_step(context, phase)
         if phase != "post" or not self.memories:
@@ -121,7 +121,7 @@ class GainLoRA(Strategy):
 
     def _questions(self, context: Context) -> Tensor:
         """p_0 of the domain's questions, (n, d): this process's share."""
-        from mllm_keeplora.adapters.gates import balanced
+        from mllm_keeplora.adapters.mixers.gates import balanced
 
         return balanced(context.prompt_features(self.options.gate_samples, self.options.pictures), _words(context))
 
@@ -133,7 +133,7 @@ class GainLoRA(Strategy):
         """
         import torch
 
-        from mllm_keeplora.adapters.gates import Gates, informed_key
+        from mllm_keeplora.adapters.mixers.gates import Gates, informed_key
         from mllm_keeplora.linalg import Basis
 
         questions = self._questions(context)
@@ -188,14 +188,14 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _words(context: Context) -> int:
     """How many features of a question are of its words."""
-    from mllm_keeplora.adapters.features import feature_sizes
+    from mllm_keeplora.adapters.mixers.features import feature_sizes
 
     return feature_sizes(context.branches.base, pictures=False)[0]
 
 
 def _newest(context: Context) -> dict[str, str]:
     """Names of the newest gate's parameters, by gate layer."""
-    from mllm_keeplora.adapters.gates import GATE_LAYERS
+    from mllm_keeplora.adapters.mixers.gates import GATE_LAYERS
 
     place = f".gates.{len(context.branches.mixer.gates) - 1}."
     names = context.branches.trainable()

@@ -24,7 +24,7 @@ from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 if TYPE_CHECKING:
     from mllm_keeplora.adapters import Branch
-    from mllm_keeplora.adapters.experts import Experts
+    from mllm_keeplora.adapters.mixers.experts import Experts
 
 
 class MoELoRAOptions(StrategyOptions):
@@ -68,7 +68,7 @@ class MoELoRA(Strategy):
         """Routers as linear layers begin: uniform within 1 / sqrt(d_in)."""
         from torch.nn.init import uniform_
 
-        from mllm_keeplora.adapters.experts import Experts
+        from mllm_keeplora.adapters.mixers.experts import Experts
 
         inputs = {layer: A.shape[1] for layer, A in branch.A.items()}
         mixer = Experts(self.options.experts, inputs)

@@ -28,7 +28,7 @@ from mllm_keeplora.system.log import log
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters.router import Router
+    from mllm_keeplora.adapters.mixers.router import Router
 
 HELD_OUT = 4  # one question in so many is not fitted to: it measures how far a domain's own questions lie
 FLOOR = 1e-8  # share of the mean variance that a feature has at least, if it never varied
@@ -109,7 +109,7 @@ class Routed(Strategy):
         self.seen["scatter"] = gaps.mT @ gaps + seen.get("scatter", 0.0)
 
     def _router(self) -> Router:
-        from mllm_keeplora.adapters.router import Router
+        from mllm_keeplora.adapters.mixers.router import Router
 
         means, seen = self.seen["means"], self.seen
         router = Router(*means.shape, self.options.pictures)

@@ -126,7 +126,7 @@ class SDLoRA(Strategy):
         self.in_use: Tensor = state.get("in_use", torch.zeros(0, dtype=torch.bool))
 
     def _mixer(self, context: Context, magnitudes: Tensor, scales: Tensor) -> Any:
-        from mllm_keeplora.adapters.magnitudes import Magnitudes
+        from mllm_keeplora.adapters.mixers.magnitudes import Magnitudes
 
         mixer = Magnitudes(context.target_layers, len(magnitudes), self.options.magnitude_rate)
         mixer.start.copy_(magnitudes)

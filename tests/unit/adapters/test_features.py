@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from mllm_keeplora.adapters.features import feature_sizes, prompt_features
+from mllm_keeplora.adapters.mixers.features import feature_sizes, prompt_features
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.schema import Turn
 from tests.unit.adapters.conftest import adapt, random_factors

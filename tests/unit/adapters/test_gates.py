@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_keeplora.adapters.gates import GATE_LAYERS, Gate, Gates, balanced, constrained, informed_key
+from mllm_keeplora.adapters.mixers.gates import GATE_LAYERS, Gate, Gates, balanced, constrained, informed_key
 from mllm_keeplora.linalg import Basis, MomentAccumulator, leak
 from tests.oracles import gainlora as oracle
 

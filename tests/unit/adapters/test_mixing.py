@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Branch, mixers
-from mllm_keeplora.adapters.mixing import look_at, mixer_of
+from mllm_keeplora.adapters.mixers.mixing import look_at, mixer_of
 from mllm_keeplora.eval.decoding import greedy
 from tests.support.mixing import Given
 from tests.unit.adapters.conftest import ABSENT, HISTORIES, adapt, branch_of, random_branch, random_factors, same

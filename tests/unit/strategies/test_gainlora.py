@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Adapters
-from mllm_keeplora.adapters.gates import GATE_LAYERS, Gates, constrained
-from mllm_keeplora.adapters.mixing import look_at
+from mllm_keeplora.adapters.mixers.gates import GATE_LAYERS, Gates, constrained
+from mllm_keeplora.adapters.mixers.mixing import look_at
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.linalg import Basis
@@ -159,7 +159,7 @@ def test_training_moves_no_layer_of_a_gate_inside_the_memory_of_its_inputs(taugh
 
 
 def test_without_the_constraint_a_gate_does_hear_past_questions(new_base, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr("mllm_keeplora.adapters.gates.constrained", lambda values, **others: values)
+    monkeypatch.setattr("mllm_keeplora.adapters.mixers.gates.constrained", lambda values, **others: values)
     loose = teach(new_base(), questions, tmp_path)
     assert weights_for(loose.base, loose.adapters.mixer, questions["Alpha"])[:, 1].max() > 1e-2
 
@@ -373,7 +373,7 @@ def test_rows_are_as_long_after_the_projection_as_the_step_left_them(new_base, q
         seen.append([each.detach().clone() for each in (values, before, memory.columns, result)])
         return result
 
-    monkeypatch.setattr("mllm_keeplora.adapters.gates.constrained", noted)
+    monkeypatch.setattr("mllm_keeplora.adapters.mixers.gates.constrained", noted)
     parity = teach(new_base(), questions, tmp_path, row_renorm=True)
     assert len(seen) == 3 * len(GATE_LAYERS)
     for number, (values, before, memory, result) in enumerate(seen):

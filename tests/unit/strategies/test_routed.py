@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Adapters
-from mllm_keeplora.adapters.features import prompt_features
 from mllm_keeplora.adapters.mixers import load_mixer, rebuilt, save_mixer
+from mllm_keeplora.adapters.mixers.features import prompt_features
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.harness import generate

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_keeplora.adapters.magnitudes import Magnitudes
 from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
+from mllm_keeplora.adapters.mixers.magnitudes import Magnitudes
 from mllm_keeplora.adapters.stored import Past
 from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.strategies import build_strategy

@@ -12,13 +12,13 @@ from mllm_keeplora.system import files
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters.mixing import Mixer
+    from mllm_keeplora.adapters.mixers.mixing import Mixer
 
 MIXERS = {
-    "experts": "mllm_keeplora.adapters.experts:Experts",
-    "gates": "mllm_keeplora.adapters.gates:Gates",
-    "magnitudes": "mllm_keeplora.adapters.magnitudes:Magnitudes",
-    "router": "mllm_keeplora.adapters.router:Router",
+    "experts": "mllm_keeplora.adapters.mixers.experts:Experts",
+    "gates": "mllm_keeplora.adapters.mixers.gates:Gates",
+    "magnitudes": "mllm_keeplora.adapters.mixers.magnitudes:Magnitudes",
+    "router": "mllm_keeplora.adapters.mixers.router:Router",
 }
 
 

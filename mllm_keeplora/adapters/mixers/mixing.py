@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mllm_keeplora.adapters.features import rows_by_question
+from mllm_keeplora.adapters.mixers.features import rows_by_question
 from mllm_keeplora.models.partition import streamed
 from mllm_keeplora.models.parts import projector_names
 

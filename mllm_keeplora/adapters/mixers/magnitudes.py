@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mllm_keeplora.adapters.mixing import Mixer
+from mllm_keeplora.adapters.mixers.mixing import Mixer
 
 if TYPE_CHECKING:
     from mllm_keeplora.adapters.stored import Past

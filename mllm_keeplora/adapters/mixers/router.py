@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_keeplora.adapters.features import prompt_features
-from mllm_keeplora.adapters.mixing import Mixer
+from mllm_keeplora.adapters.mixers.features import prompt_features
+from mllm_keeplora.adapters.mixers.mixing import Mixer
 
 
 class Router(Mixer):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mllm_keeplora.adapters.features import prompt_features
-from mllm_keeplora.adapters.mixing import Mixer
+from mllm_keeplora.adapters.mixers.features import prompt_features
+from mllm_keeplora.adapters.mixers.mixing import Mixer
 from mllm_keeplora.linalg import Basis, MomentAccumulator, moment_rows
 
 GATE_LAYERS = ("down", "up", "key")  # G_1, G_2, G_3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from mllm_keeplora.adapters.mixing import Mixer
+from mllm_keeplora.adapters.mixers.mixing import Mixer
 
 
 class Experts(Mixer):
