@@ -5,7 +5,7 @@ from __future__ import annotations
 from mllm_keeplora.data import Benchmark, Media
 from mllm_keeplora.eval.published import published_table
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.report import UnitFacts, WrongAnswer, inspection_sections, render_html
+from mllm_keeplora.report.render import UnitFacts, WrongAnswer, inspection_sections, render_html
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.system import files
 

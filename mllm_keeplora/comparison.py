@@ -9,7 +9,7 @@ from typing import Any
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.report import (
+from mllm_keeplora.report.render import (
     Group,
     as_markdown,
     costs,

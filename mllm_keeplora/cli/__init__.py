@@ -71,7 +71,7 @@ def report(
     Example: mllm-keeplora report runs/mini_dcl --export tables
     """
     from mllm_keeplora.eval.saved import load_run, refresh_results
-    from mllm_keeplora.report import exported, run_tables
+    from mllm_keeplora.report.render import exported, run_tables
     from mllm_keeplora.system import files
 
     results = refresh_results(load_run(run)).to_dict()
@@ -110,7 +110,7 @@ def inspect(run: Run) -> None:
 
     from mllm_keeplora.errors import UserError
     from mllm_keeplora.eval.page import unit_facts
-    from mllm_keeplora.report import inspection
+    from mllm_keeplora.report.render import inspection
     from mllm_keeplora.runs import RunDir
 
     units = unit_facts(RunDir(run).load())
@@ -134,7 +134,7 @@ def compare(
 
     from mllm_keeplora.comparison import load_results, write_comparison
     from mllm_keeplora.errors import UserError
-    from mllm_keeplora.report import compare_table
+    from mllm_keeplora.report.render import compare_table
 
     results = load_results(runs)
     try:
@@ -166,7 +166,7 @@ def check(
 
     from mllm_keeplora.checks.run import check_run, memory_of
     from mllm_keeplora.config import load_config
-    from mllm_keeplora.report import memory_table
+    from mllm_keeplora.report.render import memory_table
     from mllm_keeplora.system.log import start_logging
 
     start_logging()
@@ -233,6 +233,6 @@ def list_names(kind: Annotated[str, typer.Argument(help="strategies, models, ben
 def _print_results(results: dict) -> None:
     from rich.console import Console
 
-    from mllm_keeplora.report import results_table
+    from mllm_keeplora.report.render import results_table
 
     Console().print(results_table(results))

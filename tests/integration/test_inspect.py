@@ -11,7 +11,7 @@ import torch
 from mllm_keeplora.adapters.stored import kept_of, past_of
 from mllm_keeplora.eval.page import unit_facts
 from mllm_keeplora.eval.saved import load_run
-from mllm_keeplora.report import inspection_sections
+from mllm_keeplora.report.render import inspection_sections
 from mllm_keeplora.runs import RunDir
 from tests.oracles import subspace
 from tests.unit.conftest import captured_tokens, encode

@@ -10,8 +10,8 @@ import pytest
 from mllm_keeplora.comparison import load_results
 from mllm_keeplora.config import load_config
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.report.costs import costs
-from mllm_keeplora.report.groups import group_runs, mean_and_sd
+from mllm_keeplora.report.render.costs import costs
+from mllm_keeplora.report.render.groups import group_runs, mean_and_sd
 from mllm_keeplora.strategies import STRATEGIES, build_strategy
 from mllm_keeplora.sweeps.plan import final_cell, load_sweep, tune_cell
 

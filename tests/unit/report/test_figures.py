@@ -8,9 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mllm_keeplora.report import data_uri, domain_curves_figure, figures, save_png, score_matrix_figure
-from mllm_keeplora.report.figures import _colour_scale, _draw_cell, _spread
-from mllm_keeplora.report.trade_off import curve_style
+from mllm_keeplora.report.render import data_uri, domain_curves_figure, figures, save_png, score_matrix_figure
+from mllm_keeplora.report.render.figures import _colour_scale, _draw_cell, _spread
+from mllm_keeplora.report.render.trade_off import curve_style
 
 
 def cut(results, num_domains=2):
@@ -134,7 +134,7 @@ def test_a_figure_can_be_saved_and_inlined(results, tmp_path):
 
 
 def test_importing_the_report_does_not_import_matplotlib_or_torch():
-    code = "import sys, mllm_keeplora.report; print({'matplotlib', 'torch', 'yaml'} & set(sys.modules))"
+    code = "import sys, mllm_keeplora.report.render; print({'matplotlib', 'torch', 'yaml'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

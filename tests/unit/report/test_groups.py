@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 
-from mllm_keeplora.report.costs import costs
-from mllm_keeplora.report.groups import (
+from mllm_keeplora.report.render.costs import costs
+from mllm_keeplora.report.render.groups import (
     find_group,
     group_runs,
     mean_and_sd,
@@ -18,7 +18,7 @@ from mllm_keeplora.report.groups import (
     spread_text,
     trade_off_curves,
 )
-from mllm_keeplora.report.view import METRICS
+from mllm_keeplora.report.render.view import METRICS
 
 LAST = next(metric for metric in METRICS if metric.key == "last")
 BWT = next(metric for metric in METRICS if metric.key == "bwt")

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from mllm_keeplora.report import WrongAnswer, html, render_html
+from mllm_keeplora.report.render import WrongAnswer, html, render_html
 
 VOID = {"meta", "img", "source"}
 HOSTILE = "<script>alert('x')</script>\" & co"

@@ -1,6 +1,6 @@
 import pytest
 
-from mllm_keeplora.report import view
+from mllm_keeplora.report.render import view
 
 
 def test_the_sheet_puts_reference_rows_on_top_and_suites_to_the_right(results):

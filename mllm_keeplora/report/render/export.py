@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mllm_keeplora.report.view import METRICS, NOT_MEASURED, metric_text, score_sheet, score_text
+from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, metric_text, score_sheet, score_text
 
 Table = tuple[list[str], list[list[str]]]
 LATEX_SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

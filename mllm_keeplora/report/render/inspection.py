@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mllm_keeplora.report.diagnostics import (
+from mllm_keeplora.report.render.diagnostics import (
     CapacityRow,
     Matrix,
     UnitFacts,
@@ -19,8 +19,8 @@ from mllm_keeplora.report.diagnostics import (
     overlap,
     update_by_depth,
 )
-from mllm_keeplora.report.diagnostics_figures import capacity_figure, matrix_figure, split_figure, update_figure
-from mllm_keeplora.report.html import pair, picture, section
+from mllm_keeplora.report.render.diagnostics_figures import capacity_figure, matrix_figure, split_figure, update_figure
+from mllm_keeplora.report.render.html import pair, picture, section
 
 NOTHING = "–"
 MEANING = {

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from mllm_keeplora.report.costs import costs
-from mllm_keeplora.report.export import Table
-from mllm_keeplora.report.figures import score_matrix_figure
-from mllm_keeplora.report.groups import (
+from mllm_keeplora.report.render.costs import costs
+from mllm_keeplora.report.render.export import Table
+from mllm_keeplora.report.render.figures import score_matrix_figure
+from mllm_keeplora.report.render.groups import (
     REFERENCE,
     UPPER,
     Group,
@@ -22,10 +22,10 @@ from mllm_keeplora.report.groups import (
     spread_text,
     trade_off_curves,
 )
-from mllm_keeplora.report.html import document, html_table, pair, picture, section
-from mllm_keeplora.report.tables import reference_rows
-from mllm_keeplora.report.trade_off import trade_off_figure
-from mllm_keeplora.report.view import METRICS, NOT_MEASURED, Metric, duration_text, score_text
+from mllm_keeplora.report.render.html import document, html_table, pair, picture, section
+from mllm_keeplora.report.render.tables import reference_rows
+from mllm_keeplora.report.render.trade_off import trade_off_figure
+from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, Metric, duration_text, score_text
 
 SHOWN = ("last", "average", "transfer", "bwt", "plasticity", "general_retention")
 COLUMNS = tuple(next(metric for metric in METRICS if metric.key == key) for key in SHOWN)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mllm_keeplora.report.view import Metric, Score, metric_text, run_title
+from mllm_keeplora.report.render.view import Metric, Score, metric_text, run_title
 
 Results = Mapping[str, Any]
 REFERENCE, UPPER = "finetune", "joint"  # strategies that others are measured against where they are there

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mllm_keeplora.report.diagnostics import CapacityRow, Matrix
-from mllm_keeplora.report.figures import FAINT, INK, LINE_COLOURS, MARKERS, new_figure, png_of
+from mllm_keeplora.report.render.diagnostics import CapacityRow, Matrix
+from mllm_keeplora.report.render.figures import FAINT, INK, LINE_COLOURS, MARKERS, new_figure, png_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from mllm_keeplora.report.export import Table
-from mllm_keeplora.report.groups import REFERENCE, Group, find_group, mean_and_sd
-from mllm_keeplora.report.view import NOT_MEASURED
+from mllm_keeplora.report.render.export import Table
+from mllm_keeplora.report.render.groups import REFERENCE, Group, find_group, mean_and_sd
+from mllm_keeplora.report.render.view import NOT_MEASURED
 
 HEADS = ["", "trained parameters", "stored to answer", "stored to go on", "training time", "answering time"]
 

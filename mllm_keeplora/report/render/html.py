@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from mllm_keeplora.report.css import CSS
-from mllm_keeplora.report.export import Table, errors_table, grading_table, minus
-from mllm_keeplora.report.figures import data_uri, domain_curves_figure, score_matrix_figure
-from mllm_keeplora.report.view import (
+from mllm_keeplora.report.render.css import CSS
+from mllm_keeplora.report.render.export import Table, errors_table, grading_table, minus
+from mllm_keeplora.report.render.figures import data_uri, domain_curves_figure, score_matrix_figure
+from mllm_keeplora.report.render.view import (
     METRICS,
     NOT_MEASURED,
     Row,

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mllm_keeplora.report.groups import Group as RunGroup
-from mllm_keeplora.report.groups import group_runs, mean_and_sd, spread_text
-from mllm_keeplora.report.view import (
+from mllm_keeplora.report.render.groups import Group as RunGroup
+from mllm_keeplora.report.render.groups import group_runs, mean_and_sd, spread_text
+from mllm_keeplora.report.render.view import (
     METRICS,
     Metric,
     Row,

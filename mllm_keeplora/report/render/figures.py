@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.report.view import ZERO_SHOT, Sheet, run_title, score_sheet
+from mllm_keeplora.report.render.view import ZERO_SHOT, Sheet, run_title, score_sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

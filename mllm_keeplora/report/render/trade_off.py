@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from mllm_keeplora.report.figures import FAINT, INK, LINE_COLOURS, MARKERS, new_figure, png_of
+from mllm_keeplora.report.render.figures import FAINT, INK, LINE_COLOURS, MARKERS, new_figure, png_of
 
 # Where a label may stand beside its point: offset in points, alignment; the first one that is free is taken.
 PLACES = (
