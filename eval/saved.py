@@ -16,12 +16,10 @@ from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.grading import answers_to, regrade, stored_percent
 from mllm_keeplora.eval.harness import forget_journals
-from mllm_keeplora.eval.page import write_report
-from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.rows import asked_records, evaluate_named
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
-from mllm_keeplora.system import distributed, files
+from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
 
 
@@ -261,14 +259,3 @@ def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | No
             f"{saved.run.path} has no domain or suite {unknown[0]!r}; known: {known(allowed)}, or a .json file"
         )
     return benchmark, chosen
-
-
-def refresh_results(saved: SavedRun) -> Results:
-    """Collect a run's results from its predictions again; rewrites results.json and report.html."""
-    benchmark = saved.benchmark
-    with saved.run.locked():
-        results = collect_results(saved.run, benchmark, saved.config)
-        if distributed.is_main():
-            results.save()
-            write_report(saved.run, results, benchmark)
-    return results

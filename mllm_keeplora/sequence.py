@@ -23,9 +23,9 @@ from mllm_keeplora.checks.run import Checked, check_everywhere
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import with_published_epochs
 from mllm_keeplora.eval.base_answers import asked_once
-from mllm_keeplora.eval.page import write_report
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.rows import evaluate_named, sets_after
+from mllm_keeplora.report.page import write_report
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
 from mllm_keeplora.stages.learner import Learner
 from mllm_keeplora.stages.opening import open_run

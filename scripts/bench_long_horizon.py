@@ -25,7 +25,8 @@ from rich.table import Table
 
 from mllm_keeplora import load_config, run_sequence
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.saved import load_run, refresh_results
+from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.report.page import refresh_results
 
 SIGNS, CELLS, SIDE, TRAIN, TEST = 8, 6, 64, 96, 24
 WORDS = ("atom", "bar", "belly", "candle", "cross", "desert", "disc", "farmland", "hexagon", "lamp", "leaf", "moon",

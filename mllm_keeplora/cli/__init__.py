@@ -70,7 +70,8 @@ def report(
 
     Example: mllm-keeplora report runs/mini_dcl --export tables
     """
-    from mllm_keeplora.eval.saved import load_run, refresh_results
+    from mllm_keeplora.eval.saved import load_run
+    from mllm_keeplora.report.page import refresh_results
     from mllm_keeplora.report.render import exported, run_tables
     from mllm_keeplora.system import files
 
@@ -109,7 +110,7 @@ def inspect(run: Run) -> None:
     from rich.console import Console
 
     from mllm_keeplora.errors import UserError
-    from mllm_keeplora.eval.page import unit_facts
+    from mllm_keeplora.report.page import unit_facts
     from mllm_keeplora.report.render import inspection
     from mllm_keeplora.runs import RunDir
 
@@ -132,8 +133,8 @@ def compare(
     """
     from rich.console import Console
 
-    from mllm_keeplora.comparison import load_results, write_comparison
     from mllm_keeplora.errors import UserError
+    from mllm_keeplora.report.compared import load_results, write_comparison
     from mllm_keeplora.report.render import compare_table
 
     results = load_results(runs)

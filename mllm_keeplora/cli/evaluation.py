@@ -63,7 +63,8 @@ def _evaluate_run(
     run: Path, after: int | None, names: list[str] | None, suite: str | None, size: int | None
 ) -> dict[str, float | None]:
     from mllm_keeplora.eval.saved import evaluate as evaluate_run
-    from mllm_keeplora.eval.saved import load_run, refresh_results
+    from mllm_keeplora.eval.saved import load_run
+    from mllm_keeplora.report.page import refresh_results
 
     saved = load_run(run)
     scores = evaluate_run(saved, after, names, suite, size)
@@ -117,8 +118,9 @@ def rescore(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run direc
 
     Example: mllm-keeplora rescore runs/mini_dcl
     """
-    from mllm_keeplora.eval.saved import load_run, refresh_results
+    from mllm_keeplora.eval.saved import load_run
     from mllm_keeplora.eval.saved import rescore as rescore_run
+    from mllm_keeplora.report.page import refresh_results
 
     saved = load_run(run)
     told = rescore_run(saved)

@@ -90,7 +90,7 @@ def _child(
     values: dict[str, Any], kill: tuple[str, int] | None, act: Callable[[], None], options: dict[str, Any]
 ) -> None:
     from mllm_keeplora.config import parse_config
-    from mllm_keeplora.eval import page
+    from mllm_keeplora.report import page
     from mllm_keeplora.sequence import run_sequence
 
     page.render_html = lambda *args, **keywords: "left out"  # drawing takes longer than the whole run
@@ -159,7 +159,7 @@ def _rank(rank: int, port: int, folder: str, act: tuple[str, int, Callable[[], N
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     from mllm_keeplora.__main__ import main
-    from mllm_keeplora.eval import page
+    from mllm_keeplora.report import page
 
     page.render_html = lambda *args, **keywords: "left out"
     if act is not None:

@@ -91,7 +91,7 @@ def two_plain(settings, tmp_path_factory) -> Path:
 
 def _run(settings, output: Path, strategy: str, **changes) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mllm_keeplora.eval.page.render_html", lambda *args, **keywords: "left out")
+        patch.setattr("mllm_keeplora.report.page.render_html", lambda *args, **keywords: "left out")
         values = settings(output, **changes)
         values["strategy"] = strategy_of(strategy)
         run_sequence(parse_config(values, origin="test"))

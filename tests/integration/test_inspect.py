@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters.stored import kept_of, past_of
-from mllm_keeplora.eval.page import unit_facts
 from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.report.page import unit_facts
 from mllm_keeplora.report.render import inspection_sections
 from mllm_keeplora.runs import RunDir
 from tests.oracles import subspace

@@ -48,7 +48,7 @@ class Interrupted(Exception):
 
 def begin(settings, output, **changes) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mllm_keeplora.eval.page.render_html", lambda *args, **keywords: "left out")
+        patch.setattr("mllm_keeplora.report.page.render_html", lambda *args, **keywords: "left out")
         values = settings(output, **changes)
         values["strategy"] = {"name": "path", "rank": 4, "alpha": 8}
         run_sequence(parse_config(values, origin="test"))

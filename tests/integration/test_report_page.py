@@ -56,7 +56,8 @@ def measured(report: Path, folder: Path, width: int) -> dict:
 
 @pytest.fixture(scope="module")
 def page(three, tmp_path_factory) -> Path:
-    from mllm_keeplora.eval.saved import load_run, refresh_results
+    from mllm_keeplora.eval.saved import load_run
+    from mllm_keeplora.report.page import refresh_results
 
     run = tmp_path_factory.mktemp("report") / "run"
     shutil.copytree(three, run)

@@ -8,7 +8,8 @@ import shutil
 import pytest
 import yaml
 
-from mllm_keeplora.eval.saved import load_run, refresh_results
+from mllm_keeplora.eval.saved import load_run
+from mllm_keeplora.report.page import refresh_results
 from tests.integration.processes import run_in_child
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.comparison import load_results
 from mllm_keeplora.config import load_config
 from mllm_keeplora.eval.results import Results
+from mllm_keeplora.report.compared import load_results
 from mllm_keeplora.report.render.costs import costs
 from mllm_keeplora.report.render.groups import group_runs, mean_and_sd
 from mllm_keeplora.strategies import STRATEGIES, build_strategy

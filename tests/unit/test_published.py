@@ -3,8 +3,8 @@
 import pytest
 
 from mllm_keeplora.config import find_config, read_yaml, shipped
-from mllm_keeplora.eval.published import published_table
 from mllm_keeplora.eval.results import Results
+from mllm_keeplora.report.published import published_table
 
 WITH_ROWS = [name for name in shipped("benchmarks") if read_yaml(find_config("benchmarks", name)).get("published")]
 

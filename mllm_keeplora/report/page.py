@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mllm_keeplora.data import Benchmark, Media
-from mllm_keeplora.eval.published import published_table
-from mllm_keeplora.eval.results import Results
+from mllm_keeplora.eval.results import Results, collect_results
+from mllm_keeplora.eval.saved import SavedRun
+from mllm_keeplora.report.published import published_table
 from mllm_keeplora.report.render import UnitFacts, WrongAnswer, inspection_sections, render_html
 from mllm_keeplora.runs import RunDir
-from mllm_keeplora.system import files
+from mllm_keeplora.system import distributed, files
 
 SAMPLES = 3
 
@@ -19,6 +20,17 @@ def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
     wrong = wrong_answers(run, benchmark)
     page = render_html(values, wrong_answers=wrong, more=sections, published=published_table(results))
     files.write_text(run.report, page)
+
+
+def refresh_results(saved: SavedRun) -> Results:
+    """Collect a run's results from its predictions again; rewrites results.json and report.html."""
+    benchmark = saved.benchmark
+    with saved.run.locked():
+        results = collect_results(saved.run, benchmark, saved.config)
+        if distributed.is_main():
+            results.save()
+            write_report(saved.run, results, benchmark)
+    return results
 
 
 def unit_facts(run: RunDir) -> list[UnitFacts]:
