@@ -13,7 +13,7 @@ from mllm_keeplora.eval.checkpoints import Checkpoint
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.models import Base
-from mllm_keeplora.models.base import NOTES
+from mllm_keeplora.models.shipped import NOTES
 from mllm_keeplora.system import files
 
 

@@ -16,7 +16,7 @@ from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.results import environment
 from mllm_keeplora.eval.rows import evaluate_named, stored_rows
 from mllm_keeplora.models import Base, load_base
-from mllm_keeplora.models.base import NOTES
+from mllm_keeplora.models.shipped import NOTES
 from mllm_keeplora.runs import DomainDir, RunDir
 from mllm_keeplora.system import distributed, files
 

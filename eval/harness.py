@@ -18,9 +18,9 @@ from typing import Any
 from mllm_keeplora.adapters.mixers.mixing import look_at
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.data.media.images import images_of
-from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
 from mllm_keeplora.models import Base
+from mllm_keeplora.models.causal.decoding import greedy
 from mllm_keeplora.models.partition import keeps_step
 from mllm_keeplora.runs import DomainDir
 from mllm_keeplora.system import distributed, files

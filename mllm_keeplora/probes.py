@@ -12,12 +12,14 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora import hooks
-from mllm_keeplora.hooks import evaluating, graph_from_inputs, removed_afterwards
+from mllm_keeplora.models import running as hooks
+from mllm_keeplora.models.causal.logits import graph_from_inputs
+from mllm_keeplora.models.causal.losses import per_sample_loss
 from mllm_keeplora.models.partition import IdleBatch, streamed
+from mllm_keeplora.models.running import evaluating, removed_afterwards
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.system import distributed
-from mllm_keeplora.tokens import ChosenRows, as_rows, per_sample_loss
+from mllm_keeplora.tokens import ChosenRows, as_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,9 +23,10 @@ from mllm_keeplora.adapters import Branch, adapters_for
 from mllm_keeplora.checks.memory import estimate
 from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
-from mllm_keeplora.hooks import supervised_logits
 from mllm_keeplora.models import load_base
-from mllm_keeplora.models.base import resolve_path, skeleton
+from mllm_keeplora.models.base import skeleton
+from mllm_keeplora.models.causal.logits import supervised_logits
+from mllm_keeplora.models.shipped import resolve_path
 from mllm_keeplora.plans import GradientPlan
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments
 from mllm_keeplora.strategies import build_strategy

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mllm_keeplora.models.base import resolve_path
+from mllm_keeplora.models.shipped import resolve_path
 from mllm_keeplora.system.files import cache_folder
 
 IMAGE = "<image>"

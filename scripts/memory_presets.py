@@ -16,7 +16,7 @@ import transformers as hf
 
 from mllm_keeplora import load_config
 from mllm_keeplora.checks.memory import Estimate, estimate
-from mllm_keeplora.models.parts import name_parts
+from mllm_keeplora.models.causal.parts import name_parts
 from mllm_keeplora.strategies import build_strategy
 
 TOKENS, ANSWER, DOMAINS = 720, 30, 5  # an image is 576 tokens; MLLM-DCL's records are mostly short

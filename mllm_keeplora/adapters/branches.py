@@ -13,8 +13,8 @@ from mllm_keeplora.adapters.dense import DenseDeltas, split_at_break_even
 from mllm_keeplora.adapters.factors import Branch, Factors, concatenate
 from mllm_keeplora.adapters.history import PristineWeights, choose_history, weight_of
 from mllm_keeplora.adapters.peft_branches import PeftBranches
-from mllm_keeplora.hooks import evaluating
 from mllm_keeplora.models.partition import assign, copy_of
+from mllm_keeplora.models.running import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.hooks import removed_afterwards
-from mllm_keeplora.models.parts import Parts
+from mllm_keeplora.models.causal.parts import Parts
+from mllm_keeplora.models.running import removed_afterwards
 from mllm_keeplora.strategies import Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.agem import AGEM
 from mllm_keeplora.strategies.baselines.ewc import EWC

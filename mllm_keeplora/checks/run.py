@@ -18,9 +18,10 @@ from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.media.images import image_size, unreadable_images
 from mllm_keeplora.errors import UserError, first_line, several
 from mllm_keeplora.models import ChatPrompt
-from mllm_keeplora.models.base import compute_dtype, prompt_style, refuse_original_llava, resolve, skeleton
-from mllm_keeplora.models.identity import fingerprint
-from mllm_keeplora.models.parts import name_parts, summary_of
+from mllm_keeplora.models.base import compute_dtype, refuse_original_llava, skeleton
+from mllm_keeplora.models.causal.parts import name_parts, summary_of
+from mllm_keeplora.models.fingerprint import fingerprint
+from mllm_keeplora.models.shipped import prompt_style, resolve
 from mllm_keeplora.strategies import Strategy, build_strategy
 from mllm_keeplora.system import distributed
 from mllm_keeplora.system.log import log

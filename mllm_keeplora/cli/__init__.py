@@ -194,7 +194,7 @@ def _show_record(config: RunConfig, which: str) -> None:
     from mllm_keeplora.checks.records import as_seen, load_prompt
     from mllm_keeplora.data import load_benchmark
     from mllm_keeplora.errors import UserError, known
-    from mllm_keeplora.models.base import prompt_style, resolve
+    from mllm_keeplora.models.shipped import prompt_style, resolve
 
     benchmark = load_benchmark(config)
     domain, _, number = which.rpartition("/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from mllm_keeplora.eval.saved import SavedRun
-from mllm_keeplora.models.base import resolve
+from mllm_keeplora.models.shipped import resolve
 from mllm_keeplora.system import files
 
 LOAD = {

@@ -14,8 +14,8 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.saved import SavedRun, load_run
 from mllm_keeplora.exports.card import model_card
 from mllm_keeplora.models import Base
-from mllm_keeplora.models.base import NOTES, prompt_style, resolve
-from mllm_keeplora.models.parts import projector_names
+from mllm_keeplora.models.causal.parts import projector_names
+from mllm_keeplora.models.shipped import NOTES, prompt_style, resolve
 from mllm_keeplora.system import files
 
 if TYPE_CHECKING:

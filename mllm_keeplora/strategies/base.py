@@ -244,7 +244,7 @@ class Strategy:
             context: of the domain.
             batch: model inputs with labels.
             outputs: the model's; `logits` (1, n, vocabulary) are those of the supervised positions alone, in the order
-                of `tokens.supervised_positions`.
+                of `models.causal.losses.supervised_positions`.
         """
         return 0.0
 

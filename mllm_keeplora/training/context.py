@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mllm_keeplora.data.collate import TrainCollator, batches, evenly_spaced, joined
 from mllm_keeplora.data.schema import Record, Turn
-from mllm_keeplora.hooks import as_in_training, evaluating, supervised_logits
+from mllm_keeplora.models.causal.logits import supervised_logits
+from mllm_keeplora.models.causal.losses import token_losses
 from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, streamed
+from mllm_keeplora.models.running import as_in_training, evaluating
 from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.probes import collect_mean_gradients, collect_moments, exact_passes, shared_inputs
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.system import distributed
 from mllm_keeplora.system.progress import progress_bar
-from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.passes import Sources, own_batches
 
 if TYPE_CHECKING:

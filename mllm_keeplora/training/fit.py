@@ -16,12 +16,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.hooks import supervised_logits
+from mllm_keeplora.models.causal.logits import supervised_logits
+from mllm_keeplora.models.causal.losses import token_losses
 from mllm_keeplora.models.partition import assign, copy_of, is_partitioned
 from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.system import distributed, files, watch
 from mllm_keeplora.system.progress import progress_bar
-from mllm_keeplora.tokens import token_losses
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import exact_afterwards, parameters_of, release_from_engine
 from mllm_keeplora.training.order import Collator, FilledSampler, Records

@@ -84,7 +84,7 @@ def test_an_export_is_asked_as_the_run_was(settings, tmp_path, command):
     """The prompt style is the run's own, which neither the base nor the exported folder names."""
     from mllm_keeplora.config import BaseConfig
     from mllm_keeplora.eval.checkpoints import Checkpoint
-    from mllm_keeplora.models.base import prompt_style
+    from mllm_keeplora.models.shipped import prompt_style
 
     values = settings(tmp_path / "run", ("Alpha",))
     values["base"]["prompt"] = "llava_mistral"

@@ -18,13 +18,13 @@ from mllm_keeplora.data.collate import TrainCollator, joined
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.schema import Media
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.decoding import greedy
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.exports.checkpoint import export
 from mllm_keeplora.linalg import Basis
 from mllm_keeplora.mini import write_mini_dcl
 from mllm_keeplora.models import load_base
-from mllm_keeplora.models.parts import name_parts
+from mllm_keeplora.models.causal.decoding import greedy
+from mllm_keeplora.models.causal.parts import name_parts
 from mllm_keeplora.sequence import run_sequence
 from mllm_keeplora.system.files import read_tensors
 from tests.support.families import FAMILIES, build_family

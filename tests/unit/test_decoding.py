@@ -9,8 +9,8 @@ import torch
 
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.readers import read_test
-from mllm_keeplora.eval import decoding
-from mllm_keeplora.eval.decoding import greedy
+from mllm_keeplora.models.causal import decoding
+from mllm_keeplora.models.causal.decoding import greedy
 from tests.support.tiny import write_tiny_data
 
 PAD, ROWS, STEPS = 0, 12, 8

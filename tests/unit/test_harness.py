@@ -11,8 +11,8 @@ import pytest
 from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.readers import read_test
 from mllm_keeplora.eval import harness
-from mllm_keeplora.eval.decoding import Decoded
 from mllm_keeplora.eval.harness import Answer, Journal, evaluate_set, forget_journals, generate
+from mllm_keeplora.models.causal.decoding import Decoded
 from mllm_keeplora.runs import DomainDir
 from mllm_keeplora.system import files
 

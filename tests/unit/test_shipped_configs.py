@@ -12,7 +12,7 @@ from mllm_keeplora.config import load_config, read_yaml, shipped
 from mllm_keeplora.data.loading import GENERATORS, _definition
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SCORERS, UNGRADED
-from mllm_keeplora.models.templates import STYLES
+from mllm_keeplora.models.causal.templates import STYLES
 from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.sweeps.plan import final_cell, load_sweep, tune_cell
 from mllm_keeplora.training.deepspeed import deepspeed_file

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.hooks import removed_afterwards
-from mllm_keeplora.models.parts import projectors_of
+from mllm_keeplora.models.causal.parts import projectors_of
+from mllm_keeplora.models.running import removed_afterwards
 
 TEXT = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "position_ids")
 

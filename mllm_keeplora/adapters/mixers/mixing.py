@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_keeplora.adapters.mixers.features import rows_by_question
+from mllm_keeplora.models.causal.parts import projector_names
 from mllm_keeplora.models.partition import streamed
-from mllm_keeplora.models.parts import projector_names
 
 NAME = "branch_mixer"  # the mixer's place within the base model
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm_keeplora.tokens import supervised_positions
+from mllm_keeplora.models.causal.losses import supervised_positions
 from mllm_keeplora.training.context import RunContext
 from tests.unit.adapters.conftest import (
     ABSENT,

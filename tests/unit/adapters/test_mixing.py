@@ -5,7 +5,7 @@ import torch
 
 from mllm_keeplora.adapters import Branch, mixers
 from mllm_keeplora.adapters.mixers.mixing import look_at, mixer_of
-from mllm_keeplora.eval.decoding import greedy
+from mllm_keeplora.models.causal.decoding import greedy
 from tests.support.mixing import Given
 from tests.unit.adapters.conftest import ABSENT, HISTORIES, adapt, branch_of, random_branch, random_factors, same
 from tests.unit.conftest import logits_of

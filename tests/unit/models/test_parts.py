@@ -8,8 +8,8 @@ import torch
 from mllm_keeplora.config import BaseConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models import load_base
-from mllm_keeplora.models.identity import fingerprint
-from mllm_keeplora.models.parts import name_parts, summary_of
+from mllm_keeplora.models.causal.parts import name_parts, summary_of
+from mllm_keeplora.models.fingerprint import fingerprint
 
 KINDS = (
     "self_attn.q_proj",

@@ -9,7 +9,7 @@ import torch
 from mllm_keeplora.adapters import Adapters, Branch, Factors
 from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.decoding import greedy
+from mllm_keeplora.models.causal.decoding import greedy
 from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.strategies.mixture.moelora import MoELoRA, MoELoRAOptions

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mllm_keeplora.data.schema import Record
-from mllm_keeplora.models.prompt import IGNORED, ChatPrompt
+from mllm_keeplora.models.causal.prompt import IGNORED, ChatPrompt
 
 
 class PrefixPrompt(ChatPrompt):

@@ -12,9 +12,9 @@ from typing import Any
 
 from mllm_keeplora.data.schema import IMAGE_MARK, Record, Turn
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.models.templates import STYLES
+from mllm_keeplora.models.causal.losses import IGNORED
+from mllm_keeplora.models.causal.templates import STYLES
 
-IGNORED = -100
 # Some templates tell the model today's date: learnt on Monday, a prompt would be another one on Tuesday.
 DATE = (
     "{% macro strftime_now(form) %}{{ '26 Jul 2024' if form == '%d %b %Y' else '26 July 2024' if form == '%d %B %Y' "

@@ -1,12 +1,14 @@
-"""A model's state for the time of a pass: mode, start of its graph, which logits it computes; all undone afterwards."""
+"""Which logits a causal model computes in a pass, and where its graph starts; all undone afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.tokens import supervised_positions
+from mllm_keeplora.models.causal.losses import supervised_positions
+from mllm_keeplora.models.causal.parts import projectors_of
+from mllm_keeplora.models.running import removed_afterwards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
 @contextmanager
 def graph_from_inputs(model: Any) -> Iterator[None]:
     """Make the graph start at the embeddings and at the images, since no parameter requires a gradient."""
-    from mllm_keeplora.models.parts import projectors_of
-
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -67,39 +67,3 @@ def without_logits(model: Any) -> Iterator[None]:
 
     with removed_afterwards([model.get_output_embeddings().register_forward_pre_hook(select)]):
         yield
-
-
-@contextmanager
-def removed_afterwards(handles: list[Any]) -> Iterator[None]:
-    """Remove hooks at the end, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def evaluating(model: Any, checkpointing: bool = False) -> Iterator[None]:
-    """Evaluation mode for the time of a pass; every module gets its own mode back.
-
-    With `checkpointing` blocks that checkpoint their gradients go on to: they look at their own mode, and what is in
-    them (dropout) at its own.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in modes if checkpointing else ():
-        module.training = getattr(module, "gradient_checkpointing", False)
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def as_in_training(model: Any) -> AbstractContextManager:
-    """Run a model in half precision as the Trainer does, under autocast, which spares branches' float32 inputs."""
-    import torch
-
-    weight = model.get_input_embeddings().weight
-    return torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype.itemsize == 2)

@@ -1,0 +1,1 @@
+"""Bases that write their answers token by token."""

@@ -1,0 +1,43 @@
+"""A model's state for the time of a pass: mode, hooks, precision; all undone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+
+@contextmanager
+def removed_afterwards(handles: list[Any]) -> Iterator[None]:
+    """Remove hooks at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: Any, checkpointing: bool = False) -> Iterator[None]:
+    """Evaluation mode for the time of a pass; every module gets its own mode back.
+
+    With `checkpointing` blocks that checkpoint their gradients go on to: they look at their own mode, and what is in
+    them (dropout) at its own.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in modes if checkpointing else ():
+        module.training = getattr(module, "gradient_checkpointing", False)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def as_in_training(model: Any) -> AbstractContextManager:
+    """Run a model in half precision as the Trainer does, under autocast, which spares branches' float32 inputs."""
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    return torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype.itemsize == 2)
