@@ -27,10 +27,11 @@ from mllm_keeplora.models import load_base
 from mllm_keeplora.models.base import skeleton
 from mllm_keeplora.models.causal.logits import supervised_logits
 from mllm_keeplora.models.shipped import resolve_path
-from mllm_keeplora.plans import GradientPlan
-from mllm_keeplora.probes import collect_mean_gradients, collect_moments
+from mllm_keeplora.probes.features import collect_moments
+from mllm_keeplora.probes.gradients import collect_mean_gradients
+from mllm_keeplora.probes.plans import GradientPlan
 from mllm_keeplora.strategies import build_strategy
-from mllm_keeplora.training.fit import answer_loss
+from mllm_keeplora.training.trainer import answer_loss
 
 BATCH, RANK = 8, 16
 BESIDE = {"weights", "past domains", "kept bases", "decomposition"}

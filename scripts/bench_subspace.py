@@ -29,8 +29,9 @@ from mllm_keeplora.adapters import Adapters, Factors
 from mllm_keeplora.linalg import Basis, gradient_capture, principal_subspace, top_residual_directions
 from mllm_keeplora.models.causal.logits import graph_from_inputs
 from mllm_keeplora.models.causal.losses import per_sample_loss
-from mllm_keeplora.plans import EXACT_FEATURES, GradientPlan
-from mllm_keeplora.probes import collect_mean_gradients, shared_inputs
+from mllm_keeplora.probes.features import shared_inputs
+from mllm_keeplora.probes.gradients import collect_mean_gradients
+from mllm_keeplora.probes.plans import EXACT_FEATURES, GradientPlan
 
 ENERGY_WEIGHTS, ENERGY_FEATURES, RANK = 0.6, 0.99, 16
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008), (11008, 4096))  # (d_out, d_in) beyond the language model's own

@@ -26,7 +26,7 @@ from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
 from mllm_keeplora.models import load_base
 from mllm_keeplora.models.causal.logits import graph_from_inputs, supervised_logits
-from mllm_keeplora.training.fit import answer_loss
+from mllm_keeplora.training.trainer import answer_loss
 
 RANK = 16
 

@@ -231,7 +231,7 @@ def _token_faults(config: RunConfig, prompt: ChatPrompt, trained: dict[str, Sequ
 
 def _training_settings(config: RunConfig) -> None:
     """Let the Trainer look at the arguments of every domain, which may differ."""
-    from mllm_keeplora.training.fit import training_arguments
+    from mllm_keeplora.training.arguments import training_arguments
 
     for settings in {repr(each): each for each in [config.train, *map(config.train_of, config.per_domain)]}.values():
         training_arguments(settings, settings.epochs or 1.0, Path(config.output_dir), 0, None, bf16=False)

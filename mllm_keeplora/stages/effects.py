@@ -12,9 +12,9 @@ from mllm_keeplora.adapters import Factors
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
 from mllm_keeplora.data.schema import Turn
-from mllm_keeplora.probes import measure_inputs
+from mllm_keeplora.probes.measure import measure_inputs
 from mllm_keeplora.runs import Unit
-from mllm_keeplora.system import distributed
+from mllm_keeplora.system import dealing
 from mllm_keeplora.training.passes import own_batches
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def changes_of(
         return found
 
     costs = {layer: float(kept[layer].rank if layer in kept else 1) * A.shape[1] for layer, A in factors.A.items()}
-    return distributed.divided(costs, pristine, look)
+    return dealing.divided(costs, pristine, look)
 
 
 def inputs_of(

@@ -100,7 +100,8 @@ class Learner:
 
     def train(self, unit: Unit) -> dict[str, Any]:
         """Train the open branch; leave its factors in peft's format."""
-        from mllm_keeplora.training.fit import fit_domain, training_arguments
+        from mllm_keeplora.training.arguments import training_arguments
+        from mllm_keeplora.training.fit import fit_domain
 
         folder = self.folder(unit)
         if self.open_unit != unit:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-S, T = TypeVar("S"), TypeVar("T")
+T = TypeVar("T")
 PATIENCE = 10  # times as long as within a training a process waits for one that works for all
 
 
@@ -228,68 +227,3 @@ def main_first(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result if is_main() else work()
-
-
-def divided(costs: Mapping[str, float], load: Callable[[str], S], work: Callable[[str, S], T]) -> dict[str, T]:
-    """Do a piece of work for every name, each by one process alone, and give every result to all.
-
-    Args:
-        costs: what each piece takes, in any unit; large ones are dealt out first.
-        load: name -> what is worked on. Called by all processes at the same time, since a weight that is divided over
-            them comes together only then; each keeps its own alone.
-        work: gives tensors, or a nested structure of tensors and plain values.
-    """
-    if world_size() == 1:
-        return {name: work(name, load(name)) for name in costs}
-    order = sorted(costs, key=lambda name: -costs[name])
-    owners = {name: place % world_size() for place, name in enumerate(order)}
-    own: dict[str, T] = {}
-    for start in range(0, len(order), world_size()):
-        mine = None
-        for name in order[start : start + world_size()]:
-            source = load(name)
-            mine = (name, source) if owners[name] == rank() else mine
-        if mine is not None:
-            own[mine[0]] = work(*mine)
-    outlines = {name: each for share in gather(_outlines(own)) for name, each in share.items()}
-    return {name: _handed_out(own.get(name), outlines[name], owners[name]) for name in costs}
-
-
-def _outlines(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results with every tensor replaced by its shape, dtype and whether it is on a GPU."""
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    def outline(tensor: Any) -> _Outline:
-        return _Outline(tuple(tensor.shape), tensor.dtype, tensor.is_cuda)
-
-    return {name: tree_map_only(torch.Tensor, outline, result) for name, result in results.items()}
-
-
-def _handed_out(result: Any, outline: Any, owner: int) -> Any:
-    """The owner's result, its tensors broadcast one by one."""
-    import torch
-    import torch.distributed as dist
-    from torch.utils._pytree import tree_flatten, tree_unflatten
-
-    via_gpu = dist.get_backend() == "nccl"
-    leaves, spec = tree_flatten(outline)
-    held = tree_flatten(result)[0] if rank() == owner else leaves
-    for place, (leaf, own) in enumerate(zip(leaves, held, strict=True)):
-        if isinstance(leaf, _Outline):
-            where = device() if leaf.on_gpu or via_gpu else "cpu"
-            own = (
-                own.to(where).contiguous()
-                if rank() == owner
-                else torch.empty(leaf.shape, dtype=leaf.dtype, device=where)
-            )
-            dist.broadcast(own, src=owner)
-            leaves[place] = own if leaf.on_gpu else own.cpu()
-    return tree_unflatten(leaves, spec)
-
-
-@dataclass(frozen=True)
-class _Outline:
-    shape: tuple[int, ...]
-    dtype: Any
-    on_gpu: bool

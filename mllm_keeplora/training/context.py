@@ -14,10 +14,11 @@ from mllm_keeplora.models.causal.logits import supervised_logits
 from mllm_keeplora.models.causal.losses import token_losses
 from mllm_keeplora.models.partition import IdleBatch, assign, copy_of, streamed
 from mllm_keeplora.models.running import as_in_training, evaluating
-from mllm_keeplora.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
-from mllm_keeplora.probes import collect_mean_gradients, collect_moments, exact_passes, shared_inputs
+from mllm_keeplora.probes.features import collect_moments, exact_passes, shared_inputs
+from mllm_keeplora.probes.gradients import collect_mean_gradients
+from mllm_keeplora.probes.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.strategies import DomainInfo
-from mllm_keeplora.system import distributed
+from mllm_keeplora.system import dealing, distributed
 from mllm_keeplora.system.progress import progress_bar
 from mllm_keeplora.training.passes import Sources, own_batches
 
@@ -230,7 +231,7 @@ class RunContext:
     ) -> dict[str, T]:
         chosen = self.target_layers if layers is None else layers
         costs = {layer: float(self.d_in(layer)) ** 3 for layer in chosen}  # of a decomposition
-        return distributed.divided(costs, load, work)
+        return dealing.divided(costs, load, work)
 
     def edit_parameter(self, name: str, edit: Callable[[Tensor], Tensor]) -> None:
         import torch

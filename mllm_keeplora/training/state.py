@@ -8,6 +8,7 @@ from typing import Any
 from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.system import files
 
+WEIGHTS, STATE = "trained.safetensors", "strategy.safetensors"  # of a checkpoint
 COMPLETE = "complete.json"  # of a checkpoint; written last
 
 

@@ -24,7 +24,8 @@ from mllm_keeplora.exports.checkpoint import export
 from mllm_keeplora.sequence import run_sequence
 from mllm_keeplora.strategies import STRATEGIES
 from mllm_keeplora.system import files
-from mllm_keeplora.training.fit import DomainTrainer, Reporter
+from mllm_keeplora.training.fit import Reporter
+from mllm_keeplora.training.trainer import DomainTrainer
 from tests.integration.conftest import TRAINED, strategy_of
 from tests.integration.processes import differing, leftovers, results
 

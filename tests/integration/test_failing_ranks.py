@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.processes import killed, leftovers, run_on_two, stages
 
-FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes", "mllm_keeplora.linalg"
+FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes.passes", "mllm_keeplora.linalg"
 CALLS = {  # stage -> what both processes call in it
     "prepare": (f"{LINALG}:principal_subspace", 2),
     "01_Alpha/gradient": (f"{PROBES}:per_sample_loss", 1),

@@ -17,7 +17,7 @@ import yaml
 from tests.integration.processes import differing, leftovers, results, run_in_child, run_on_two, stages, told
 from tests.support.tiny import tiny_benchmark, write_tiny_data
 
-FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes", "mllm_keeplora.linalg"
+FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes.passes", "mllm_keeplora.linalg"
 ADD = "mllm_keeplora.eval.harness:Journal.add"
 SENTENCE = "stopped on {}; the same command continues the run"
 

@@ -16,8 +16,9 @@ from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA, KeepLoRAOptions
+from mllm_keeplora.training.arguments import training_arguments
 from mllm_keeplora.training.context import RunContext
-from mllm_keeplora.training.fit import fit_domain, training_arguments
+from mllm_keeplora.training.fit import fit_domain
 from tests.oracles import subspace
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode, logits_of, snapshot
 

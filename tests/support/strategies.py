@@ -10,8 +10,9 @@ from mllm_keeplora.adapters.stored import LIVE, Past
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.strategies import DomainInfo
+from mllm_keeplora.training.arguments import training_arguments
 from mllm_keeplora.training.context import RunContext
-from mllm_keeplora.training.fit import fit_domain, training_arguments
+from mllm_keeplora.training.fit import fit_domain
 from mllm_keeplora.training.passes import Sources
 
 

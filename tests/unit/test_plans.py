@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mllm_keeplora.linalg import FrequentDirections, GradientAccumulator, GradientSketch, MomentAccumulator
-from mllm_keeplora.plans import FeaturePlan, GradientPlan
-from mllm_keeplora.probes import collect_mean_gradients, collect_moments
+from mllm_keeplora.probes.features import collect_moments
+from mllm_keeplora.probes.gradients import collect_mean_gradients
+from mllm_keeplora.probes.plans import FeaturePlan, GradientPlan
 from tests.oracles import tokens as oracle
 from tests.support.keeplora import modules_of
 from tests.unit.conftest import captured_tokens, encode

@@ -8,9 +8,10 @@ from pydantic import ValidationError
 from mllm_keeplora.adapters import Adapters, Branch, adapters_for
 from mllm_keeplora.models.causal.logits import supervised_logits
 from mllm_keeplora.models.causal.losses import per_sample_loss
-from mllm_keeplora.probes import collect_mean_gradients, collect_moments
+from mllm_keeplora.probes.features import collect_moments
+from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.strategies.baselines.ewc import EWCOptions
-from mllm_keeplora.training.fit import answer_loss
+from mllm_keeplora.training.trainer import answer_loss
 from tests.support.strategies import context_of
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_keeplora.plans import FeaturePlan
-from mllm_keeplora.tokens import ChosenRows
+from mllm_keeplora.probes.plans import FeaturePlan
+from mllm_keeplora.probes.rows import ChosenRows
 from tests.oracles import tokens as oracle
 
 QUICK = settings(max_examples=50, deadline=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.plans import FeaturePlan
+from mllm_keeplora.probes.plans import FeaturePlan
 from mllm_keeplora.strategies.base import Context
 from mllm_keeplora.system.log import log
 

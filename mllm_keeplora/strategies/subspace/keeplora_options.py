@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.plans import FeaturePlan, GradientPlan, Statistic
+from mllm_keeplora.probes.plans import FeaturePlan, GradientPlan, Statistic
 from mllm_keeplora.strategies.base import Samples, StrategyOptions
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.plans import FeaturePlan, Statistic
+from mllm_keeplora.probes.plans import FeaturePlan, Statistic
 from mllm_keeplora.strategies.base import Context, Samples, StrategyOptions
 from mllm_keeplora.strategies.subspace.deciding import decided_features
 from mllm_keeplora.system.log import log

@@ -5,7 +5,7 @@ import torch
 
 from mllm_keeplora.adapters import adapters_for
 from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
-from mllm_keeplora.plans import FeaturePlan
+from mllm_keeplora.probes.plans import FeaturePlan
 from mllm_keeplora.strategies.subspace.deciding import decided_features
 from tests.support.strategies import context_of
 

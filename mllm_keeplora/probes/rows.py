@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mllm_keeplora.models.causal.losses import IGNORED
-from mllm_keeplora.plans import FeaturePlan
+from mllm_keeplora.probes.plans import FeaturePlan
 
 if TYPE_CHECKING:
     from torch import Tensor

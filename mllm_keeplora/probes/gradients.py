@@ -1,0 +1,96 @@
+"""Mean gradients of target weights, from what goes into a layer and the gradient that comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mllm_keeplora.models.causal.logits import graph_from_inputs, supervised_logits
+from mllm_keeplora.models.causal.losses import per_sample_loss
+from mllm_keeplora.models.partition import IdleBatch, streamed
+from mllm_keeplora.models.running import evaluating, removed_afterwards
+from mllm_keeplora.probes.passes import counted, named, over_processes, refuse_missing
+from mllm_keeplora.probes.plans import EXACT_GRADIENTS, GradientPlan
+from mllm_keeplora.probes.rows import as_rows
+from mllm_keeplora.system import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mllm_keeplora.linalg import GradientAccumulator, GradientSketch
+
+
+def collect_mean_gradients(
+    model: Any,
+    layers: dict[str, Any],
+    batches: Iterable[dict],
+    plan: GradientPlan = EXACT_GRADIENTS,
+    passed_over: Collection[str] = (),
+) -> dict[str, GradientAccumulator | GradientSketch]:
+    """Mean gradient of the loss with respect to every target weight, from inputs and output gradients.
+
+    The loss of a sample is the mean over its answer tokens, and the gradient is the mean over samples, whatever the
+    batches: the same as passes of batch size 1.
+
+    Args:
+        model, layers: as in `collect_moments`.
+        batches: model inputs with `labels`.
+        plan: exact sums or sketches.
+        passed_over: layers whose gradient may be zero since nothing reaches them, as in `collect_moments`.
+
+    Raises:
+        RuntimeError: another layer received no gradient.
+        ValueError: a gradient is not finite; the message names the layer.
+
+    Source: KeepLoRA, Eq. (2); input side and output side as in torch's (d_out, d_in).
+    """
+    sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    device = next(iter(layers.values())).weight.device
+    exact = distributed.from_main(plan.exact(sizes))
+    gradients = {name: plan.accumulator(*size, exact, device) for name, size in sizes.items()}
+    reached: set[str] = set()
+
+    def add(name: str, grad_output: Tensor, inputs: Tensor) -> None:
+        reached.add(name)
+        gradients[name].update(grad_output, inputs)
+
+    for batch in batches:
+        _backward(model, counted(layers, batch), batch, add, plan.inputs_dtype(exact))
+        for accumulator in () if isinstance(batch, IdleBatch) else gradients.values():
+            accumulator.count_samples(batch["labels"].shape[0])
+    by_any = {name for share in distributed.gather(sorted(reached)) for name in share}
+    refuse_missing(layers.keys() - by_any - {*passed_over}, "received no gradient")
+    return {name: over_processes(each) for name, each in gradients.items()}
+
+
+def _backward(
+    model: Any, layers: dict[str, Any], batch: dict, add: Callable[[str, Tensor, Tensor], None], kept_in: Any = None
+) -> None:
+    """One pass of a batch; while it runs backward, `add` gets name, output gradients and inputs of every layer.
+
+    Inputs wait for their gradients; in the dtype `kept_in`, where it is given. Layers with one input share it.
+    """
+    latest: list[tuple[Any, Tensor]] = []  # holds the tensor itself, so that identity cannot be reused
+
+    def kept(tensor: Tensor) -> Tensor:
+        found = next((rows for given, rows in latest if given is tensor), None)
+        if found is None:
+            found = as_rows(tensor.detach())
+            found = found if kept_in is None else found.to(kept_in)
+            latest[:] = [*latest[-1:], (tensor, found)]
+        return found
+
+    def keep(name: str):
+        def hook(module: Any, args: tuple, output: Tensor) -> None:
+            rows = kept(args[0])
+            output.register_hook(lambda gradient: named(name, partial(add, name), as_rows(gradient), rows))
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with removed_afterwards(handles), graph_from_inputs(model), evaluating(model), streamed(model):
+        with supervised_logits(model, batch["labels"]):
+            loss = per_sample_loss(model(**inputs).logits, batch["labels"]).sum()  # no name keeps the logits alive
+        loss.backward()

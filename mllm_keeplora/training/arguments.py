@@ -1,0 +1,71 @@
+"""What a run's training settings are to the Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mllm_keeplora.config import TrainConfig
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.system import distributed
+
+
+def training_arguments(
+    settings: TrainConfig, epochs: float, folder: Path, seed: int, deepspeed: str | None, bf16: bool
+) -> TrainingArguments:
+    """The Trainer's arguments; `batch_size` is global, so the number of processes never changes the result.
+
+    Raises:
+        UserError: the batch does not divide over processes and micro-batches, or `train.args` names no such field.
+    """
+    world = distributed.world_size()
+    micro = settings.micro_batch_size or settings.batch_size // world
+    if micro == 0 or settings.batch_size % (micro * world):
+        raise UserError(
+            f"train.batch_size {settings.batch_size} must be a multiple of micro_batch_size x processes = "
+            f"{settings.micro_batch_size or 1} x {world}"
+        )
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": settings.batch_size // (micro * world),
+        "learning_rate": settings.lr,
+        "num_train_epochs": epochs,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup_ratio,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the frozen embeddings' output needs no gradient
+        "dataloader_num_workers": _workers(settings),
+        "save_strategy": "steps",
+        "save_steps": settings.checkpoint_steps,
+        "save_total_limit": 2,
+        "logging_steps": settings.log_steps,
+        "logging_nan_inf_filter": False,
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "deepspeed": deepspeed,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": "none",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+    try:
+        arguments = TrainingArguments(**{**values, **settings.args})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train: the Trainer refuses its arguments: {error}") from error
+    if arguments.n_gpu > 1:  # one process a GPU: several in one would multiply the batch
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _workers(settings: TrainConfig) -> int:
+    """Processes that read records ahead; beside a GPU, which would wait for pictures, there are some by itself."""
+    return settings.workers if settings.workers is not None else 4 if torch.cuda.is_available() else 0
