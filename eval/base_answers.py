@@ -23,8 +23,8 @@ from mllm_keeplora.data import Benchmark
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.grading import answer_files, regrade
 from mllm_keeplora.eval.harness import forget_journals
-from mllm_keeplora.eval.results import digest_of_data, environment
 from mllm_keeplora.eval.rows import asked_records
+from mllm_keeplora.identity import digest_of_data, environment
 from mllm_keeplora.runs import BASE_UNIT, RunDir
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log

@@ -13,8 +13,8 @@ from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError, first_line, known
 from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
 from mllm_keeplora.eval.harness import forget_journals
-from mllm_keeplora.eval.results import environment
 from mllm_keeplora.eval.rows import evaluate_named, stored_rows
+from mllm_keeplora.identity import environment
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.models.shipped import NOTES
 from mllm_keeplora.runs import DomainDir, RunDir

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.adapters.mixers.mixing import look_at
+from mllm_keeplora.adapters.mixers.mixing import keep_rows, look_at
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
@@ -134,7 +134,7 @@ def _decoded(
     batch = {key: _to(value, parameter) for key, value in batch.items()}
     with torch.inference_mode():
         look_at(base.model, batch)
-        found = greedy(model, batch, max_new_tokens, prompt.ends, prompt.tokenizer.pad_token_id)
+        found = greedy(model, batch, max_new_tokens, prompt.ends, prompt.tokenizer.pad_token_id, keep_rows(base.model))
     ends = torch.tensor(sorted(prompt.ends), device=found.tokens.device)
     ended = torch.isin(found.tokens, ends).any(dim=1).tolist()
     answers = [Answer(text, not end) for text, end in zip(prompt.answers(found.tokens), ended, strict=True)]

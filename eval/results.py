@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
-from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.adapters.stored import stored_files
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.data import PATHS, Benchmark
+from mllm_keeplora.data import Benchmark
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.grading import errors_of, stored_figures, stored_percent, strict_percent
 from mllm_keeplora.eval.rows import blind_graded, by_type, sets_after, stored_rows
+from mllm_keeplora.identity import digest_of_data, environment, settings_of
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir
 from mllm_keeplora.system import files
 
 FORMAT = 1
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "torchvision")
 
 
 @dataclass
@@ -159,20 +154,6 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
     )
 
 
-def settings_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Result-defining keys of a run's record without name and seed; training keys by domain only where they differ."""
-    found = {key: value for key, value in record["config"].items() if key not in {"name", "seed"}}
-    if record["parent"] is not None:
-        found["parent"] = f"{record['parent']['run']} after {record['parent']['after']}"
-    for key in {key: None for each in record["domains"] for key in each["train"]}:
-        values = {each["name"]: each["train"].get(key) for each in record["domains"]}
-        if len({repr(value) for value in values.values()}) == 1:
-            found[f"train.{key}"] = next(iter(values.values()))
-        else:
-            found.update({f"{name}.train.{key}": value for name, value in values.items()})
-    return found
-
-
 def _blind(
     run: RunDir, benchmark: Benchmark, config: RunConfig, domains: list[str]
 ) -> tuple[list[float | None], dict[str, dict[str, float]]]:
@@ -189,19 +170,6 @@ def _blind(
 def _typed(benchmark: Benchmark, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     typed = {name: by_type(benchmark, name, each) for name, each in scores.items()}
     return {name: kinds for name, kinds in typed.items() if kinds}
-
-
-def digest_of_data(parts: Sequence[Mapping[str, Any]]) -> str:
-    """One digest of what domains and suites are learnt from and graded by, whatever their order and place on disk.
-
-    Args:
-        parts: as a run records them: `name`, `files` (paths and rules of grading), `sha256` of the JSON files.
-    """
-    told = []
-    for part in sorted(parts, key=lambda part: part["name"]):
-        rules = sorted((key, value) for key, value in part["files"].items() if key not in PATHS)
-        told.append([part["name"], rules, sorted(part["sha256"].items())])
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
 def _percent(folder: DomainDir, name: str, benchmark: Benchmark) -> float | None:
@@ -237,23 +205,6 @@ def _is_complete(run: RunDir, benchmark: Benchmark, config: RunConfig) -> bool:
     ]
     is_graded = all(run.is_done(f"{unit.key}/evaluate/{name}") for unit, name in asked)
     return is_graded and len(run.finished_units) == len(run.units)
-
-
-def environment() -> dict[str, str]:
-    """Versions that can move a number."""
-    found = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "mllm_keeplora": _version("mllm-keeplora"),
-    }
-    return found | {name: version for name in LIBRARIES if (version := _version(name))}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _counts(run: RunDir) -> dict[str, int]:

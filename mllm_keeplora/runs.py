@@ -249,16 +249,6 @@ class RunDir:
         return max((entry["peak_memory_bytes"] for entry in self.record["stages"].values()), default=0)
 
 
-def differences(before: dict[str, Any], after: dict[str, Any], origin: str) -> list[str]:
-    """One line for each key that two flattened configs do not share."""
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key, "absent"), after.get(key, "absent")
-        if old != new:
-            lines.append(f"{key}: {old!r} in {origin}, {new!r} now")
-    return lines
-
-
 def peak_memory_bytes() -> int:
     """Largest resident size of this process so far (host), or the GPU's peak where there is one."""
     import resource

@@ -17,18 +17,21 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mllm_keeplora.checks.run import Checked, check_everywhere
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import with_published_epochs
-from mllm_keeplora.eval.base_answers import asked_once
-from mllm_keeplora.eval.results import Results, collect_results
-from mllm_keeplora.eval.rows import evaluate_named, sets_after
-from mllm_keeplora.report.page import write_report
+from mllm_keeplora.eval.results import Results
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
+from mllm_keeplora.stages.consolidate import consolidate
+from mllm_keeplora.stages.diagnose import diagnose
+from mllm_keeplora.stages.evaluate import evaluate
+from mllm_keeplora.stages.gradient import gradient
 from mllm_keeplora.stages.learner import Learner
 from mllm_keeplora.stages.opening import open_run
+from mllm_keeplora.stages.prepare import prepare
+from mllm_keeplora.stages.report import report
+from mllm_keeplora.stages.train import discard_checkpoints, train
 from mllm_keeplora.system import distributed, watch
 from mllm_keeplora.system.log import log, start_logging
 from mllm_keeplora.training.deepspeed import deepspeed_file
@@ -68,51 +71,18 @@ def _looked_into(run: RunDir) -> set[str]:
 
 def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:
     learner = Learner(config, run, checked.benchmark, checked.strategy)
-    run.once("prepare", learner.prepare)
+    run.once("prepare", partial(prepare, learner))
     evaluate(learner, BASE_UNIT)
     for unit in run.units:
         _announce(run, unit)
-        run.once(f"{unit.key}/gradient", partial(learner.gradient, unit))
-        run.once(f"{unit.key}/train", partial(learner.train, unit))
-        run.once(f"{unit.key}/consolidate", partial(learner.consolidate, unit))
-        learner.discard_checkpoints(unit)
+        run.once(f"{unit.key}/gradient", partial(gradient, learner, unit))
+        run.once(f"{unit.key}/train", partial(train, learner, unit))
+        run.once(f"{unit.key}/consolidate", partial(consolidate, learner, unit))
+        discard_checkpoints(learner, unit)
         if config.diagnostics.samples:
-            run.once(f"{unit.key}/diagnose", partial(learner.diagnose, unit))
+            run.once(f"{unit.key}/diagnose", partial(diagnose, learner, unit))
         evaluate(learner, unit)
     return report(learner)
-
-
-def evaluate(learner: Learner, unit: Unit) -> None:
-    """Row of the score matrix after a unit; cells that are measured already are left alone."""
-    config, run, benchmark = learner.config, learner.run, learner.benchmark
-
-    def answered(name: str) -> dict[str, Any]:
-        learner.bring_to(unit.index, asked=name)
-        return evaluate_named(learner.base, learner.adapters.model, benchmark, name, config, run.folder(unit))
-
-    def ask(name: str) -> dict[str, Any]:
-        shared = config.eval.base_answers if unit == BASE_UNIT else None
-        if shared is None:
-            return answered(name)
-        return asked_once(Path(shared), run, config, benchmark, name, partial(answered, name))
-
-    names = sets_after(unit, run.units, benchmark, config)
-    asked = [run.once(f"{unit.key}/evaluate/{name}", partial(ask, name)) for name in names]
-    if any(asked):
-        scores = (f"{name} {_text(run.record['stages'][f'{unit.key}/evaluate/{name}']['score'])}" for name in names)
-        log.info("after %s: %s", unit.name, ", ".join(scores))
-
-
-def report(learner: Learner) -> Results:
-    """Collect what was measured, compute the metrics, write results.json and report.html."""
-    watch.enter("report")
-    run, benchmark = learner.run, learner.benchmark
-    results = collect_results(run, benchmark, learner.config)
-    if distributed.is_main():
-        results.save()
-        write_report(run, results, benchmark)
-    distributed.barrier()
-    return results
 
 
 def _limit_threads(config: RunConfig) -> None:
@@ -123,10 +93,6 @@ def _limit_threads(config: RunConfig) -> None:
 
         threadpool_limits(config.threads)
         torch.set_num_threads(config.threads)
-
-
-def _text(score: float | None) -> str:
-    return "not graded" if score is None else f"{score:.1f}"
 
 
 def _announce(run: RunDir, unit: Unit) -> None:

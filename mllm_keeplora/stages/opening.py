@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.checks.run import Checked
-from mllm_keeplora.config import EXPONENT, RunConfig, as_yaml, flatten, read_yaml, result_defining
-from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
-from mllm_keeplora.data.readers import digest
+from mllm_keeplora.config import RunConfig, as_yaml, flatten, read_yaml
+from mllm_keeplora.data import Benchmark, Domain
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.runs import BASE_UNIT, RunDir, differences, now
+from mllm_keeplora.identity import (
+    comparable,
+    differences,
+    domain_record,
+    environment,
+    graded_record,
+    part_differences,
+    recorded,
+)
+from mllm_keeplora.runs import BASE_UNIT, RunDir, now
 from mllm_keeplora.stages.units import plan_units
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log
@@ -64,8 +72,6 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
 
 
 def _record(config: RunConfig, checked: Checked, source: RunDir | None, after: int) -> dict[str, Any]:
-    from mllm_keeplora.eval.results import environment
-
     inherited = source.record["domains"][:after] if source is not None else []
     base = checked.base_fingerprint  # None of a hub's: the parent's is the one to load
     if base is None and source is not None:
@@ -80,59 +86,17 @@ def _record(config: RunConfig, checked: Checked, source: RunDir | None, after: i
         "base": {"name": config.base.model, "fingerprint": base},
         "seed": config.seed,
         "parent": {"run": str(source.path), "after": after} if source is not None else None,
-        "config": _comparable(config),
-        "domains": [*inherited, *(_domain(config, checked.benchmark, name) for name in names[after:])],
+        "config": comparable(config),
+        "domains": [*inherited, *(domain_record(config, checked.benchmark, name) for name in names[after:])],
         "units": [asdict(unit) for unit in plan_units(names, checked.strategy.stream)],
-        "suites": [_graded(checked.benchmark, name) for name in checked.benchmark.suites],
+        "suites": [graded_record(checked.benchmark, name) for name in checked.benchmark.suites],
     }
-
-
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Result-defining keys that are compared as they are; domains are compared by their definitions instead."""
-    by_definition = {"domains", "benchmark", "train", "per_domain"}
-    return {key: value for key, value in config.result_defining().items() if key.split(".")[0] not in by_definition}
-
-
-def _recorded(record: dict[str, Any]) -> dict[str, Any]:
-    """The comparable keys of a record; a key that came later has the value that everything had before it.
-
-    An option that a YAML has as 1e5 was kept as a string once.
-    """
-    stored = {"eval.split": "test", **record["config"]}
-    for key, value in stored.items():
-        if key.startswith("strategy.") and isinstance(value, str) and EXPONENT.match(value):
-            stored[key] = float(value)
-    return stored
-
-
-def _domain(config: RunConfig, benchmark: Benchmark, name: str) -> dict[str, Any]:
-    """A domain as the run records it: its files and how it is trained."""
-    train = with_published_epochs(config, benchmark).train_of(name)
-    return {**_graded(benchmark, name), "train": result_defining(train)}
-
-
-def graded_parts(benchmark: Benchmark) -> list[dict[str, Any]]:
-    """Domains and suites with the digests of their files, as a run records them."""
-    return [_graded(benchmark, name) for name in [*benchmark.domains, *benchmark.suites]]
-
-
-def _graded(benchmark: Benchmark, name: str) -> dict[str, Any]:
-    """A domain or suite with absolute paths and the digests of its files."""
-    part = benchmark.graded(name)
-    values = part.model_dump()
-    for key in PATHS:
-        if values.get(key) is not None:
-            values[key] = str((benchmark.root / values[key]).resolve())
-    graded = "test" if name in benchmark.suites else benchmark.split
-    read = ("train", graded, "references")
-    digests = {key: digest(Path(values[key])) for key in read if values.get(key) is not None}
-    return {"name": name, "files": values, "sha256": digests}
 
 
 def _accept(run: RunDir, config: RunConfig, checked: Checked) -> None:
     """Compare an existing run with the config; extend it where domains were appended."""
     record, origin = run.record, str(run.path)
-    lines = differences(_recorded(record), _comparable(config), origin)
+    lines = differences(recorded(record), comparable(config), origin)
     if checked.base_fingerprint is not None and record["base"]["fingerprint"] not in (None, checked.base_fingerprint):
         lines.append("base: the weights of the base model are not those that the run was started with")
     old = [each["name"] for each in record["domains"]]
@@ -144,16 +108,16 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked) -> None:
     num_inherited = (record["parent"] or {"after": 0})["after"]
     for each in record["domains"][num_inherited:]:
         if each["name"] in checked.benchmark.domains:
-            lines += _part_differences(each, _domain(config, checked.benchmark, each["name"]), origin)
+            lines += part_differences(each, domain_record(config, checked.benchmark, each["name"]), origin)
     for each in record["suites"]:
         if each["name"] in checked.benchmark.suites:
-            lines += _part_differences(each, _graded(checked.benchmark, each["name"]), origin)
+            lines += part_differences(each, graded_record(checked.benchmark, each["name"]), origin)
     if lines:
         raise UserError(
             "\n  ".join([f"run {origin} was started with another config; choose another `output`:", *lines])
         )
     for name in new[len(old) :]:
-        record["domains"].append(_domain(config, checked.benchmark, name))
+        record["domains"].append(domain_record(config, checked.benchmark, name))
         run.note(f"domain {name} appended")
         log.info("domain %s appended to %s", name, origin)
     record["units"] = [asdict(unit) for unit in plan_units(new, checked.strategy.stream)]
@@ -174,25 +138,6 @@ def _forget_lost_answers(run: RunDir) -> None:
 
 
 ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers
-
-
-def _part_differences(old: dict[str, Any], new: dict[str, Any], origin: str) -> list[str]:
-    """Where a recorded domain or suite differs from the config's; files may move, their content may not change."""
-    name = old["name"]
-    lines = []
-    kind = Domain if "train" in new["files"] else Suite  # an older run may not have recorded what had its default
-    defaults = {key: each.default for key, each in kind.model_fields.items() if not each.is_required()}
-    old = {**old, "files": {**defaults, **old["files"]}}
-    for key, prefix in (("files", f"{name}."), ("train", f"{name}.train.")):
-        before, after = (flatten(_without_paths(each.get(key, {})), prefix) for each in (old, new))
-        lines += differences(before, after, origin)
-    if old["sha256"] != new["sha256"]:
-        lines.append(f"{name}: its data files are not those that the run was started with")
-    return lines
-
-
-def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in PATHS}
 
 
 def _note_runtime_changes(run: RunDir, config: RunConfig) -> None:
@@ -218,7 +163,7 @@ def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int
         raise UserError(f"--from {source.path}: its base model is not {config.base.model} as it is now")
     lines = [
         line
-        for line in differences(_recorded(source.record), _comparable(config), str(source.path))
+        for line in differences(recorded(source.record), comparable(config), str(source.path))
         if not line.startswith(MAY_DIFFER_FROM_PARENT)
     ]
     if lines:
@@ -244,7 +189,7 @@ def _graded_alike(source: RunDir, record: dict[str, Any]) -> set[str]:
     ours = {each["name"]: each for each in [*record["domains"], *record["suites"]]}
     theirs = [*source.record["domains"], *source.record["suites"]]
     rules = [({**each, "train": {}}, {**ours[each["name"]], "train": {}}) for each in theirs if each["name"] in ours]
-    return {old["name"] for old, new in rules if not _part_differences(old, new, "")}
+    return {old["name"] for old, new in rules if not part_differences(old, new, "")}
 
 
 def _inherited_stages(source: RunDir, after: int, names: set[str]) -> dict[str, Any]:

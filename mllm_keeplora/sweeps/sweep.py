@@ -18,9 +18,9 @@ from typing import Any
 
 from mllm_keeplora.checks.run import check_run
 from mllm_keeplora.errors import UserError, several
-from mllm_keeplora.eval.results import Results, digest_of_data
+from mllm_keeplora.eval.results import Results
+from mllm_keeplora.identity import digest_of_data, graded_parts
 from mllm_keeplora.report.compared import Choice, write_comparison
-from mllm_keeplora.stages.opening import graded_parts
 from mllm_keeplora.strategies import summary_of
 from mllm_keeplora.sweeps.cells import Runner, log_of, visible_devices
 from mllm_keeplora.sweeps.plan import (

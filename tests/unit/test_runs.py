@@ -11,7 +11,8 @@ import pytest
 
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit, differences
+from mllm_keeplora.identity import differences
+from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
 from mllm_keeplora.stages.units import plan_units, token_limit
 from mllm_keeplora.system import files
 from mllm_keeplora.training.seeds import stage_seed

@@ -118,6 +118,12 @@ def look_at(model: Any, batch: Mapping[str, Tensor]) -> None:
             mixer.look_at(batch, model)
 
 
+def keep_rows(model: Any) -> Callable[[Tensor], None]:
+    """To be told which rows of a batch go on, as the answers of the others have ended."""
+    mixer = mixer_of(model)
+    return (lambda kept: None) if mixer is None else mixer.keep_rows
+
+
 class Mixing:
     """A mixer in its place within a model, and the hooks that apply its weights; all gone after `remove`.
 

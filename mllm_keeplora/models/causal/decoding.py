@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,14 @@ class Decoded:
     close: Tensor
 
 
-def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: Iterable[int], pad: int) -> Decoded:
+def greedy(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    max_new_tokens: int,
+    ends: Iterable[int],
+    pad: int,
+    keep_rows: Callable[[Tensor], None] = lambda kept: None,
+) -> Decoded:
     """Most likely tokens after left-padded questions.
 
     `generate` decodes every row until the longest answer is done. Here it is left once a quarter of the rows have
@@ -41,6 +48,7 @@ def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: I
         max_new_tokens: of one answer, end mark included.
         ends: ids that end an answer.
         pad: id behind an end.
+        keep_rows: told which rows (n,) of those that were going go on, before they do.
 
     Returns:
         New tokens, n at most `max_new_tokens`; the end mark is among them where an answer has ended.
@@ -75,7 +83,7 @@ def greedy(model: Any, batch: Mapping[str, Tensor], max_new_tokens: int, ends: I
         going = torch.isin(new, marks).any(dim=1).logical_not()
         if done == max_new_tokens or not bool(going.any()):
             return Decoded(found[:, :done], close)
-        rows, inputs = rows[going], _continued(model, inputs, result, going)
+        rows, inputs = rows[going], _continued(model, inputs, result, going, keep_rows)
 
 
 class _Watched:
@@ -101,11 +109,11 @@ class _Watched:
         return stop.expand(len(input_ids))
 
 
-def _continued(model: Any, inputs: Mapping[str, Tensor], result: Any, going: Tensor) -> dict[str, Any]:
+def _continued(
+    model: Any, inputs: Mapping[str, Tensor], result: Any, going: Tensor, keep_rows: Callable[[Tensor], None]
+) -> dict[str, Any]:
     """Inputs of the rows that go on: their tokens so far and what is cached of them, pictures included."""
     import torch
-
-    from mllm_keeplora.adapters.mixers.mixing import mixer_of
 
     name = "cache" if "cache" in result else "past_key_values"  # as transformers called it until 5.24
     kept = going.nonzero().flatten()
@@ -113,9 +121,7 @@ def _continued(model: Any, inputs: Mapping[str, Tensor], result: Any, going: Ten
     for module in model.modules():
         if hasattr(getattr(module, "rope_deltas", None), "shape"):  # what pictures add to positions, by row (Qwen-VL)
             module.rope_deltas = module.rope_deltas[kept]
-    mixer = mixer_of(model)
-    if mixer is not None:
-        mixer.keep_rows(kept)
+    keep_rows(kept)
     new = result.sequences.shape[1] - inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"][kept], (0, new), value=1)
     return {"input_ids": result.sequences[kept], "attention_mask": mask, name: result[name]}

@@ -1,6 +1,6 @@
 """Where the stored caption numbers come from: ask the Java tools of pycocoevalcap again and show what differs.
 
-Needs Java and the extra `captions`; no test runs it: `python -m tests.unit.metrics.record_captions`.
+Needs Java and the extra `captions`; no test runs it: `python -m tests.unit.metrics.captions.record_captions`.
 """
 
 from pycocoevalcap.bleu.bleu import Bleu
@@ -9,7 +9,7 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from tests.unit.metrics import test_captions, test_meteor, test_penn
+from tests.unit.metrics.captions import test_captions, test_meteor, test_penn
 
 
 def tokenized(several):

@@ -12,7 +12,7 @@ pytest.importorskip("nltk", reason="without the extra `captions` the caption mea
 
 from mllm_keeplora.metrics import grade, score
 from mllm_keeplora.metrics.captions import captions, meteor_lists
-from tests.unit.metrics import caption_oracle as oracle
+from tests.unit.metrics.captions import caption_oracle as oracle
 
 GOLDEN = [
     (

@@ -1,0 +1,34 @@
+"""Stage `consolidate`: grow what is kept, then merge from the pristine base and all factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_keeplora.adapters.stored import save_growth, write_manifest
+from mllm_keeplora.runs import Unit
+from mllm_keeplora.stages.learner import Learner, add_facts, ranks_of
+from mllm_keeplora.system import distributed, files
+
+
+def consolidate(learner: Learner, unit: Unit) -> dict[str, Any]:
+    """Grow what is kept, with the finished branch still active; then merge from pristine base and all factors."""
+    folder = learner.folder(unit)
+    if learner.open_unit != unit:
+        learner.start(unit)
+        learner.reopen(unit, trained=True)
+    context = learner.context(unit, "consolidate")
+    before = {layer: basis.rank for layer, basis in learner.kept.items()}
+    learner.strategy.after_domain(context)
+    if distributed.is_main():
+        mixer, carried = context.answering or learner.adapters.mixer, learner.adapters.branch.carried
+        write_manifest(folder, learner.strategy.combine, learner.strategy.start_from, carried, mixer)
+        save_growth(folder, learner.kept, before, context.forgotten)
+        state = learner.strategy.state_dict()
+        if state:
+            files.write_tensors(folder.strategy, state)
+        add_facts(folder, context.facts)
+    distributed.barrier()
+    learner.open_unit = None
+    learner.place = None  # forces the merge from files, the same whether the run was interrupted or not
+    learner.bring_to(unit.index, asked=unit.domains[0])
+    return ranks_of(learner.kept)

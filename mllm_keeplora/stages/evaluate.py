@@ -1,0 +1,38 @@
+"""Stage `evaluate`: one row of the score matrix, set by set."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mllm_keeplora.eval.base_answers import asked_once
+from mllm_keeplora.eval.rows import evaluate_named, sets_after
+from mllm_keeplora.runs import BASE_UNIT, Unit
+from mllm_keeplora.stages.learner import Learner
+from mllm_keeplora.system.log import log
+
+
+def evaluate(learner: Learner, unit: Unit) -> None:
+    """Row of the score matrix after a unit; cells that are measured already are left alone."""
+    config, run, benchmark = learner.config, learner.run, learner.benchmark
+
+    def answered(name: str) -> dict[str, Any]:
+        learner.bring_to(unit.index, asked=name)
+        return evaluate_named(learner.base, learner.adapters.model, benchmark, name, config, run.folder(unit))
+
+    def ask(name: str) -> dict[str, Any]:
+        shared = config.eval.base_answers if unit == BASE_UNIT else None
+        if shared is None:
+            return answered(name)
+        return asked_once(Path(shared), run, config, benchmark, name, partial(answered, name))
+
+    names = sets_after(unit, run.units, benchmark, config)
+    asked = [run.once(f"{unit.key}/evaluate/{name}", partial(ask, name)) for name in names]
+    if any(asked):
+        scores = (f"{name} {_text(run.record['stages'][f'{unit.key}/evaluate/{name}']['score'])}" for name in names)
+        log.info("after %s: %s", unit.name, ", ".join(scores))
+
+
+def _text(score: float | None) -> str:
+    return "not graded" if score is None else f"{score:.1f}"

@@ -1,0 +1,36 @@
+"""Stage `gradient`: the start of a unit's branch, for KeepLoRA after a gradient pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_keeplora.adapters import Branch
+from mllm_keeplora.runs import DomainDir, Unit
+from mllm_keeplora.stages.learner import Learner
+from mllm_keeplora.system import distributed, files
+
+
+def gradient(learner: Learner, unit: Unit) -> dict[str, Any]:
+    """Open the unit's branch (for KeepLoRA after a gradient pass) and keep its start on disk."""
+    learner.start(unit)
+    context = learner.context(unit, "gradient")
+    learner.strategy.before_domain(context)
+    branch = learner.adapters.branch
+    assert branch is not None, f"{type(learner.strategy).__name__}.before_domain opened no branch"
+    folder = learner.folder(unit)
+    if distributed.is_main():
+        branch.save(folder.init)
+        files.write_json(folder.gradient, context.facts)
+    learner.open_unit = unit
+    _same_start_everywhere(learner, folder)
+    return {"rank_min": min(branch.ranks.values(), default=0), "rank_max": max(branch.ranks.values(), default=0)}
+
+
+def _same_start_everywhere(learner: Learner, folder: DomainDir) -> None:
+    """Singular vectors may differ in sign or order between processes: all start from the main one's file."""
+    if distributed.world_size() > 1:
+        distributed.barrier()
+        unit, learner.open_unit = learner.open_unit, None
+        learner.adapters.restore(learner.adapters.past, learner.adapters.past_full, learner.adapters.past_mixer)
+        learner.adapters.open(Branch.load(folder.init))
+        learner.open_unit = unit
