@@ -1,9 +1,9 @@
 """Makes tests/fixtures/half_way: a run that an older version left half-way, with its base and its data.
 
 The fixture was made by commit d864ca9 (`python -m tests.support.half_way FOLDER` in a checkout of it, with this file
-added): KeepLoRA over Alpha and Beta, killed in Beta's training. Its checkpoints hold pickles of the Trainer and are left
-out, but for what they say of whose they are; `expected` is what the same run ends with if nothing kills it. ROOT stands
-for the folder that it was made in.
+added): KeepLoRA over Alpha and Beta, killed in Beta's training. Its checkpoints hold pickles of the Trainer and are
+left out, but for what they say of whose they are; `expected` is what the same run ends with if nothing kills it. ROOT
+stands for the folder that it was made in.
 """
 
 from __future__ import annotations
