@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
 from mllm_keeplora.data.schema import Record
-from mllm_keeplora.system import watch
 
 IDLE = -1
 
 
-class Records(Dataset):
-    """Records by index, images decoded by the collator; `IDLE` is one of which nothing is learnt."""
+class TrainingRecords(Dataset):
+    """Records by index; `IDLE` is one of which nothing is learnt."""
 
     def __init__(self, records: Sequence[Record]):
         self.records = records
@@ -24,22 +23,6 @@ class Records(Dataset):
 
     def __getitem__(self, index: int) -> Record:
         return self.records[0].untrained() if index == IDLE else self.records[index]
-
-
-class Collator:
-    """What a training's data loader makes batches with, in this process or in workers.
-
-    Workers outlive the signals that end a run: a whole process group may be told, and the steps up to the checkpoint
-    still need their batches.
-    """
-
-    def __init__(self, collate: Callable[[Sequence[Record]], dict]):
-        self.collate = collate
-
-    def __call__(self, records: Sequence[Record]) -> dict:
-        if get_worker_info() is not None:
-            watch.ignore_endings()
-        return self.collate(records)
 
 
 class FilledSampler(Sampler):
@@ -55,7 +38,7 @@ class FilledSampler(Sampler):
         epoch: gives the epoch that begins; a data loader that skips batches of a resumed one tells no sampler.
     """
 
-    def __init__(self, dataset: Records, seed: int, multiple: int, epoch: Callable[[], int]):
+    def __init__(self, dataset: TrainingRecords, seed: int, multiple: int, epoch: Callable[[], int]):
         self.order = SeedableRandomSampler(dataset, data_seed=seed)
         self.idle = -len(dataset) % multiple
         self.epoch = epoch
