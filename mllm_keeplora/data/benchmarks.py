@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from mllm_keeplora.data.readers import read_test, read_train
 from mllm_keeplora.data.references import with_references
 from mllm_keeplora.data.schema import Record
-from mllm_keeplora.data.store import Records
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.metrics import UNGRADED
 
@@ -83,7 +82,7 @@ class Benchmark(BaseModel):
         """Whether a domain's training records are there; an evaluation does without them."""
         return (self.root / self.domains[domain].train).exists()
 
-    def train_records(self, domain: str) -> Records:
+    def train_records(self, domain: str) -> Sequence[Record]:
         part = self.domains[domain]
         path = self._existing(domain, "training", part.train)
         folder = self.root / part.train_images if part.train_images is not None else self._images(part, path)
@@ -114,7 +113,7 @@ class Benchmark(BaseModel):
             )
         return Path(name)
 
-    def anchor_records(self, name: str) -> Records:
+    def anchor_records(self, name: str) -> Sequence[Record]:
         path = self.anchor_file(name)
         part = self.anchor_suites.get(name)
         if part is None:  # a file of the user's: put as the domains' pictures are

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import Selection
-
-
-@dataclass(frozen=True)
-class TrainCollator:
-    """Turns a list of records into model inputs with labels; `prompt` is a `models.prompt.ChatPrompt`."""
-
-    prompt: Any
-    max_length: int | None = None
-
-    def __call__(self, records: Sequence[Record]) -> dict:
-        images = [images_of(record, self.prompt.background) for record in records]
-        return self.prompt.training_batch(records, images, self.max_length)
 
 
 def joined(first: Mapping[str, Any], second: Mapping[str, Any], pad: int) -> dict[str, Any]:
@@ -84,4 +71,4 @@ def evenly_spaced(records: Sequence[Record], count: int) -> Sequence[Record]:
     """At most `count` records spread evenly over the whole list, in its order (as the KeepLoRA code samples)."""
     if count >= len(records):
         return records
-    return Selection([records], (index * len(records) // count for index in range(count)))
+    return Selection(records, array("q", (index * len(records) // count for index in range(count))))

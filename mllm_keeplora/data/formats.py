@@ -1,7 +1,7 @@
 """The shapes that records come in, told apart by their keys, and what each says: images, turns, answer.
 
 LLaVA, LLaMA-Factory (sharegpt, alpaca), ms-swift, Hugging Face `messages` with `images`, and the benchmarks' test
-records. Pure: one row in, one draft out; files and folders are the readers' business.
+records. Pure: one row in, one record out; files and folders are the readers' business.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.data.layout import BY_KEYS, Layout, canonical
-from mllm_keeplora.data.schema import IMAGE_MARK, Turn
+from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SHAPES = (
@@ -28,19 +29,8 @@ class Fault(ValueError):
     """What is wrong with a row; the reader adds where it stands."""
 
 
-@dataclass(frozen=True)
-class Draft:
-    """One row, understood. `images` are paths, or encoded pictures with a name."""
-
-    id: str
-    turns: tuple[Turn, ...]
-    images: tuple[str | tuple[str, bytes], ...]
-    answer: str | tuple[str, ...] | None = None
-    kind: str = ""
-
-
-def train_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
-    """A training conversation of any known shape.
+def train_record(row: Any, layout: Layout = BY_KEYS) -> Record:
+    """Read a training conversation of any known shape; its pictures are named as in the row.
 
     Raises:
         Fault: an unknown shape, roles that do not alternate, no answer, marks and images that do not match.
@@ -63,33 +53,22 @@ def train_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
     if any(IMAGE_MARK in turn.text for turn in turns if turn.role != "user"):
         raise Fault(f"{IMAGE_MARK} may stand in human turns only")
     moved = "conversations" in row and "images" not in row  # LLaVA puts the image first, wherever its mark stood
-    return Draft(_identifier(row), _with_images_first(turns, moved), images)
+    return Record(_identifier(row), images, _with_images_first(turns, moved))
 
 
-def test_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
-    """A question with its gold answer: the benchmarks' test record, or a conversation of one question and answer.
+def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -> Record:
+    """Read a question with its gold answer: a benchmark's test record, or a conversation of one question and answer.
 
     Raises:
         Fault: no answer, no identifier, a mark where there is none to be, more than one question.
     """
-    draft = question_draft(row, layout)
-    if draft.answer is None:
-        raise Fault(f"answer must be a str or a list of them, got None; keys are {sorted(row)}")
-    return draft
-
-
-test_draft.__test__ = False  # not a test, whatever pytest thinks of the name
-
-
-def question_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
-    """As `test_draft`, but the gold answer may be kept elsewhere, or nowhere that can be read."""
     row = _object(row)
     if "text" not in row or any(key in row for key in ("conversations", "messages")):
-        draft = train_draft(row, layout)
-        asked = [turn for turn in draft.turns if turn.role != "assistant"]
-        if len(draft.turns) - len(asked) != 1:
-            raise Fault(f"a test record asks one question, this one asks {len(draft.turns) - len(asked)}")
-        return Draft(draft.id, tuple(asked), draft.images, draft.turns[-1].text, _kind(row))
+        record = train_record(row, layout)
+        asked = tuple(turn for turn in record.turns if turn.role != "assistant")
+        if len(record.turns) - len(asked) != 1:
+            raise Fault(f"a test record asks one question, this one asks {len(record.turns) - len(asked)}")
+        return replace(record, turns=asked, answer=record.turns[-1].text, kind=_kind(row))
     if not isinstance(row["text"], str):
         raise Fault(f"text must be a str, got {row['text']!r}; keys are {sorted(row)}")
     answer = row.get("answer", row.get("answer_bbox"))
@@ -102,7 +81,18 @@ def question_draft(row: Any, layout: Layout = BY_KEYS) -> Draft:
     if not _identifier(row):
         raise Fault("question_id is missing")
     _refuse_other_media(row)
-    return Draft(_identifier(row), (Turn("user", row["text"]),), tuple(_images(row)), answer, _kind(row))
+    images = tuple(_images(row))
+    if answer is None and needs_answer:
+        raise Fault(f"answer must be a str or a list of them, got None; keys are {sorted(row)}")
+    return Record(_identifier(row), images, (Turn("user", row["text"]),), answer, _kind(row))
+
+
+test_record.__test__ = False  # not a test, whatever pytest thinks of the name
+
+
+def question_record(row: Any, layout: Layout = BY_KEYS) -> Record:
+    """Read as `test_record` does, but the gold answer may be kept elsewhere, or nowhere that can be read."""
+    return test_record(row, layout, needs_answer=False)
 
 
 def _kind(row: dict) -> str:
@@ -188,7 +178,7 @@ def _turn(turn: Any, role_key: str, text_key: str, number: int, inside: list) ->
     return Turn(ROLES[role], content, trained)
 
 
-def _in_order(inside: list, beside: list) -> tuple:
+def _in_order(inside: list[Media | None], beside: list[Media]) -> tuple[Media, ...]:
     """Images in the order of their marks: those that stand in parts at their place, the others from the row's list."""
     rest = iter(beside)
     placed = [next(rest, None) if image is None else image for image in inside]
@@ -205,43 +195,38 @@ def _part(part: Any, number: int, inside: list) -> str:
         inside.append(None if own is None else _image(own))
         return IMAGE_MARK
     if kind == "image_url":
-        address = part.get("image_url")
-        inside.append(_image(address.get("url") if isinstance(address, dict) else address))
+        inside.append(_image(part.get("image_url")))
         return IMAGE_MARK
     raise Fault(f"turn {number} has a part that is neither text nor image: {part!r}")
 
 
-def _images(row: dict) -> list:
+def _images(row: dict) -> list[Media]:
     found = row.get("images") if row.get("images") is not None else row.get("image")
     if found is None or found == "":
         return []
     return [_image(each) for each in (found if isinstance(found, list) else [found])]
 
 
-def _image(value: Any) -> str | tuple[str, bytes]:
-    """A path, or an encoded picture with the name it has in its file."""
+def _image(value: Any) -> Media:
+    """A path as it is given, or an encoded picture with the name it has in its file, if any."""
     if isinstance(value, dict) and value.get("bytes") is not None:
         if not isinstance(value["bytes"], bytes | bytearray):
             raise Fault(f"bytes of an image must be bytes, got {type(value['bytes']).__name__}")
-        return value.get("path") or "", bytes(value["bytes"])
+        return Media("image", Path(value.get("path") or ""), data=bytes(value["bytes"]))
     if isinstance(value, dict):
         value = value.get("path") or value.get("url")
-    if (
-        not isinstance(value, str)
-        or not value
-        or "\0" in value
-        or (len(value) > 4096 and not value.startswith("data:"))
-    ):
+    is_text = isinstance(value, str) and value and "\0" not in value
+    if not is_text or (len(value) > 4096 and not value.startswith("data:")):
         told = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
         raise Fault(f"image must be a path or a list of paths, got {told}")
     if value.startswith("data:"):
         try:
-            return "", base64.b64decode(value.partition(",")[2], validate=True)
+            return Media("image", Path(), data=base64.b64decode(value.partition(",")[2], validate=True))
         except (binascii.Error, ValueError):
             raise Fault("an image is a data address that is not valid base64") from None
     if "://" in value and not value.startswith("file://"):
         raise Fault(f"image {value!r} is an address on the net; download it and name the file")
-    return value.removeprefix("file://")
+    return Media("image", Path(value.removeprefix("file://")))
 
 
 def _refuse_other_media(row: dict) -> None:

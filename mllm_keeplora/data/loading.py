@@ -38,13 +38,9 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
     ]
     wanted = _wanted(config, benchmark, faults, origin)
     faults += [
-        f"domains names {name!r}; {benchmark.name} has {known(benchmark.domains)} ({origin})"
-        for name in wanted
-        if name not in benchmark.domains
-    ]
-    faults += [
-        f"per_domain names {name!r}; {benchmark.name} has {known(benchmark.domains)} (run {config.name})"
-        for name in config.per_domain
+        f"{key} names {name!r}; {benchmark.name} has {known(benchmark.domains)} ({whose})"
+        for key, names, whose in [("domains", wanted, origin), ("per_domain", config.per_domain, f"run {config.name}")]
+        for name in names
         if name not in benchmark.domains
     ]
     faults += [f"domains names {name!r} twice" for name in {n for n in wanted if wanted.count(n) > 1}]
@@ -52,15 +48,10 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
         f"{name!r} is both a domain and a suite ({origin})" for name in benchmark.suites if name in benchmark.domains
     ]
     if config.eval.split == "validation":
-        without = [name for name in wanted if name in benchmark.domains and not benchmark.domains[name].validation]
-        faults += [
-            f"eval.split is validation, but domain {name} names no validation file ({origin})" for name in without
-        ]
-    if config.eval.split == "validation":
-        apart = [name for name in wanted if name in benchmark.domains and benchmark.domains[name].references]
-        faults += [
-            f"eval.split is validation, but domain {name} keeps its gold answers for the test set" for name in apart
-        ]
+        asked = [(name, benchmark.domains[name]) for name in wanted if name in benchmark.domains]
+        told = "eval.split is validation, but domain"
+        faults += [f"{told} {name} names no validation file ({origin})" for name, part in asked if not part.validation]
+        faults += [f"{told} {name} keeps its gold answers for the test set" for name, part in asked if part.references]
     odd = [name for name in [*benchmark.domains, *benchmark.suites] if not NAME.fullmatch(name)]
     faults += [
         f"{name!r} cannot name a domain or suite: letters, digits, dots, - and _ only ({origin})" for name in odd

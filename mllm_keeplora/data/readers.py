@@ -14,9 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
-from mllm_keeplora.data.formats import Draft, Fault, question_draft, test_draft, train_draft
+from mllm_keeplora.data.formats import Fault, question_record, test_record, train_record
 from mllm_keeplora.data.layout import Layout
-from mllm_keeplora.data.store import VERSION, Records, open_rows, rows_of, write_rows
+from mllm_keeplora.data.schema import Record
+from mllm_keeplora.data.store import VERSION, Source, StoredRecords, write_records
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
@@ -29,8 +30,8 @@ SMALL = 1 << 24  # bytes; smaller JSON files are read into memory as they are
 SHOWN = 20
 
 
-def read_train(path: Path, images: Path, pad: bool = False) -> Records:
-    """Training records of a data file. Images themselves are not looked at.
+def read_train(path: Path, images: Path, pad: bool = False) -> Sequence[Record]:
+    """Read the training records of a data file. Images themselves are not looked at.
 
     Args:
         path: a file, or a folder saved by `datasets`.
@@ -40,12 +41,12 @@ def read_train(path: Path, images: Path, pad: bool = False) -> Records:
     Raises:
         UserError: every fault of the file at once, each with record index and what is wrong.
     """
-    return Records(_stored(path, train_draft), path, images, pad)
+    return _records(Source(path, images, pad), train_record)
 
 
-def read_test(path: Path, images: Path, pad: bool = False, needs_answers: bool = True) -> Records:
-    """Graded records: a question each, with its gold answer if `needs_answers`; identifiers are unique in the file."""
-    return Records(_stored(path, test_draft if needs_answers else question_draft), path, images, pad)
+def read_test(path: Path, images: Path, pad: bool = False, needs_answers: bool = True) -> Sequence[Record]:
+    """Read graded records: a question each, with its gold answer if `needs_answers`; identifiers must be unique."""
+    return _records(Source(path, images, pad), test_record if needs_answers else question_record)
 
 
 def digest(path: Path) -> str:
@@ -70,36 +71,40 @@ def _digest(path: Path, *_: int) -> str:
 _kept_digest = lru_cache(1024)(_digest)  # of large files, as long as neither time nor size changes
 
 
-def _stored(path: Path, parse: Callable[[Any, Layout], Draft]) -> Sequence[dict[str, Any]]:
+def _records(source: Source, parse: Callable[[Any, Layout], Record]) -> Sequence[Record]:
+    path = source.path
     if not path.exists():
         raise UserError(f"data file {path} does not exist")
     layout = _layout(path)
     if path.is_file() and path.suffix != PARQUET and path.stat().st_size < SMALL:
-        return rows_of(_drafts(path, layout, parse))
+        found = enumerate(_understood(path, layout, parse))
+        return [source.placed(record, index, [media.data for media in record.media]) for index, record in found]
     told = json.dumps([digest(path), parse.__name__, VERSION, layout.formatting, layout.columns, layout.tags])
     names = (hashlib.sha256(text.encode()).hexdigest() for text in (f"{path.resolve()} {parse.__name__}", told))
     arrow = files.cache_folder() / "records" / f"{'-'.join(name[:16] for name in names)}.arrow"
     if not arrow.is_file():
         log.info("reading %s once; its records are kept in %s", path, arrow.parent)
-        write_rows(arrow, _drafts(path, layout, parse))
+        write_records(arrow, _understood(path, layout, parse))
         for older in arrow.parent.glob(f"{arrow.name.split('-')[0]}-*.arrow"):
             if older != arrow:
                 older.unlink(missing_ok=True)
-    return open_rows(arrow)
+    return StoredRecords(arrow, source)
 
 
-def _drafts(path: Path, layout: Layout, parse: Callable[[Any, Layout], Draft]) -> Iterator[Draft]:
+def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Record]) -> Iterator[Record]:
     """Every record understood; at the end one error with every fault, if there was any."""
     faults, more, count = [], 0, 0
     seen: set[str] = set()
-    for index, row in enumerate(_rows(path)):
+    read = _saved_rows if path.is_dir() else _parquet_rows if path.suffix == PARQUET else _json_rows
+    for index, row in enumerate(read(path)):
         count += 1
         try:
-            draft = parse(row, layout)
-            draft = draft if draft.id else replace(draft, id=str(index))
-            if parse is not train_draft and draft.id in seen:
-                raise Fault(f"question_id {draft.id!r} occurs twice")
-            seen |= set() if parse is train_draft else {draft.id}
+            record = parse(row, layout)
+            record = record if record.id else replace(record, id=str(index))
+            if parse is not train_record:
+                if record.id in seen:
+                    raise Fault(f"question_id {record.id!r} occurs twice")
+                seen.add(record.id)
         except Fault as fault:
             if len(faults) < SHOWN:
                 hint = f"; {layout.told}" if layout.told and str(fault).startswith("unknown shape") else ""
@@ -108,23 +113,15 @@ def _drafts(path: Path, layout: Layout, parse: Callable[[Any, Layout], Draft]) -
                 more += 1
             continue
         if not faults:
-            yield draft
+            yield record
     if not count:
         raise UserError(f"data file {path} is empty: it holds no record")
     if faults:
         raise several(faults, SHOWN, more)
 
 
-def _rows(path: Path) -> Iterator[Any]:
-    if path.is_dir():
-        return _saved_rows(path)
-    if path.suffix == PARQUET:
-        return _parquet_rows(path)
-    return _json_rows(path)
-
-
 def _saved_rows(path: Path) -> Iterator[dict]:
-    from datasets import Image, List, load_from_disk
+    from datasets import load_from_disk
 
     try:
         table = load_from_disk(str(path))
@@ -132,12 +129,7 @@ def _saved_rows(path: Path) -> Iterator[dict]:
         raise UserError(f"data folder {path} was not saved by `datasets`: {error}") from None
     if not hasattr(table, "column_names") or isinstance(table.column_names, dict):
         raise UserError(f"data folder {path} holds several splits: name one of {', '.join(table)} as a folder below it")
-    for name, feature in table.features.items():  # encoded pictures stay as they are
-        if isinstance(feature, Image):
-            table = table.cast_column(name, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            table = table.cast_column(name, List(Image(decode=False)))
-    yield from table
+    yield from table.to_iterable_dataset().decode(False)  # encoded pictures stay as they are
 
 
 def _parquet_rows(path: Path) -> Iterator[dict]:
@@ -152,6 +144,7 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
+    number = 0
     try:
         with open(path, encoding="utf-8-sig") as handle:
             start = handle.read(1)
@@ -161,52 +154,38 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 yield from _array_rows(handle)
             elif start:
                 handle.seek(0)
-                for number, line in enumerate(handle, start=1):
+                for line in handle:
+                    number += 1
                     if line.strip():
-                        yield _line(line, number)
+                        yield json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         why = getattr(error, "msg", error)
+        if number and isinstance(error, json.JSONDecodeError):
+            why = f"line {number}: {why}"
         raise UserError(f"data file {path} is neither one JSON array nor one JSON object a line: {why}") from None
 
 
-def _line(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise json.JSONDecodeError(f"line {number}: {error.msg}", line, error.pos) from None
-
-
 def _array_rows(handle: TextIO) -> Iterator[Any]:
-    """Values of a JSON array whose opening bracket has been read, without holding more than one and a chunk.
-
-    Raises:
-        JSONDecodeError: the file ends too early, or something else than a value, a comma or the end stands there.
-    """
-    decoder, text, is_first, number = json.JSONDecoder(), "", True, 0
-    while True:
-        text = text.lstrip()
-        if text.startswith("]"):
-            rest = text[1:] + handle.read()
-            if rest.strip():
-                raise json.JSONDecodeError("something stands behind the end of the array", rest[:40], 0)
-            return
-        if text and not is_first and not text.startswith(","):
-            raise json.JSONDecodeError(f"expected a comma before record {number}", text[:40], 0)
-        body = text if is_first else text[1:].lstrip()
+    """Values of a JSON array whose opening bracket has been read, without holding more than one and a chunk."""
+    decoder, text, number = json.JSONDecoder(), "", 0
+    while not (text := text.lstrip()).startswith("]"):
+        if number and text and not text.startswith(","):
+            raise json.JSONDecodeError(f"expected a comma before record {number}", text, 0)
+        body = text[1:].lstrip() if number else text
         why = "the file ends before the array does"
         try:
             value, stop = decoder.raw_decode(body)
-            is_whole = stop < len(body)  # else a number may go on
         except json.JSONDecodeError as error:
-            is_whole, why = False, error.msg if body else why
-        if not is_whole:
-            more = handle.read(max(CHUNK, len(text)))
-            if not more:
-                raise json.JSONDecodeError(f"record {number}: {why}", body[:40], 0)
+            stop, why = len(body), error.msg if body else why
+        if stop < len(body):
+            yield value
+            text, number = body[stop:], number + 1
+        elif more := handle.read(max(CHUNK, len(text))):  # the value, a number too, may go on
             text += more
-            continue
-        yield value
-        text, is_first, number = body[stop:], False, number + 1
+        else:
+            raise json.JSONDecodeError(f"record {number}: {why}", body, 0)
+    if (text[1:] + handle.read()).strip():
+        raise json.JSONDecodeError("something stands behind the end of the array", text, 0)
 
 
 def _layout(path: Path) -> Layout:

@@ -23,12 +23,12 @@ def with_references(records: Iterable[Record], path: Path) -> list[Record]:
     Raises:
         UserError: the file is absent or of another shape, or has no answer for some record; all are told.
     """
-    found = _read(path)
+    found, by_line = _read(path)
     answered, faults = [], []
     for number, record in enumerate(records, start=1):
-        answers = found.get(str(number)) if found.by_line else found.get(record.id)
+        answers = found.get(str(number) if by_line else record.id)
         if not answers:
-            key = f"image_id {number}" if found.by_line else f"question_id {record.id}"
+            key = f"image_id {number}" if by_line else f"question_id {record.id}"
             faults.append(f"{record.origin}: {path} has no answer for {key}")
         else:
             answered.append(replace(record, answer=tuple(answers)))
@@ -37,13 +37,8 @@ def with_references(records: Iterable[Record], path: Path) -> list[Record]:
     return answered
 
 
-class _References(dict):
-    """Key -> gold answers; `by_line` where keys are line numbers of the question file."""
-
-    by_line = False
-
-
-def _read(path: Path) -> _References:
+def _read(path: Path) -> tuple[dict[str, list[str]], bool]:
+    """Key -> gold answers, and whether the keys are line numbers of the question file."""
     if not path.is_file():
         raise UserError(f"reference file {path} does not exist")
     try:
@@ -51,12 +46,13 @@ def _read(path: Path) -> _References:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"reference file {path} is not readable JSON: {error}") from None
     rows = values.get("annotations") or values.get("data") if isinstance(values, dict) else None
-    found = _References()
+    found: dict[str, list[str]] = {}
+    by_line = False
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"reference file {path} must hold a list under `annotations` or `data`")
     for row in rows:
         if "caption" in row and "image_id" in row:
-            found.by_line = True
+            by_line = True
             found.setdefault(str(row["image_id"]), []).append(str(row["caption"]))
         elif "question_id" in row and isinstance(row.get("answers"), list):
             found[str(row["question_id"])] = [_text(answer) for answer in row["answers"]]
@@ -65,7 +61,7 @@ def _read(path: Path) -> _References:
                 f"reference file {path}: a row has `image_id` and `caption`, or `question_id` and `answers`; "
                 f"got keys {sorted(row)}"
             )
-    return found
+    return found, by_line
 
 
 def _text(answer: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 IMAGE_MARK = "<image>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Media:
     """One picture (video later), decoded only when a batch needs it.
 
@@ -27,7 +27,7 @@ class Media:
     pad: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One turn of a conversation; `trained` False takes the loss off an answer."""
 
@@ -36,7 +36,7 @@ class Turn:
     trained: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """A conversation about images. A test record is one question; its gold `answer` is not a turn.
 

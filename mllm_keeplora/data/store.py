@@ -1,137 +1,108 @@
-"""Records of one data file, built when they are asked for; their images are decoded later still.
+"""Records of a large data file, and choices of records: each is made when it is asked for.
 
-Rows of a large file lie in an Arrow file that is mapped into memory, so that a million of them take no more than one.
+They lie in an Arrow file that is mapped into memory, so that a million of them take no more than one.
 """
 
 from __future__ import annotations
 
-import json
-from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-from mllm_keeplora.data.formats import Draft
-from mllm_keeplora.data.schema import Media, Record, Turn
+from pydantic import TypeAdapter
+
+from mllm_keeplora.data.schema import Media, Record
 from mllm_keeplora.system import files
 
-VERSION = 2  # of the stored form; another one is made anew
+VERSION = 3  # of the stored form; another one is made anew
 BATCH = 1000  # rows written at once
 WAITING = 1 << 26  # bytes of pictures that wait to be written, at most
 
 
-class LazyRecords(Sequence[Record]):
-    """Records that are made when asked for; a slice is made no sooner."""
+@dataclass(frozen=True)
+class Source:
+    """A data file, the folder that its image paths are relative to, and whether pictures are padded to squares."""
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        if isinstance(index, slice):
-            return Selection([self], range(*index.indices(len(self))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return self._at(index % len(self))
+    path: Path
+    images: Path
+    pad: bool = False
 
-    def _at(self, index: int) -> Record:
-        raise NotImplementedError
+    def placed(self, record: Record, index: int, pictures: Iterable[bytes | None]) -> Record:
+        """Return a record as its row tells it, with its place in the file and its pictures where they are.
+
+        Args:
+            index: of the row, from 0.
+            pictures: for each image the encoded picture; None for a file in the folder.
+        """
+        media = []
+        for named, picture in zip(record.media, pictures, strict=True):
+            if picture is None:
+                media.append(Media("image", self.images / named.path, self.images, pad=self.pad))
+            else:
+                name = named.path if named.path.name else Path(f"{self.path.name}#{index}")
+                media.append(Media("image", name, data=picture, pad=self.pad))
+        return replace(record, media=tuple(media), origin=f"{self.path} record {index}")
 
 
-class Records(LazyRecords):
+class StoredRecords(Sequence[Record]):
     """Records by index, in the order of their file.
 
     Args:
-        rows: from `rows_of` or `open_rows`.
-        path: the data file that they come from, which their `origin` names.
-        images: folder that image paths are relative to.
-        pad: pictures are to be padded to squares.
+        arrow: from `write_records`.
+        source: the data file that they come from.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], path: Path, images: Path, pad: bool = False):
-        self.path, self.images, self.pad = path, images, pad
-        self._rows = rows
+    def __init__(self, arrow: Path, source: Source):
+        from datasets import Dataset
+
+        self._rows, self._source = Dataset.from_file(str(arrow)), source
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Record]:
-        for index, row in enumerate(self._rows):
-            yield self._record(index, row)
+        return map(self._record, range(len(self)), self._rows)
 
-    def _at(self, index: int) -> Record:
-        return self._record(index, self._rows[index])
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        place = range(len(self))[index]
+        return Selection(self, place) if isinstance(place, range) else self._record(place, self._rows[place])
 
     def _record(self, index: int, row: dict[str, Any]) -> Record:
-        draft = json.loads(row["draft"])
-        encoded = iter(row["pictures"])
-        media = tuple(
-            Media("image", Path(name or f"{self.path.name}#{index}"), data=next(encoded), pad=self.pad)
-            if is_inside
-            else Media("image", self.images / name, self.images, pad=self.pad)
-            for name, is_inside in draft["images"]
-        )
-        answer = draft["answer"]
-        return Record(
-            id=draft["id"],
-            media=media,
-            turns=tuple(Turn(**turn) for turn in draft["turns"]),
-            answer=tuple(answer) if isinstance(answer, list) else answer,
-            kind=draft["kind"],
-            origin=f"{self.path} record {index}",
-        )
+        return self._source.placed(_as_json().validate_json(row["record"]), index, row["pictures"])
 
 
-class Selection(LazyRecords):
-    """Some records of several sequences, in a given order and as often as they are named.
+class Selection(Sequence[Record]):
+    """Some records of others, in a given order and as often as they are named; a slice is made no sooner."""
 
-    Args:
-        sources: where the records are.
-        places: position of each record, counted through all sources one after the other.
-    """
-
-    def __init__(self, sources: Sequence[Sequence[Record]], places: Iterable[int]):
-        self._sources = sources
-        self._starts = [0, *accumulate(map(len, sources))]
-        self._places = places if isinstance(places, range) else array("q", places)
+    def __init__(self, records: Sequence[Record], places: Sequence[int]):
+        self._records, self._places = records, places
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def _at(self, index: int) -> Record:
-        place = self._places[index]
-        number = bisect_right(self._starts, place) - 1
-        return self._sources[number][place - self._starts[number]]
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        places = self._places[index]
+        return Selection(self._records, places) if isinstance(index, slice) else self._records[places]
 
 
-def rows_of(drafts: Iterable[Draft]) -> list[dict[str, Any]]:
-    """Rows in memory: for files that are small anyway."""
-    return [_row(draft) for draft in drafts]
-
-
-def open_rows(path: Path) -> Sequence[dict[str, Any]]:
-    """Rows of a file that `write_rows` made, mapped into memory."""
-    from datasets import Dataset
-
-    return Dataset.from_file(str(path))
-
-
-def write_rows(path: Path, drafts: Iterable[Draft]) -> None:
-    """Fill an Arrow file with drafts; it is there whole, or not at all."""
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Fill an Arrow file with records that are not yet placed; it is there whole, or not at all."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    features = Features({"draft": Value("large_string"), "pictures": List(Value("large_binary"))})
+    features = Features({"record": Value("large_string"), "pictures": List(Value("large_binary"))})
+    apart = {"media": {"__all__": {"data"}}}
 
     def write(temporary: Path) -> None:
         with ArrowWriter(features=features, path=str(temporary), writer_batch_size=BATCH) as writer:
             waiting = 0
-            for draft in drafts:
-                row = _row(draft)
-                writer.write(row)
-                waiting += sum(map(len, row["pictures"]))
+            for record in records:
+                told = _as_json().dump_json(record, exclude=apart, exclude_defaults=True).decode()
+                pictures = [media.data for media in record.media]
+                writer.write({"record": told, "pictures": pictures})
+                waiting += sum(map(len, filter(None, pictures)))
                 if waiting > WAITING:
                     writer.write_examples_on_file()
                     waiting = 0
@@ -140,13 +111,6 @@ def write_rows(path: Path, drafts: Iterable[Draft]) -> None:
     files.write_atomically(path, write)
 
 
-def _row(draft: Draft) -> dict[str, Any]:
-    turns, images = list(map(vars, draft.turns)), [_name(image) for image in draft.images]
-    values = {**vars(draft), "turns": turns, "images": images}  # not asdict: it copies every string, four times as slow
-    pictures = [image[1] for image in draft.images if not isinstance(image, str)]
-    return {"draft": json.dumps(values, ensure_ascii=False), "pictures": pictures}
-
-
-def _name(image: str | tuple[str, bytes]) -> tuple[str, bool]:
-    """Name of an image, and whether it is kept inside the data file."""
-    return (image, False) if isinstance(image, str) else (image[0], True)
+@cache
+def _as_json() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)

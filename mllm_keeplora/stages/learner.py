@@ -6,7 +6,7 @@ killed goes on as if it had not been.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters import Adapters, Branch, Factors, adapters_for
@@ -24,6 +24,7 @@ from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import divided_loading
+from mllm_keeplora.training.order import Collator
 from mllm_keeplora.training.passes import Sources
 from mllm_keeplora.training.seeds import seed_everything, stage_seed
 from mllm_keeplora.training.state import read_training_state
@@ -121,7 +122,7 @@ class Learner:
         if records is None:
             records, _ = training_records(unit, self.benchmark, self.config)
         limit = token_limit([name for each in self.units for name in each.domains], self.config)
-        collate = partial(self.base.family.training_batch, max_length=limit)
+        collate = Collator(self.base.family, limit)
         rng = torch.Generator().manual_seed(seed)
         info = DomainInfo(unit.index - 1, unit.name, len(self.units))
         size = self.config.train.probe_batch_size

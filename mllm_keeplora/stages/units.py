@@ -37,6 +37,8 @@ def training_records(unit: Unit, benchmark: Benchmark, config: RunConfig) -> tup
     if len(unit.domains) == 1:
         name = unit.domains[0]
         return benchmark.train_records(name), config.train_of(name).epochs
+    from torch.utils.data import ConcatDataset
+
     sources, places, start = [], array("q"), 0
     for name in unit.domains:
         records, epochs = benchmark.train_records(name), config.train_of(name).epochs
@@ -45,4 +47,4 @@ def training_records(unit: Unit, benchmark: Benchmark, config: RunConfig) -> tup
         places.extend([*own] * int(epochs) + sampler.sample(own, round(len(own) * (epochs % 1))))
         sources.append(records)
         start += len(records)
-    return Selection(sources, places), 1.0
+    return Selection(ConcatDataset(sources), places), 1.0

@@ -17,7 +17,7 @@ from mllm_keeplora.system import distributed, watch
 from mllm_keeplora.system.progress import progress_bar
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import exact_afterwards, release_from_engine
-from mllm_keeplora.training.order import Collator, Records
+from mllm_keeplora.training.order import TrainingRecords
 from mllm_keeplora.training.reporter import Reporter
 from mllm_keeplora.training.state import (
     STATE,
@@ -58,8 +58,8 @@ def fit_domain(
         identity=identity,
         model=branches.model,
         args=arguments,
-        train_dataset=Records(context.data.records),
-        data_collator=Collator(context.data.collate),
+        train_dataset=TrainingRecords(context.data.records),
+        data_collator=context.data.collate,
         batch_size=settings.batch_size,
         lr_full=settings.lr_projector,
     )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from mllm_keeplora.data.schema import Record
+from mllm_keeplora.models.family import Batch, Family
 from mllm_keeplora.system import watch
 
 IDLE = -1
 
 
-class Records(Dataset):
-    """Records by index, images decoded by the collator; `IDLE` is one of which nothing is learnt."""
+class TrainingRecords(Dataset):
+    """Records by index; `IDLE` is one of which nothing is learnt."""
 
     def __init__(self, records: Sequence[Record]):
         self.records = records
@@ -26,20 +28,25 @@ class Records(Dataset):
         return self.records[0].untrained() if index == IDLE else self.records[index]
 
 
+@dataclass(frozen=True)
 class Collator:
-    """What a training's data loader makes batches with, in this process or in workers.
+    """Makes training batches of records, in this process or in a data loader's workers.
 
     Workers outlive the signals that end a run: a whole process group may be told, and the steps up to the checkpoint
     still need their batches.
+
+    Args:
+        family: of the base.
+        max_length: most tokens of a record; None for no limit.
     """
 
-    def __init__(self, collate: Callable[[Sequence[Record]], dict]):
-        self.collate = collate
+    family: Family
+    max_length: int | None = None
 
-    def __call__(self, records: Sequence[Record]) -> dict:
+    def __call__(self, records: Sequence[Record]) -> Batch:
         if get_worker_info() is not None:
             watch.ignore_endings()
-        return self.collate(records)
+        return self.family.training_batch(records, self.max_length)
 
 
 class FilledSampler(Sampler):
@@ -55,7 +62,7 @@ class FilledSampler(Sampler):
         epoch: gives the epoch that begins; a data loader that skips batches of a resumed one tells no sampler.
     """
 
-    def __init__(self, dataset: Records, seed: int, multiple: int, epoch: Callable[[], int]):
+    def __init__(self, dataset: TrainingRecords, seed: int, multiple: int, epoch: Callable[[], int]):
         self.order = SeedableRandomSampler(dataset, data_seed=seed)
         self.idle = -len(dataset) % multiple
         self.epoch = epoch

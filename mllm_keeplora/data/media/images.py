@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -21,16 +22,8 @@ def read_image(media: Media):
     Raises:
         UserError: the file is missing, outside its folder, truncated or no image.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        source = io.BytesIO(media.data) if media.data is not None else _checked_path(media)
-        with Image.open(source) as picture:
-            return picture.convert("RGB")
-    except UserError:
-        raise
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {media.path} cannot be read: {error}") from None
+    with _opened(media) as picture:
+        return picture.convert("RGB")
 
 
 def images_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> list:
@@ -58,16 +51,8 @@ def image_size(media: Media) -> tuple[int, int]:
     Raises:
         UserError: the file is missing, outside its folder or no image.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        source = io.BytesIO(media.data) if media.data is not None else _checked_path(media)
-        with Image.open(source) as picture:
-            width, height = picture.size
-    except UserError:
-        raise
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {media.path} cannot be read: {error}") from None
+    with _opened(media) as picture:
+        width, height = picture.size
     return (max(width, height),) * 2 if media.pad else (width, height)
 
 
@@ -99,17 +84,15 @@ def unreadable_images(records: Iterable[Record], advance: Callable[[int], None] 
             return f"{use[0]}: {error}"
         return None
 
-    seen: set[int] = set()
-    uses = _first_uses(records, seen, advance)
+    uses = _first_uses(records, advance)
     with ThreadPoolExecutor(4) as pool:
         while window := list(islice(uses, WINDOW)):
             yield from (found for found in pool.map(fault, window) if found)
 
 
-def _first_uses(
-    records: Iterable[Record], seen: set[int], advance: Callable[[int], None]
-) -> Iterator[tuple[str, Media]]:
+def _first_uses(records: Iterable[Record], advance: Callable[[int], None]) -> Iterator[tuple[str, Media]]:
     """The first record that names each picture, with the picture."""
+    seen: set[int] = set()
     for record in records:
         for media in record.media:
             key = hash((media.path, media.folder, media.data))
@@ -119,7 +102,21 @@ def _first_uses(
         advance(1)
 
 
-def _checked_path(media: Media):
+@contextmanager
+def _opened(media: Media) -> Iterator:
+    """The picture (PIL), read as far as the caller needs it; whatever is wrong with it is told with its name."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(_checked_path(media) if media.data is None else io.BytesIO(media.data)) as picture:
+            yield picture
+    except UserError:
+        raise
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {media.path} cannot be read: {error}") from None
+
+
+def _checked_path(media: Media) -> Path:
     """The image's path, whose name may not lead out of the data folder; links inside it are followed."""
     name = media.path
     if media.folder is not None:

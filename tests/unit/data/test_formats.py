@@ -1,12 +1,13 @@
 """Every shape that records come in, told by its keys, and what each says."""
 
 import base64
+from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.data.formats import Fault, test_draft, train_draft
+from mllm_keeplora.data.formats import Fault, test_record, train_record
 from mllm_keeplora.data.layout import Layout
-from mllm_keeplora.data.schema import Turn
+from mllm_keeplora.data.schema import Media, Turn
 
 QUESTION, ANSWER = Turn("user", "What is shown?"), Turn("assistant", "A bridge.")
 LLAVA = {
@@ -19,6 +20,7 @@ PARTS = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "A bridge."}]},
 ]
+IMAGE = (Media("image", Path("img/1.jpg")),)
 SHAPES = {
     "llava": LLAVA,
     "llava with a list": {**LLAVA, "image": ["img/1.jpg"]},
@@ -57,20 +59,20 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_says_the_same(name):
-    draft = train_draft(SHAPES[name])
-    assert draft.turns == (QUESTION, ANSWER)
-    assert draft.images == ("img/1.jpg",)
+    record = train_record(SHAPES[name])
+    assert record.turns == (QUESTION, ANSWER)
+    assert record.media == IMAGE
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_conversation_of_one_question_can_be_graded(name):
-    draft = test_draft({"id": "q1", **SHAPES[name]})
-    assert (draft.turns, draft.answer, draft.images) == ((QUESTION,), "A bridge.", ("img/1.jpg",))
+    record = test_record({"id": "q1", **SHAPES[name]})
+    assert (record.turns, record.answer, record.media) == ((QUESTION,), "A bridge.", IMAGE)
 
 
 def test_a_system_line_stands_first_and_history_before_the_question():
     row = {"instruction": "And now?", "output": "Left.", "history": [["Where?", "Right."]], "system": "Be brief."}
-    assert [(turn.role, turn.text) for turn in train_draft(row).turns] == [
+    assert [(turn.role, turn.text) for turn in train_record(row).turns] == [
         ("system", "Be brief."),
         ("user", "Where?"),
         ("assistant", "Right."),
@@ -78,37 +80,39 @@ def test_a_system_line_stands_first_and_history_before_the_question():
         ("assistant", "Left."),
     ]
     spoken = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
-    turns = train_draft({"messages": [*spoken, {"role": "assistant", "content": "Right."}]}).turns
+    turns = train_record({"messages": [*spoken, {"role": "assistant", "content": "Right."}]}).turns
     assert [turn.role for turn in turns] == ["system", "user", "assistant"]
 
 
 def test_an_alpaca_input_follows_the_instruction():
-    assert train_draft({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns[0].text == "Add.\n1 and 2"
+    assert train_record({"instruction": "Add.", "input": "1 and 2", "output": "3"}).turns[0].text == "Add.\n1 and 2"
 
 
 @pytest.mark.parametrize("switch", [{"loss": False}, {"loss_scale": 0.0}])
 def test_an_answer_may_have_its_loss_switched_off(switch):
     first = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "a", **switch}]
     last = [{"role": "user", "content": "B?"}, {"role": "assistant", "content": "b", "loss": True}]
-    assert [turn.trained for turn in train_draft({"messages": first + last}).turns[1::2]] == [False, True]
+    assert [turn.trained for turn in train_record({"messages": first + last}).turns[1::2]] == [False, True]
     with pytest.raises(Fault, match="no token is trained"):
-        train_draft({"messages": first})
+        train_record({"messages": first})
 
 
 def test_images_inside_a_record_keep_their_bytes():
     picture = b"\x89PNG..."
-    inside = train_draft({"messages": PARTS, "images": [{"bytes": picture, "path": "1.png"}]})
-    assert inside.images == (("1.png", picture),)
+    inside = train_record({"messages": PARTS, "images": [{"bytes": picture, "path": "1.png"}]})
+    assert inside.media == (Media("image", Path("1.png"), data=picture),)
     address = "data:image/png;base64," + base64.b64encode(picture).decode()
-    [image] = train_draft({"messages": MARKED, "images": [address]}).images
-    assert image == ("", picture)
+    [image] = train_record({"messages": MARKED, "images": [address]}).media
+    assert image == Media("image", Path(), data=picture)
 
 
 def test_images_follow_the_order_of_their_marks_wherever_they_are_named():
     parts = [{"type": "image"}, {"type": "text", "text": " and "}, {"type": "image", "image": "second.png"}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}]
-    draft = train_draft({"messages": turns, "images": ["first.png"]})
-    assert draft.images == ("first.png", "second.png") and draft.turns[0].text == "<image> and <image>"
+    record = train_record({"messages": turns, "images": ["first.png"]})
+    assert [str(media.path) for media in record.media] == ["first.png", "second.png"] and record.turns[
+        0
+    ].text == "<image> and <image>"
 
 
 @pytest.mark.parametrize(
@@ -123,15 +127,15 @@ def test_images_follow_the_order_of_their_marks_wherever_they_are_named():
 )
 def test_marks_stay_where_images_do_not_all_come_first(text, images, kept):
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
-    draft = train_draft({"messages": turns, "images": ["a.png"] * images})
-    assert draft.turns[0].text == kept and len(draft.images) == images
+    record = train_record({"messages": turns, "images": ["a.png"] * images})
+    assert record.turns[0].text == kept and len(record.media) == images
 
 
 def test_marks_stay_in_all_turns_where_a_later_one_shows_an_image():
     texts = ["<image> What?", "A cat.", "And <image>?", "A dog."]
     roles = ["user", "assistant"] * 2
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    assert [turn.text for turn in train_draft({"messages": turns, "images": ["a", "b"]}).turns] == texts
+    assert [turn.text for turn in train_record({"messages": turns, "images": ["a", "b"]}).turns] == texts
 
 
 def test_columns_and_tags_of_a_dataset_info_are_followed():
@@ -140,15 +144,15 @@ def test_columns_and_tags_of_a_dataset_info_are_followed():
         "pics": ["1"],
     }
     tags = {"role_tag": "who", "content_tag": "says", "user_tag": "asker", "assistant_tag": "bot"}
-    draft = train_draft(row, Layout("sharegpt", {"messages": "talk", "images": "pics"}, tags))
-    assert draft.turns == (QUESTION, ANSWER) and draft.images == ("1",)
+    record = train_record(row, Layout("sharegpt", {"messages": "talk", "images": "pics"}, tags))
+    assert record.turns == (QUESTION, ANSWER) and record.media == (Media("image", Path("1")),)
     row = {"q": "<image>What is shown?", "a": "A bridge.", "pics": ["1"]}
-    draft = train_draft(row, Layout("alpaca", {"prompt": "q", "response": "a", "images": "pics"}))
-    assert draft.turns == (QUESTION, ANSWER) and draft.images == ("1",)
+    record = train_record(row, Layout("alpaca", {"prompt": "q", "response": "a", "images": "pics"}))
+    assert record.turns == (QUESTION, ANSWER) and record.media == (Media("image", Path("1")),)
 
 
 def test_several_gold_answers_are_kept():
-    assert test_draft({"question_id": 1, "text": "?", "answer": ["2", "two"]}).answer == ("2", "two")
+    assert test_record({"question_id": 1, "text": "?", "answer": ["2", "two"]}).answer == ("2", "two")
 
 
 WRONG = {
@@ -192,16 +196,16 @@ WRONG = {
 def test_what_cannot_be_understood_is_said(name):
     row, message = WRONG[name]
     with pytest.raises(Fault) as caught:
-        train_draft(row)
+        train_record(row)
     assert message in str(caught.value)
 
 
 def test_a_graded_record_asks_one_question():
     with pytest.raises(Fault, match="asks one question, this one asks 2"):
-        test_draft({"id": "1", "messages": [*MARKED, {"role": "user", "content": "And?"}, MARKED[1]], "images": ["1"]})
+        test_record({"id": "1", "messages": [*MARKED, {"role": "user", "content": "And?"}, MARKED[1]], "images": ["1"]})
 
 
 @pytest.mark.parametrize("key", ["type", "task"])
 def test_a_question_says_what_kind_it_is(key):
     row = {"question_id": "1", "image": "a.png", "text": "How many?", "answer": "3", key: "Count"}
-    assert test_draft(row).kind == "Count"
+    assert test_record(row).kind == "Count"

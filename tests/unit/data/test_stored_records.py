@@ -2,13 +2,16 @@
 
 import json
 import logging
+import pickle
 import tracemalloc
 from io import BytesIO
 
 import pytest
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from mllm_keeplora.data import readers
+from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.readers import read_test, read_train
 from mllm_keeplora.data.store import Selection
@@ -84,6 +87,17 @@ def test_a_large_file_is_mapped_and_says_the_same(folder, large):
     assert len(list((folder / "cache" / "records").glob("*.arrow"))) == 1
     assert list(records) == [records[number] for number in range(12)]
     assert records[5].origin == f"{path} record 5" and records[5].turns[0].text == 'Number 5, "[,]" ?'
+
+
+@pytest.mark.parametrize("threshold", [readers.SMALL, 0])
+def test_records_and_choices_of_them_go_to_a_data_loaders_workers(threshold, folder, monkeypatch):
+    """Also where workers are spawned; of a large file nothing but its name goes there."""
+    monkeypatch.setattr(readers, "SMALL", threshold)
+    records = read_train(as_json(folder, ROWS * 50), folder)
+    for chosen in (records, records[100:200:3], evenly_spaced(records, 5)):
+        sent = pickle.dumps(chosen)
+        assert list(pickle.loads(sent)) == list(chosen)
+        assert threshold or len(sent) < 3_000
 
 
 def test_a_changed_file_is_read_anew_and_the_older_form_is_removed(folder, large):
@@ -217,7 +231,7 @@ def test_reading_holds_neither_the_file_nor_its_records(folder, large, monkeypat
 
 def test_a_selection_names_records_of_several_files(folder):
     first, second = read_train(as_json(folder), folder), read_train(as_lines(folder), folder)
-    chosen = Selection([first, second], [0, 23, 11, 12, 0])
+    chosen = Selection(ConcatDataset([first, second]), [0, 23, 11, 12, 0])
     assert [record.id for record in chosen] == ["0", "11", "11", "0", "0"]
     assert chosen[1] == second[11] and [record.id for record in chosen[1:3]] == ["11", "11"]
     with pytest.raises(IndexError):
