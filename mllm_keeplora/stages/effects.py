@@ -14,8 +14,8 @@ from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.probes.measure import measure_inputs
 from mllm_keeplora.runs import Unit
+from mllm_keeplora.strategies.passes import own_batches
 from mllm_keeplora.system import dealing
-from mllm_keeplora.training.passes import own_batches
 
 if TYPE_CHECKING:
     import torch

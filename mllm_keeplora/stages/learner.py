@@ -20,12 +20,12 @@ from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import DomainDir, RunDir, Unit
 from mllm_keeplora.stages.units import token_limit, training_records
 from mllm_keeplora.strategies import DomainInfo, Strategy
+from mllm_keeplora.strategies.context import Context
+from mllm_keeplora.strategies.passes import Sources
 from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
-from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import divided_loading
 from mllm_keeplora.training.order import Collator
-from mllm_keeplora.training.passes import Sources
 from mllm_keeplora.training.seeds import seed_everything, stage_seed
 from mllm_keeplora.training.state import read_training_state
 
@@ -114,7 +114,7 @@ class Learner:
             read_training_state(self.strategy, folder.training_state)
         self.open_unit = unit
 
-    def context(self, unit: Unit, stage: str, records: list | None = None) -> RunContext:
+    def context(self, unit: Unit, stage: str, records: list | None = None) -> Context:
         import torch
 
         seed = stage_seed(self.config.seed, unit.key, stage)
@@ -129,7 +129,7 @@ class Learner:
         sources = Sources(
             self.benchmark.anchor_records, self.benchmark.train_records, [each.name for each in self.units]
         )
-        return RunContext(self.base, self.adapters, self.kept, info, records, collate, rng, size, sources, seed)
+        return Context(self.base, self.adapters, self.kept, info, records, collate, rng, size, sources, seed)
 
 
 def add_facts(folder: DomainDir, facts: dict[str, Any]) -> None:

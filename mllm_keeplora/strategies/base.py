@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from mllm_keeplora.strategies.context import Context, DomainInfo, Step
+from mllm_keeplora.strategies.context import Context, Step
+from mllm_keeplora.strategies.passes import DomainInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

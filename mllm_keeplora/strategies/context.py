@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mllm_keeplora.probes.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
+from mllm_keeplora.data.schema import Record
+from mllm_keeplora.models.partition import assign, copy_of
+from mllm_keeplora.strategies.passes import Data, DomainInfo, Passes, Sources
+from mllm_keeplora.system import dealing, distributed
 
 if TYPE_CHECKING:
     import torch
@@ -15,26 +18,10 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.adapters import Adapters
     from mllm_keeplora.adapters.mixers.mixing import Mixer
-    from mllm_keeplora.data.schema import Record
-    from mllm_keeplora.linalg import (
-        Basis,
-        FrequentDirections,
-        GradientAccumulator,
-        GradientSketch,
-        MomentAccumulator,
-    )
+    from mllm_keeplora.linalg import Basis
+    from mllm_keeplora.models import Base
 
 S, T = TypeVar("S"), TypeVar("T")
-Reference = tuple[int, int]  # a training record: place of its domain, its number there
-
-
-@dataclass(frozen=True)
-class DomainInfo:
-    """The domain being learnt: its 0-based place in the sequence, its name, and how many the run has so far."""
-
-    index: int
-    name: str
-    total: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,96 +62,114 @@ class Step:
         return values.mean() if self.tokens is None else values.sum() / self.tokens
 
 
-class Layers(Protocol):
+class Context:
+    """One domain as a strategy sees it: its layers, its data, passes over it, and the processes of the run.
+
+    Args:
+        base: the loaded base model.
+        branches: its adapters.
+        kept: kept basis of every target layer, shared over the domains.
+        domain: place and name; index -1 before the first domain.
+        records: training records of the domain.
+        collate: turns records into a training batch.
+        rng: generator seeded from seed, domain and stage.
+        probe_batch_size: records per forward of a data pass.
+        sources: gives the records of anchor sets and of earlier domains.
+        seed: of the stage, for draws that depend on the step alone.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        branches: Adapters,
+        kept: dict[str, Basis],
+        domain: DomainInfo,
+        records: Sequence[Record],
+        collate: Callable[[Sequence[Record]], dict[str, Tensor]],
+        rng: torch.Generator,
+        probe_batch_size: int,
+        sources: Sources | None = None,
+        seed: int = 0,
+    ):
+        self.base, self.branches, self.kept = base, branches, kept
+        self.domain, self.rng, self.seed = domain, rng, seed
+        self.data = Data(base, domain, records, collate, sources or Sources())
+        self.passes = Passes(base, branches, domain, self.data, probe_batch_size)
+        self.layers = Layers(base, branches, self.passes)
+        self.processes = Processes(self.layers)
+        self.answering: Mixer | None = None
+        self.facts: dict[str, Any] = {}
+        self.forgotten: dict[str, list[int]] = {}
+
+    def forget(self, layer: str, columns: Sequence[int]) -> None:
+        """Give up columns of a layer's kept basis. The only way to do so: what earlier domains kept is on disk."""
+        if layer in self.forgotten:
+            raise RuntimeError(f"columns of {layer} were forgotten already in this stage")
+        self.kept[layer].forget(columns)
+        self.forgotten[layer] = sorted(columns)
+
+    def answer_with(self, mixer: Mixer) -> None:
+        """Let a mixer weigh the branches when questions are answered after this domain."""
+        self.answering = mixer
+
+    def edit_parameter(self, name: str, edit: Callable[[Tensor], Tensor]) -> None:
+        """Change a trained parameter outside the optimizer, its float32 master copy included."""
+        import torch
+
+        parameter = self.branches.trainable()[name]
+        with torch.no_grad():
+            edited = edit(copy_of(parameter))
+            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+                from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+                safe_set_full_fp32_param(parameter, edit(safe_get_full_fp32_param(parameter)))
+            assign(parameter, edited)
+
+    def log(self, facts: dict[str, Any]) -> None:
+        """Enter facts in the run's records: those of a domain in its gradient.json, those of `prepare` in run.json.
+
+        The main process's count, and of one key the last.
+        """
+        self.facts.update(facts)
+
+
+class Layers:
     """Target layers by exact module name."""
 
-    names: tuple[str, ...]
+    def __init__(self, base: Base, branches: Adapters, passes: Passes):
+        self.base, self.branches, self.passes = base, branches, passes
+        self.names = branches.layers
 
     def weight(self, layer: str) -> Tensor:
         """Give the current weight (d_out, d_in), open branch not included."""
+        return self.branches.weight(layer)
 
     def d_in(self, layer: str) -> int:
         """Give the input size."""
+        return self.branches.base.get_submodule(layer).in_features
 
     def depth(self, layer: str) -> int | None:
         """Give the index of the transformer layer; None for the projector's."""
+        return self.base.parts.depth(layer)
 
     def groups(self) -> list[list[str]]:
         """Group the layers that receive the same tensor: q, k, v of a block; its gate and up."""
+        return self.passes.groups()
 
 
-class Data(Protocol):
-    """Training records of the domain and, by reference, of earlier ones."""
-
-    records: Sequence[Record]
-
-    def batch_of(self, references: Sequence[Reference]) -> dict[str, Tensor]:
-        """Make model inputs of training records."""
-
-    def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Put two batches together as one."""
-
-
-class Passes(Protocol):
-    """Runs of the model over records. `samples` are so many of them, or that share, evenly spaced."""
-
-    def features(
-        self,
-        samples: int | float,
-        plan: FeaturePlan = EXACT_FEATURES,
-        of: Sequence[str] = (),
-        layers: Sequence[str] | None = None,
-    ) -> dict[str, MomentAccumulator | FrequentDirections]:
-        """Collect statistics of the target layers' inputs, over records of the domain or of anchor sets named in `of`.
-
-        All processes get the statistics of all records.
-        """
-
-    def rounds(self, plan: FeaturePlan) -> list[list[str]] | None:
-        """Group target layers for `features`, if exact statistics fit only one group after the other.
-
-        None where `features` takes what the plan wants in one pass. The same in all processes.
-        """
-
-    def gradients(
-        self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS
-    ) -> dict[str, GradientAccumulator | GradientSketch]:
-        """Collect the mean loss gradient of every target layer's weight."""
-
-    def record_gradients(self, samples: int | float) -> Iterator[dict[str, Tensor]]:
-        """Give the gradient of -log p(answer) by trained parameter, of one record after the other of this process."""
-
-    def loss_gradients(self, references: Sequence[Reference]) -> dict[str, Tensor]:
-        """Give the gradient of training records' mean loss over supervised tokens by trained parameter, dropout off.
-
-        The references are this process's share of the records, which may be none.
-        """
-
-    def answer_logits(self, references: Sequence[Reference]) -> Tensor:
-        """Give the model's logits now at the answers of training records, (n, classes); at least one record.
-
-        Tokens come in the order of the records, dropout off. With gradient, unless the caller forbids it. A strategy
-        that calls it unequally often in its processes needs `forwards`.
-        """
-
-    def teacher_logits(self, batch: Mapping[str, Any]) -> Tensor:
-        """Give logits (n, classes) of the model as it was before this domain, without gradient."""
-
-    def question_features(self, samples: int | float, pictures: bool = True) -> Tensor:
-        """Give what frozen parts see in questions, (n, d): this process's share; see `Family.question_features`."""
-
-    def feature_sizes(self, pictures: bool = True) -> tuple[int, int]:
-        """Say how many of `question_features` are of words, and how many of pictures."""
-
-
-class Processes(Protocol):
+class Processes:
     """What several processes do together; one process is the identity."""
+
+    def __init__(self, layers: Layers):
+        self.layers = layers
 
     def reduce(self, tensors: list[Tensor]) -> None:
         """Sum tensors over processes, in place."""
+        distributed.all_reduce(tensors)
 
     def gathered(self, rows: Tensor) -> Tensor:
         """Put the rows of all processes, each of which has its share of the records, into the order of the records."""
+        return distributed.interleaved(rows)
 
     def dealt(
         self, load: Callable[[str], S], work: Callable[[str, S], T], layers: Iterable[str] | None = None
@@ -173,37 +178,6 @@ class Processes(Protocol):
 
         `load` gives what is worked on, and is called by all; `work` gives tensors and plain values, nested or not.
         """
-
-
-class Context(Protocol):
-    """One domain as a strategy sees it.
-
-    Attributes:
-        branches: the adapters of the base.
-        kept: kept basis of every target layer.
-        rng: generator seeded from seed, domain and stage.
-    """
-
-    layers: Layers
-    data: Data
-    passes: Passes
-    processes: Processes
-    branches: Adapters
-    kept: dict[str, Basis]
-    domain: DomainInfo
-    rng: torch.Generator
-
-    def forget(self, layer: str, columns: Sequence[int]) -> None:
-        """Give up columns of a layer's kept basis. The only way to do so: what earlier domains kept is on disk."""
-
-    def answer_with(self, mixer: Mixer) -> None:
-        """Let a mixer weigh the branches when questions are answered after this domain."""
-
-    def edit_parameter(self, name: str, edit: Callable[[Tensor], Tensor]) -> None:
-        """Change a trained parameter outside the optimizer, its float32 master copy included."""
-
-    def log(self, facts: dict[str, Any]) -> None:
-        """Enter facts in the run's records: those of a domain in its gradient.json, those of `prepare` in run.json.
-
-        The main process's count, and of one key the last.
-        """
+        chosen = self.layers.names if layers is None else layers
+        costs = {layer: float(self.layers.d_in(layer)) ** 3 for layer in chosen}  # of a decomposition
+        return dealing.divided(costs, load, work)

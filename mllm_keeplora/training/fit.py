@@ -13,9 +13,9 @@ from transformers import PrinterCallback, TrainingArguments
 
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.strategies import Strategy
+from mllm_keeplora.strategies.context import Context
 from mllm_keeplora.system import distributed, watch
 from mllm_keeplora.system.progress import progress_bar
-from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import exact_afterwards, release_from_engine
 from mllm_keeplora.training.order import TrainingRecords
 from mllm_keeplora.training.reporter import Reporter
@@ -29,7 +29,7 @@ from mllm_keeplora.training.trainer import DomainTrainer
 
 def fit_domain(
     strategy: Strategy,
-    context: RunContext,
+    context: Context,
     settings: TrainConfig,
     epochs: float,
     arguments: TrainingArguments,

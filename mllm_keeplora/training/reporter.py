@@ -9,9 +9,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from mllm_keeplora.strategies import Strategy
-from mllm_keeplora.strategies.context import Step
+from mllm_keeplora.strategies.context import Context, Step
 from mllm_keeplora.system import files, watch
-from mllm_keeplora.training.context import RunContext
 
 
 class Reporter(TrainerCallback):
@@ -26,7 +25,7 @@ class Reporter(TrainerCallback):
 
     def __init__(
         self,
-        context: RunContext,
+        context: Context,
         strategy: Strategy,
         step: Callable[[], Step],
         metrics_file: Path,

@@ -14,9 +14,8 @@ from transformers import Trainer
 from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.partition import assign, copy_of, is_partitioned
 from mllm_keeplora.strategies import Strategy
-from mllm_keeplora.strategies.context import Step
+from mllm_keeplora.strategies.context import Context, Step
 from mllm_keeplora.system import distributed, files
-from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import parameters_of
 from mllm_keeplora.training.order import FilledSampler
 from mllm_keeplora.training.state import (
@@ -55,7 +54,7 @@ class DomainTrainer(Trainer):
     def __init__(
         self,
         strategy: Strategy,
-        context: RunContext,
+        context: Context,
         identity: dict[str, Any],
         batch_size: int,
         lr_full: float | None,

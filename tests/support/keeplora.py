@@ -14,9 +14,9 @@ from hypothesis import settings
 from mllm_keeplora.adapters import Adapters, Branch, Factors
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.strategies import DomainInfo
+from mllm_keeplora.strategies.context import Context
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA, KeepLoRAOptions
 from mllm_keeplora.training.arguments import training_arguments
-from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.fit import fit_domain
 from tests.oracles import subspace
 from tests.support.strategies import open_branch
@@ -84,7 +84,7 @@ def columns_of(kept):
 def context_of(base, adapters, kept, records, index=0, probe_batch=3):
     collator = base.family.training_batch
     rng = torch.Generator().manual_seed(index)
-    return RunContext(base, adapters, kept, DomainInfo(index, f"domain {index}"), records, collator, rng, probe_batch)
+    return Context(base, adapters, kept, DomainInfo(index, f"domain {index}"), records, collator, rng, probe_batch)
 
 
 def fit(strategy, context, folder, optimizer="adamw_torch", **settings):

@@ -9,13 +9,13 @@ from mllm_keeplora.adapters import Adapters, Factors
 from mllm_keeplora.adapters.stored import LIVE, Past
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.strategies import DomainInfo
+from mllm_keeplora.strategies.context import Context
+from mllm_keeplora.strategies.passes import Sources
 from mllm_keeplora.training.arguments import training_arguments
-from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.fit import fit_domain
-from mllm_keeplora.training.passes import Sources
 
 
-def context_of(base, adapters: Adapters, records: dict, index: int, kept: dict | None = None, **options) -> RunContext:
+def context_of(base, adapters: Adapters, records: dict, index: int, kept: dict | None = None, **options) -> Context:
     """The context of a domain by its place among `records` (name -> its training records); -1 is before the first."""
     names = list(records)
     name = names[index] if index >= 0 else "base"
@@ -29,17 +29,17 @@ def context_of(base, adapters: Adapters, records: dict, index: int, kept: dict |
         "sources": Sources(trained=records.__getitem__, names=names),
         "seed": index + 1,
     }
-    return RunContext(base, adapters, **{**values, **options})
+    return Context(base, adapters, **{**values, **options})
 
 
-def open_branch(strategy, context: RunContext) -> None:
+def open_branch(strategy, context: Context) -> None:
     """Open the branch that a strategy begins a domain with, as the stage `gradient` does."""
     begun = strategy.before_domain(context)
     if begun is not None:
         context.branches.open(begun)
 
 
-def fit(strategy, context: RunContext, folder, args: dict | None = None, **settings) -> dict:
+def fit(strategy, context: Context, folder, args: dict | None = None, **settings) -> dict:
     """Train the open branch; without checkpoints, unless `args` (of the Trainer) asks for them."""
     config = TrainConfig(
         **{"lr": 1e-2, "epochs": 1.0, "batch_size": 4, "log_steps": 1, **settings},
@@ -50,7 +50,7 @@ def fit(strategy, context: RunContext, folder, args: dict | None = None, **setti
     return fit_domain(strategy, context, config, config.epochs, arguments, folder / "metrics.jsonl", {})
 
 
-def learn(strategy, context: RunContext, folder, **settings) -> Factors:
+def learn(strategy, context: Context, folder, **settings) -> Factors:
     """One domain from its branch to its statistics; afterwards the model is the one that the domain leaves."""
     branches = context.branches
     open_branch(strategy, context)

@@ -10,9 +10,9 @@ import torch
 
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.strategies import DomainInfo
+from mllm_keeplora.strategies.context import Context
+from mllm_keeplora.strategies.passes import Sources
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA, KeepLoRAOptions
-from mllm_keeplora.training.context import RunContext
-from mllm_keeplora.training.passes import Sources
 from tests.oracles import subspace
 from tests.support.keeplora import CHOSEN, OPTIONS, TOLERANCE, columns_of, modules_of, weights_of
 from tests.support.strategies import open_branch
@@ -29,7 +29,7 @@ class Domain:
     adapters: Adapters
     strategy: KeepLoRA
     kept: dict
-    context: RunContext
+    context: Context
     kept_before: dict
 
     @property
@@ -73,7 +73,7 @@ def begin(base, records, history="merged", sets=None, kept=None, seed=0, **chang
 
     def context(index, records):
         info = DomainInfo(index, f"domain {index}")
-        return RunContext(base, adapters, kept, info, records, collator, generator, 3, Sources(anchors))
+        return Context(base, adapters, kept, info, records, collator, generator, 3, Sources(anchors))
 
     if not kept:
         strategy.prepare(context(-1, []))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mllm_keeplora.models.causal.losses import supervised_positions
-from mllm_keeplora.training.context import RunContext
+from mllm_keeplora.strategies.context import Context
 from tests.unit.adapters.conftest import (
     ABSENT,
     HISTORIES,
@@ -158,7 +158,7 @@ def test_teacher_logits_are_those_before_the_branch_without_a_graph(base, batch)
     before = logits_of(adapters.model, batch)
     adapters.open(random_branch(base, 7))
     adapters.load(random_factors(base, 8), {})
-    context = RunContext(base, adapters, {}, None, [], None, None, 4)
+    context = Context(base, adapters, {}, None, [], None, None, 4)
     logits = context.passes.teacher_logits(batch)
     supervised = before[supervised_positions(batch["labels"])]
     assert torch.allclose(logits, supervised, atol=1e-5) and not logits.requires_grad
@@ -169,5 +169,5 @@ def test_a_teacher_leaves_a_training_model_in_training(base, batch):
     adapters = adapt(base)
     adapters.open(random_branch(base, 7))
     adapters.model.train()
-    RunContext(base, adapters, {}, None, [], None, None, 4).passes.teacher_logits(batch)
+    Context(base, adapters, {}, None, [], None, None, 4).passes.teacher_logits(batch)
     assert all(module.training for module in adapters.model.modules())

@@ -10,9 +10,8 @@ from mllm_keeplora.adapters import Factors
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies.baselines.ewc import EWC, EWCOptions
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
-from mllm_keeplora.strategies.context import Step
+from mllm_keeplora.strategies.context import Context, Step
 from mllm_keeplora.system.files import read_tensors, write_tensors
-from mllm_keeplora.training.context import RunContext
 from tests.oracles import ewc
 from tests.support.strategies import context_of, fit, learn, open_branch
 from tests.unit.adapters.conftest import adapt, projector_parameters, same
@@ -107,7 +106,7 @@ def test_processes_add_up_their_records(base, tiny_records):
     whole.after_domain(context)
     sums: dict[int, list[torch.Tensor]] = {}
 
-    class Process(RunContext):
+    class Process(Context):
         def record_gradients(self, samples):
             return (each for number, each in enumerate(super().record_gradients(samples)) if number % 2 == self.rank)
 

@@ -1,22 +1,22 @@
-"""Runs of the model over records, as strategies ask for them: features, gradients, answers."""
+"""Records of a domain and runs of the model over them, as strategies ask for them: features, gradients, answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.data.collate import batches, evenly_spaced
 from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.models.family import inputs_of
-from mllm_keeplora.models.partition import IdleBatch, streamed
+from mllm_keeplora.models.partition import IdleBatch, is_partitioned, streamed
 from mllm_keeplora.models.running import as_in_training, evaluating
 from mllm_keeplora.probes.features import collect_moments, exact_passes, shared_inputs
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.probes.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
-from mllm_keeplora.strategies.context import DomainInfo, Reference
-from mllm_keeplora.system import distributed
+from mllm_keeplora.system import distributed, watch
 from mllm_keeplora.system.progress import progress_bar
-from mllm_keeplora.training.passes import own_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +29,100 @@ if TYPE_CHECKING:
         MomentAccumulator,
     )
     from mllm_keeplora.models import Base
-    from mllm_keeplora.training.context import RunData
 
 
-class RunPasses:
-    """Passes over a domain's records, of which each process runs its share.
+Reference = tuple[int, int]  # a training record: place of its domain, its number there
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """The domain being learnt: its 0-based place in the sequence, its name, and how many the run has so far."""
+
+    index: int
+    name: str
+    total: int = 1
+
+
+@dataclass
+class Sources:
+    """Where records are that the domain itself does not have.
+
+    Attributes:
+        anchors: gives the records of an anchor set by its name.
+        trained: gives the training records of a domain by its name.
+        names: of the units of the sequence, in order.
+    """
+
+    anchors: Callable[[str], Sequence[Record]] | None = None
+    trained: Callable[[str], Sequence[Record]] | None = None
+    names: Sequence[str] = ()
+    read: dict[int, Sequence[Record]] = field(default_factory=dict)  # else a file is read again for every record
+
+    def domain(self, index: int) -> Sequence[Record]:
+        """Training records of a domain by its place."""
+        if index not in self.read:
+            self.read[index] = self.trained(self.names[index])
+        return self.read[index]
+
+
+class Data:
+    """Training records of a domain and, by reference, of earlier ones."""
+
+    def __init__(
+        self,
+        base: Base,
+        domain: DomainInfo,
+        records: Sequence[Record],
+        collate: Callable[[Sequence[Record]], dict[str, Tensor]],
+        sources: Sources,
+    ):
+        self.base, self.domain, self.records, self.collate, self.sources = base, domain, records, collate, sources
+
+    def of_domain(self, index: int) -> Sequence[Record]:
+        """Give the training records of a domain that is or was learnt, by its place."""
+        return self.records if index == self.domain.index else self.sources.domain(index)
+
+    def batch_of(self, references: Sequence[Reference]) -> dict[str, Tensor]:
+        """Make model inputs of training records by reference."""
+        return self.inputs([self.of_domain(domain)[index] for domain, index in references])
+
+    def inputs(self, records: Sequence[Record]) -> dict[str, Tensor]:
+        """Make a training batch of records, on the model's device."""
+        device = next(self.base.model.parameters()).device
+        return {key: value.to(device) for key, value in self.collate(records).items()}
+
+    def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put two batches together as one."""
+        return self.base.family.joined(first, second)
+
+
+def own_batches(
+    model: Any, collate: Callable[[Sequence[Record]], dict], records: Sequence[Record], size: int
+) -> Iterator[dict]:
+    """Model inputs of this process's share of the records.
+
+    Where weights are divided (ZeRO-3) all processes run equally many batches: those with fewer end with idle ones.
+    """
+    from mllm_keeplora.adapters.mixers.mixing import look_at
+
+    device, world = next(model.parameters()).device, distributed.world_size()
+    for part in batches(records[distributed.rank() :: world], size):
+        batch = {key: value.to(device) for key, value in collate(part).items()}
+        look_at(model, batch)
+        yield batch
+        watch.stop_here()
+    if is_partitioned(model) and world > 1:
+        most, own = (math.ceil(len(records[rank::world]) / size) for rank in (0, distributed.rank()))
+        for _ in range(most - own):
+            batch = IdleBatch({key: value.to(device) for key, value in collate(records[:1]).items()})
+            look_at(model, batch)
+            yield batch
+
+
+class Passes:
+    """Runs of the model over records, of which each process has its share.
+
+    `samples` are so many records of the domain, or that share of them, evenly spaced.
 
     Args:
         base, branches: the loaded base and its adapters.
@@ -42,7 +131,7 @@ class RunPasses:
         batch_size: records per forward.
     """
 
-    def __init__(self, base: Base, branches: Adapters, domain: DomainInfo, data: RunData, batch_size: int):
+    def __init__(self, base: Base, branches: Adapters, domain: DomainInfo, data: Data, batch_size: int):
         self.base, self.branches, self.family = base, branches, base.family
         self.domain, self.data, self.batch_size = domain, data, batch_size
 
@@ -53,6 +142,10 @@ class RunPasses:
         of: Sequence[str] = (),
         layers: Sequence[str] | None = None,
     ) -> dict[str, MomentAccumulator | FrequentDirections]:
+        """Collect statistics of the target layers' inputs, over records of the domain or of anchor sets named in `of`.
+
+        All processes get the statistics of all records.
+        """
         records = self.data.records
         if of:  # answers of anchors are not used: the first question of each, whose tokens see no answer
             records = [record.first_exchange() for name in of for record in self.data.sources.anchors(name)]
@@ -62,16 +155,22 @@ class RunPasses:
         return collect_moments(self.family, self.branches.model, self._modules(layers), passed, plan, idle)
 
     def rounds(self, plan: FeaturePlan) -> list[list[str]] | None:
+        """Group target layers for `features`, if exact statistics fit only one group after the other.
+
+        None where `features` takes what the plan wants in one pass. The same in all processes.
+        """
         return exact_passes(self.groups(), self._modules(), plan) if plan.statistic == "auto" else None
 
     def gradients(
         self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS
     ) -> dict[str, GradientAccumulator | GradientSketch]:
+        """Collect the mean loss gradient of every target layer's weight."""
         passed = self._pass(self.data.records, samples, "gradient")
         idle = self._idle_layers(self.data.records, samples)
         return collect_mean_gradients(self.family, self.branches.model, self._modules(), passed, plan, idle)
 
     def record_gradients(self, samples: int | float) -> Iterator[dict[str, Tensor]]:
+        """Give the gradient of -log p(answer) by trained parameter, of one record after the other of this process."""
         chosen = _chosen(self.data.records, samples)
         with progress_bar(f"{self.domain.name}: gradients", len(chosen) // distributed.world_size()) as advance:
             for batch in own_batches(self.branches.base, self.data.collate, chosen, 1):
@@ -79,6 +178,10 @@ class RunPasses:
                 advance()
 
     def loss_gradients(self, references: Sequence[Reference]) -> dict[str, Tensor]:
+        """Give the gradient of training records' mean loss over supervised tokens by trained parameter, dropout off.
+
+        The references are this process's share of the records, which may be none.
+        """
         import torch
 
         sums = {name: torch.zeros_like(parameter) for name, parameter in self.branches.trainable().items()}
@@ -91,12 +194,18 @@ class RunPasses:
         return {name: each / count for name, each in sums.items()}
 
     def answer_logits(self, references: Sequence[Reference]) -> Tensor:
+        """Give the model's logits now at the answers of training records, (n, classes); at least one record.
+
+        Tokens come in the order of the records, dropout off. With gradient, unless the caller forbids it. A strategy
+        that calls it unequally often in its processes needs `forwards`.
+        """
         trains = self.branches.model.training
         assert not (trains and self.branches.mixer), "live branches are weighed for one batch at a time in a training"
         with evaluating(self.branches.model):
             return self._logits(self.data.batch_of(references))
 
     def teacher_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Give logits (n, classes) of the model as it was before this domain, without gradient."""
         import torch
 
         supervised = self.family.supervised(self.branches.base, batch["labels"])
@@ -104,6 +213,7 @@ class RunPasses:
             return self.branches.model(**inputs_of(batch)).logits[0]
 
     def question_features(self, samples: int | float, pictures: bool = True) -> Tensor:
+        """Give what frozen parts see in questions, (n, d): this process's share; see `Family.question_features`."""
         import torch
 
         found, base = [], self.branches.base
@@ -114,6 +224,7 @@ class RunPasses:
         return torch.cat(found) if found else torch.zeros(0, sum(self.feature_sizes(pictures)))
 
     def feature_sizes(self, pictures: bool = True) -> tuple[int, int]:
+        """Say how many of `question_features` are of words, and how many of pictures."""
         return self.family.feature_sizes(self.branches.base, pictures)
 
     def groups(self) -> list[list[str]]:
