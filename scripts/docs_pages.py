@@ -45,7 +45,7 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made."""
     pages = {f"strategies/{name}.md": strategy_page(name) for name in STRATEGIES}
-    pages["changelog.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    pages["changelog.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
@@ -153,20 +153,19 @@ def options_of(model: type[BaseModel], prefix: str = "") -> str:
         comments |= dict(COMMENT.findall(inspect.getsource(each)))
     rows = []
     for name, field in schema["properties"].items():
-        default = "required" if name in schema.get("required", ()) else value_text(field.get("default"))
+        default = "required" if name in schema.get("required", ()) else value_text(field.get("default", ""))
         meaning = prose(field.get("description") or comments.get(name, ""))
         fixed = "may change when the run is continued" if field.get("runtime") else ""
         rows.append((f"`{prefix}{name}`", kind_of(field, schema), default, "; ".join(filter(None, (meaning, fixed)))))
-    own = model.__doc__ if "__doc__" in vars(model) else None
-    return "\n\n".join(
-        filter(None, (table(("key", "values", "default", ""), rows), prose(inspect.cleandoc(own or ""))))
-    )
+    own = vars(model).get("__doc__") or ""
+    return "\n\n".join([prose(inspect.cleandoc(own)), table(("key", "values", "default", ""), rows)]).strip()
 
 
 def kind_of(field: dict[str, Any], schema: dict[str, Any]) -> str:
     """What a key may be set to, in words."""
     if "$ref" in field:
-        return f"keys of their own ({field['$ref'].rsplit('/', 1)[-1].removesuffix('Config').lower()})"
+        name = field["$ref"].rsplit("/", 1)[-1].removesuffix("Config").lower()
+        return f"[see {name}](#{name})"
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if "anyOf" in field:
@@ -176,11 +175,14 @@ def kind_of(field: dict[str, Any], schema: dict[str, Any]) -> str:
     if field.get("type") == "object":
         return "keys and values"
     bounds = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field]
-    return " ".join([KINDS.get(field.get("type", ""), "any"), *bounds])
+    return " ".join([KINDS.get(field.get("type", ""), "any"), ", ".join(bounds)]).strip()
 
 
 def value_text(value: Any) -> str:
-    return "" if value in ({}, [], "") else f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
+    """A default as it is written in YAML; nothing for what is empty, or a section with defaults of its own."""
+    if isinstance(value, dict) or value in ([], ""):
+        return ""
+    return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
 
 
 def sections() -> str:
@@ -196,12 +198,13 @@ def sections() -> str:
 
 def sweep_sections() -> str:
     parts = [options_of(SweepConfig)]
-    parts += [options_of(kind, f"{name}.") for name, kind in {"tune": TuneConfig, "final": FinalConfig}.items()]
+    for name, kind in {"tune": TuneConfig, "final": FinalConfig}.items():
+        parts += [f"#### {name}", options_of(kind, f"{name}.")]
     return "\n\n".join(parts)
 
 
 def benchmark_sections() -> str:
-    kinds = {"A benchmark": Benchmark, "A domain": Domain, "A suite": Suite}
+    kinds = {"Benchmark": Benchmark, "Domain": Domain, "Suite": Suite}
     return "\n\n".join(f"### {title}\n\n{options_of(kind)}" for title, kind in kinds.items())
 
 
@@ -239,4 +242,4 @@ def prose(text: str) -> str:
         parts = line.split("`")
         return "`".join(re.sub(r"([*_<\[])", r"\\\1", part) if number % 2 == 0 else part for number, part in enumerate(parts))
 
-    return "\n".join(escaped(line) for line in text.splitlines())
+    return "\n".join(escaped(line) for line in text.replace("\nSource:", "\n\nSource:").splitlines())
