@@ -1,7 +1,7 @@
 """Pages of the site that are made from the code: strategies, option tables, the changelog. A hook of mkdocs.
 
-Pages in docs/ can be read where they are, too: a link to a file outside of docs/ becomes one to the page that is made of
-that file, or plain text; a line `<!-- made: NAME -->` is where a table goes.
+Pages in docs/ can be read where they are, too: a link to a file outside of docs/ becomes one to the page that is made
+of that file, or plain text; a line `<!-- made: NAME -->` is where a table goes.
 """
 
 from __future__ import annotations
@@ -230,7 +230,9 @@ TABLES = {
 
 def table(heads: tuple[str, ...], rows: Any) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in row) + " |" for row in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in row) + " |" for row in lines
+    )
 
 
 def prose(text: str) -> str:
@@ -240,6 +242,8 @@ def prose(text: str) -> str:
         if line.startswith("    "):
             return line
         parts = line.split("`")
-        return "`".join(re.sub(r"([*_<\[])", r"\\\1", part) if number % 2 == 0 else part for number, part in enumerate(parts))
+        return "`".join(
+            re.sub(r"([*_<\[])", r"\\\1", part) if number % 2 == 0 else part for number, part in enumerate(parts)
+        )
 
     return "\n".join(escaped(line) for line in text.replace("\nSource:", "\n\nSource:").splitlines())
