@@ -182,7 +182,7 @@ def value_text(value: Any) -> str:
     """A default as it is written in YAML; nothing for what is empty, or a section with defaults of its own."""
     if isinstance(value, dict) or value in ([], ""):
         return ""
-    return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`{{.whole}}"
 
 
 def sections() -> str:

@@ -18,7 +18,7 @@ from mllm_keeplora.runs import DomainDir, RunDir, Unit
 from mllm_keeplora.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
-PLACE = re.compile(r"`((?:\w+/)+\w+\.py)(?:::([\w.]+))?`")
+PLACE = re.compile(r"`((?:\w+/)*\w+\.py)(?:::([\w.]+))?`")
 
 
 @pytest.fixture(scope="module")
