@@ -18,7 +18,7 @@ from mllm_keeplora.runs import DomainDir, RunDir, Unit
 from mllm_keeplora.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
-PLACE = re.compile(r"`((?:\w+/)*\w+\.py)(?:::([\w.]+))?`")
+PLACE = re.compile(r"`((?:\w+/)*\w+\.py)(?:::([\w.]+))?`(?!\])")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def site(tmp_path_factory) -> Path:
     """The site; a warning, such as a broken link or a page without a place among the others, is a fault."""
     folder = tmp_path_factory.mktemp("site")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
