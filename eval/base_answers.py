@@ -8,8 +8,6 @@ it is continued, as far as the base's answers depend on it, and of where it runs
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -24,7 +22,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.grading import answer_files, regrade
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import asked_records
-from mllm_keeplora.identity import digest_of_data, environment
+from mllm_keeplora.identity import Identity, digest_of, environment
 from mllm_keeplora.runs import BASE_UNIT, RunDir
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log
@@ -102,11 +100,10 @@ def _digest(run: RunDir, config: RunConfig, name: str) -> str:
     import torch
 
     record = run.record
-    (part,) = (each for each in [*record["domains"], *record["suites"]] if each["name"] == name)
-    what = [record["base"]["fingerprint"], digest_of_data([part]), record.get("generator")]
+    identity = Identity.of_record(record)
+    what = [identity.base, identity.digest(name), identity.generator]
     how = {key: value for key, value in record["config"].items() if key.startswith(("base.", "eval."))}
     batches = [config.eval.batch_size, config.eval.weights, config.deepspeed, distributed.world_size()]
     on_gpu = distributed.device() != "cpu"
     device = torch.cuda.get_device_name() if on_gpu else [torch.backends.cpu.get_cpu_capability(), config.threads]
-    told = json.dumps([what, how, batches, device, environment()], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    return digest_of([what, dict(sorted(how.items())), batches, device, dict(sorted(environment().items()))])

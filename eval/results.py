@@ -12,7 +12,7 @@ from mllm_keeplora.data import Benchmark
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.grading import errors_of, stored_figures, stored_percent, strict_percent
 from mllm_keeplora.eval.rows import blind_graded, by_type, sets_after, stored_rows
-from mllm_keeplora.identity import digest_of_data, environment, settings_of
+from mllm_keeplora.identity import Identity, environment, settings_of
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir
 from mllm_keeplora.system import files
@@ -144,12 +144,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         stored_bytes=_stored(run),
         complete=_is_complete(run, benchmark, config),
         settings=settings_of(record),
-        identity={
-            "split": benchmark.split,
-            "data": digest_of_data([*record["domains"], *record["suites"]]),
-            "generator": record.get("generator"),
-            "base": record["base"]["fingerprint"],
-        },
+        identity=Identity.of_record(record).told(),
         origin=run.results,
     )
 

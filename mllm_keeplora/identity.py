@@ -1,11 +1,12 @@
-"""What makes two runs the same: config, data, base and versions, as a run records them."""
+"""What makes two runs the same, two trainings, or two sets of answers: one object, and how differences are told."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,37 +18,131 @@ from mllm_keeplora.data.readers import digest
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "torchvision")
 
 
+@dataclass(frozen=True)
+class Identity:
+    """A run is the same run as long as these are the same; a run directory records them in `run.json`.
+
+    Attributes:
+        config: result-defining keys by dotted name, but those that `domains` stand for.
+        base: fingerprint of the base's weights; None of a hub's base that has not been loaded yet.
+        domains: in order, each as `domain_record` has it.
+        suites: as `graded_record` has them.
+        generator: name of drawn data; None where the data is somebody's own.
+    """
+
+    config: Mapping[str, Any]
+    base: str | None
+    domains: tuple[dict[str, Any], ...]
+    suites: tuple[dict[str, Any], ...]
+    generator: str | None
+
+    @classmethod
+    def of_config(cls, config: RunConfig, benchmark: Benchmark, base: str | None) -> Identity:
+        """The identity that a run of this config has with the data as they are now; reads every data file once."""
+        return cls(
+            comparable(config),
+            base,
+            tuple(domain_record(config, benchmark, name) for name in benchmark.domains),
+            tuple(graded_record(benchmark, name) for name in benchmark.suites),
+            benchmark.root.name if benchmark.generator is not None else None,
+        )
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Identity:
+        """The identity that a run was started with.
+
+        A key that came later has the value that everything had before it. An option that a YAML has as 1e5 was kept as
+        a string once.
+        """
+        config = {"eval.split": "test", **record["config"]}
+        for key, value in config.items():
+            if key.startswith("strategy.") and isinstance(value, str) and EXPONENT.match(value):
+                config[key] = float(value)
+        parts = tuple(record["domains"]), tuple(record["suites"])
+        return cls(config, record["base"]["fingerprint"], *parts, record.get("generator"))
+
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Domains and suites by name."""
+        return {each["name"]: each for each in (*self.domains, *self.suites)}
+
+    def differences(self, now: Identity, origin: str, inherited: int = 0) -> list[str]:
+        """Say in one line each what is different now; domains may have been appended.
+
+        Args:
+            now: what is asked for.
+            origin: where this identity comes from, for the lines.
+            inherited: so many of the first domains another run has learnt, by settings of its own.
+        """
+        lines = differences(self.config, now.config, origin)
+        if None not in (self.base, now.base) and self.base != now.base:
+            lines.append("base: the weights of the base model are not those that the run was started with")
+        old, new = ([each["name"] for each in identity.domains] for identity in (self, now))
+        if new[: len(old)] != old:
+            lines.append(f"domains: {old} in {origin}, {new} now; domains may only be appended")
+        for each in (*self.domains[inherited:], *self.suites):
+            if each["name"] in now.parts:
+                lines += part_differences(each, now.parts[each["name"]], origin)
+        return lines
+
+    def graded_like(self, other: Identity) -> set[str]:
+        """Names of domains and suites that both grade by the same files and rules, however they are trained."""
+        shared = self.parts.keys() & other.parts.keys()
+        pairs = {name: ({**each.parts[name], "train": {}} for each in (self, other)) for name in shared}
+        return {name for name, pair in pairs.items() if not part_differences(*pair, "")}
+
+    def digest(self, *names: str) -> str:
+        """Digest what domains and suites are learnt from and graded by, whatever their order and place on disk.
+
+        Args:
+            names: of some of them; none for all.
+        """
+        told = []
+        for name in sorted(names or self.parts):
+            part = self.parts[name]
+            rules = sorted((key, value) for key, value in part["files"].items() if key not in PATHS)
+            told.append([name, rules, sorted(part["sha256"].items())])
+        return digest_of(told)
+
+    def told(self) -> dict[str, str | None]:
+        """What results say of it: `split`, `data` (a digest), `generator`, `base`."""
+        split = self.config["eval.split"]
+        return {"split": split, "data": self.digest(), "generator": self.generator, "base": self.base}
+
+
+def training_identity(
+    record: Mapping[str, Any], unit: str, epochs: float, train: Mapping[str, Any], engine: list | None
+) -> dict[str, Any]:
+    """Facts that a checkpoint must share with a training that goes on from it.
+
+    Args:
+        record: of the run.
+        unit: key of the unit.
+        epochs, train: over its records, and the result-defining keys of its training settings.
+        engine: DeepSpeed's setting and the number of processes, whose states are not read by others; None without.
+    """
+    return {"config": record["config"], "unit": unit, "epochs": epochs, "train": train, "engine": engine}
+
+
+def digest_of(facts: Any) -> str:
+    """Twelve hexadecimal digits of JSON values."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """Result-defining keys that are compared as they are; domains are compared by their definitions instead."""
+    """Select the result-defining keys that are compared as they are; domains are compared by what they are."""
     by_definition = {"domains", "benchmark", "train", "per_domain"}
     return {key: value for key, value in config.result_defining().items() if key.split(".")[0] not in by_definition}
 
 
-def recorded(record: dict[str, Any]) -> dict[str, Any]:
-    """The comparable keys of a record; a key that came later has the value that everything had before it.
-
-    An option that a YAML has as 1e5 was kept as a string once.
-    """
-    stored = {"eval.split": "test", **record["config"]}
-    for key, value in stored.items():
-        if key.startswith("strategy.") and isinstance(value, str) and EXPONENT.match(value):
-            stored[key] = float(value)
-    return stored
-
-
 def domain_record(config: RunConfig, benchmark: Benchmark, name: str) -> dict[str, Any]:
-    """A domain as the run records it: its files and how it is trained."""
+    """Describe a domain as a run records it: its files and how it is trained."""
     train = with_published_epochs(config, benchmark).train_of(name)
     return {**graded_record(benchmark, name), "train": result_defining(train)}
 
 
-def graded_parts(benchmark: Benchmark) -> list[dict[str, Any]]:
-    """Domains and suites with the digests of their files, as a run records them."""
-    return [graded_record(benchmark, name) for name in [*benchmark.domains, *benchmark.suites]]
-
-
 def graded_record(benchmark: Benchmark, name: str) -> dict[str, Any]:
-    """A domain or suite with absolute paths and the digests of its files."""
+    """Describe a domain or suite by absolute paths and the digests of its files."""
     part = benchmark.graded(name)
     values = part.model_dump()
     for key in PATHS:
@@ -60,22 +155,30 @@ def graded_record(benchmark: Benchmark, name: str) -> dict[str, Any]:
 
 
 def part_differences(old: dict[str, Any], new: dict[str, Any], origin: str) -> list[str]:
-    """Where a recorded domain or suite differs from the config's; files may move, their content may not change."""
-    name = old["name"]
-    lines = []
+    """Say where two records of a domain or suite differ; files may move, their content may not change."""
+    name, lines = old["name"], []
     kind = Domain if "train" in new["files"] else Suite  # an older run may not have recorded what had its default
     defaults = {key: each.default for key, each in kind.model_fields.items() if not each.is_required()}
     old = {**old, "files": {**defaults, **old["files"]}}
-    for key, prefix in (("files", f"{name}."), ("train", f"{name}.train.")):
-        before, after = (flatten(_without_paths(each.get(key, {})), prefix) for each in (old, new))
+    for group, prefix in (("files", f"{name}."), ("train", f"{name}.train.")):
+        before, after = (
+            flatten({key: value for key, value in each.get(group, {}).items() if key not in PATHS}, prefix)
+            for each in (old, new)
+        )
         lines += differences(before, after, origin)
     if old["sha256"] != new["sha256"]:
         lines.append(f"{name}: its data files are not those that the run was started with")
     return lines
 
 
-def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in PATHS}
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], origin: str) -> list[str]:
+    """Say in one line each which keys two flattened configs do not share."""
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, "absent"), after.get(key, "absent")
+        if old != new:
+            lines.append(f"{key}: {old!r} in {origin}, {new!r} now")
+    return lines
 
 
 def settings_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -92,26 +195,10 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def digest_of_data(parts: Sequence[Mapping[str, Any]]) -> str:
-    """One digest of what domains and suites are learnt from and graded by, whatever their order and place on disk.
-
-    Args:
-        parts: as a run records them: `name`, `files` (paths and rules of grading), `sha256` of the JSON files.
-    """
-    told = []
-    for part in sorted(parts, key=lambda part: part["name"]):
-        rules = sorted((key, value) for key, value in part["files"].items() if key not in PATHS)
-        told.append([part["name"], rules, sorted(part["sha256"].items())])
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
-
-
 def environment() -> dict[str, str]:
-    """Versions that can move a number."""
-    found = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "mllm_keeplora": _version("mllm-keeplora"),
-    }
+    """Name the versions that can move a number."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    found["mllm_keeplora"] = _version("mllm-keeplora")
     return found | {name: version for name in LIBRARIES if (version := _version(name))}
 
 
@@ -120,13 +207,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def differences(before: dict[str, Any], after: dict[str, Any], origin: str) -> list[str]:
-    """One line for each key that two flattened configs do not share."""
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key, "absent"), after.get(key, "absent")
-        if old != new:
-            lines.append(f"{key}: {old!r} in {origin}, {new!r} now")
-    return lines

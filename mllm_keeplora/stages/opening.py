@@ -12,15 +12,7 @@ from mllm_keeplora.checks.run import Checked
 from mllm_keeplora.config import RunConfig, as_yaml, flatten, read_yaml
 from mllm_keeplora.data import Benchmark, Domain
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.identity import (
-    comparable,
-    differences,
-    domain_record,
-    environment,
-    graded_record,
-    part_differences,
-    recorded,
-)
+from mllm_keeplora.identity import Identity, comparable, differences, environment
 from mllm_keeplora.runs import BASE_UNIT, RunDir, now
 from mllm_keeplora.stages.units import plan_units
 from mllm_keeplora.system import distributed, files
@@ -53,14 +45,15 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
             )
         if inherited is not None:
             _inherit_definitions(checked.benchmark, run.record["domains"][: inherited["after"]])
-        _accept(run, config, checked)
+        _accept(run, config, checked, Identity.of_config(config, checked.benchmark, checked.base_fingerprint))
     else:
         if source is not None:
             _fits_parent(source, config, checked, after)
             _inherit_definitions(checked.benchmark, source.record["domains"][:after])
-        record = _record(config, checked, source, after or 0)
+        identity = Identity.of_config(config, checked.benchmark, checked.base_fingerprint)
+        record = _record(config, checked, identity, source, after or 0)
         if source is not None:
-            names = _graded_alike(source, record)
+            names = Identity.of_record(source.record).graded_like(Identity.of_record(record))
             record["stages"] = _inherited_stages(source, after, names)
             if distributed.is_main():
                 _copy_state(source, run, after, names)
@@ -71,55 +64,45 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
     return run
 
 
-def _record(config: RunConfig, checked: Checked, source: RunDir | None, after: int) -> dict[str, Any]:
+def _record(
+    config: RunConfig, checked: Checked, identity: Identity, source: RunDir | None, after: int
+) -> dict[str, Any]:
     inherited = source.record["domains"][:after] if source is not None else []
-    base = checked.base_fingerprint  # None of a hub's: the parent's is the one to load
+    base = identity.base  # None of a hub's: the parent's is the one to load
     if base is None and source is not None:
         base = source.record["base"]["fingerprint"]
-    names = list(checked.benchmark.domains)
     return {
         "name": config.name,
         "created": now(),
         "environment": environment(),
         "benchmark": checked.benchmark.name,
-        "generator": checked.benchmark.root.name if checked.benchmark.generator is not None else None,
+        "generator": identity.generator,
         "base": {"name": config.base.model, "fingerprint": base},
         "seed": config.seed,
         "parent": {"run": str(source.path), "after": after} if source is not None else None,
-        "config": comparable(config),
-        "domains": [*inherited, *(domain_record(config, checked.benchmark, name) for name in names[after:])],
-        "units": [asdict(unit) for unit in plan_units(names, checked.strategy.stream)],
-        "suites": [graded_record(checked.benchmark, name) for name in checked.benchmark.suites],
+        "config": dict(identity.config),
+        "domains": [*inherited, *identity.domains[after:]],
+        "units": [asdict(unit) for unit in plan_units(list(checked.benchmark.domains), checked.strategy.stream)],
+        "suites": list(identity.suites),
     }
 
 
-def _accept(run: RunDir, config: RunConfig, checked: Checked) -> None:
+def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity) -> None:
     """Compare an existing run with the config; extend it where domains were appended."""
     record, origin = run.record, str(run.path)
-    lines = differences(recorded(record), comparable(config), origin)
-    if checked.base_fingerprint is not None and record["base"]["fingerprint"] not in (None, checked.base_fingerprint):
-        lines.append("base: the weights of the base model are not those that the run was started with")
-    old = [each["name"] for each in record["domains"]]
-    new = list(checked.benchmark.domains)
-    if new[: len(old)] != old:
-        lines.append(f"domains: {old} in {origin}, {new} now; domains may only be appended")
-    elif new != old and checked.strategy.stream == "union":
+    inherited = (record["parent"] or {"after": 0})["after"]
+    lines = Identity.of_record(record).differences(identity, origin, inherited)
+    old, new = [each["name"] for each in record["domains"]], list(checked.benchmark.domains)
+    if new[: len(old)] == old != new and checked.strategy.stream == "union":
         lines.append(f"domains: {config.strategy.name} learns all domains at once, so none can be appended")
-    num_inherited = (record["parent"] or {"after": 0})["after"]
-    for each in record["domains"][num_inherited:]:
-        if each["name"] in checked.benchmark.domains:
-            lines += part_differences(each, domain_record(config, checked.benchmark, each["name"]), origin)
-    for each in record["suites"]:
-        if each["name"] in checked.benchmark.suites:
-            lines += part_differences(each, graded_record(checked.benchmark, each["name"]), origin)
     if lines:
         raise UserError(
             "\n  ".join([f"run {origin} was started with another config; choose another `output`:", *lines])
         )
-    for name in new[len(old) :]:
-        record["domains"].append(domain_record(config, checked.benchmark, name))
-        run.note(f"domain {name} appended")
-        log.info("domain %s appended to %s", name, origin)
+    for domain in identity.domains[len(old) :]:
+        record["domains"].append(domain)
+        run.note(f"domain {domain['name']} appended")
+        log.info("domain %s appended to %s", domain["name"], origin)
     record["units"] = [asdict(unit) for unit in plan_units(new, checked.strategy.stream)]
     _forget_lost_answers(run)
     run.save()
@@ -163,7 +146,7 @@ def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int
         raise UserError(f"--from {source.path}: its base model is not {config.base.model} as it is now")
     lines = [
         line
-        for line in differences(recorded(source.record), comparable(config), str(source.path))
+        for line in differences(Identity.of_record(source.record).config, comparable(config), str(source.path))
         if not line.startswith(MAY_DIFFER_FROM_PARENT)
     ]
     if lines:
@@ -182,14 +165,6 @@ def _inherit_definitions(benchmark: Benchmark, inherited: list[dict[str, Any]]) 
         if not (Path(domain.train).is_file() and graded is not None and Path(graded).is_file()):
             raise UserError(f"--from: inherited domain {name} needs its data at {domain.train} and {graded}")
     benchmark.domains = {**before, **{name: benchmark.domains[name] for name in own if name not in before}}
-
-
-def _graded_alike(source: RunDir, record: dict[str, Any]) -> set[str]:
-    """Names of domains and suites that parent and child grade by the same files and rules."""
-    ours = {each["name"]: each for each in [*record["domains"], *record["suites"]]}
-    theirs = [*source.record["domains"], *source.record["suites"]]
-    rules = [({**each, "train": {}}, {**ours[each["name"]], "train": {}}) for each in theirs if each["name"] in ours]
-    return {old["name"] for old, new in rules if not part_differences(old, new, "")}
 
 
 def _inherited_stages(source: RunDir, after: int, names: set[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mllm_keeplora.adapters.mixers import save_mixer
 from mllm_keeplora.config import result_defining
+from mllm_keeplora.identity import training_identity
 from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import Unit
 from mllm_keeplora.stages.learner import Learner, add_facts
@@ -35,13 +36,13 @@ def train(learner: Learner, unit: Unit) -> dict[str, Any]:
     arguments = training_arguments(settings, epochs, folder.checkpoints, seed, engine, bf16)
     seed_everything(seed)
     context = learner.context(unit, "train", records)
-    identity = {
-        "config": learner.run.record["config"],
-        "unit": unit.key,
-        "epochs": epochs,
-        "train": result_defining(settings),
-        "engine": [learner.config.deepspeed, distributed.world_size()] if engine else None,  # reads no others' state
-    }
+    identity = training_identity(
+        learner.run.record,
+        unit.key,
+        epochs,
+        result_defining(settings),
+        [learner.config.deepspeed, distributed.world_size()] if engine else None,
+    )
     _log_plan(learner, unit, len(records), epochs, arguments)
     metrics = learner.run.path / "metrics.jsonl"
     with watch.until_saved(), distributed.keeping_step(learner.config.distributed_timeout_s):

@@ -19,7 +19,7 @@ from typing import Any
 from mllm_keeplora.checks.run import check_run
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.identity import digest_of_data, graded_parts
+from mllm_keeplora.identity import Identity
 from mllm_keeplora.report.compared import Choice, write_comparison
 from mllm_keeplora.strategies import summary_of
 from mllm_keeplora.sweeps.cells import Runner, log_of, visible_devices
@@ -103,25 +103,25 @@ def check_sweep(sweep: SweepConfig) -> None:
         UserError: with all faults of configs at once, or with the first run of other data or base.
     """
     faults: list[str] = []
-    data: dict[str, tuple] = {}
-    fingerprint = None
+    now: dict[str, dict[str, str | None]] = {}  # split -> what results of it have to say of their data and base
     for label in sweep.strategies:
         first = sweep.tune.grid[0]
         for cell in (tune_cell(sweep, label, first), final_cell(sweep, label, first, sweep.final.seeds[0])):
+            config = cell.config()
             try:
-                checked = check_run(cell.config(), look_inside=False)
+                checked = check_run(config, look_inside=False)
             except UserError as error:
                 faults.append(f"{label}: {error}")
                 continue
-            benchmark, fingerprint = checked.benchmark, checked.base_fingerprint
-            drawn = benchmark.root.name if benchmark.generator is not None else None
-            data[benchmark.split] = (drawn, digest_of_data(graded_parts(benchmark)))
+            if checked.benchmark.split not in now:
+                identity = Identity.of_config(config, checked.benchmark, checked.base_fingerprint)
+                now[checked.benchmark.split] = identity.told()
     if faults:
         raise several(list(dict.fromkeys(faults)))
     for path in sorted(sweep.folder.glob("*/*/results.json")):
-        identity = Results.load(path).identity
-        same_data = data.get(identity.get("split")) in (None, (identity.get("generator"), identity.get("data")))
-        if not same_data or fingerprint not in (None, identity.get("base")):
+        told = Results.load(path).identity
+        wanted = now.get(told.get("split"), {})
+        if any(value != told.get(key) for key, value in wanted.items() if key != "base" or value is not None):
             raise UserError(
                 f"{path.parent} was made with other data or another base than are here now; choose another `output`"
             )
