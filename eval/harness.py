@@ -11,28 +11,18 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.adapters.mixers.mixing import keep_rows, look_at
 from mllm_keeplora.data import Record, TestSet
-from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
 from mllm_keeplora.models import Base
-from mllm_keeplora.models.causal.decoding import greedy
+from mllm_keeplora.models.family import Answer
 from mllm_keeplora.models.partition import keeps_step
 from mllm_keeplora.runs import DomainDir
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.progress import progress_bar
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model wrote; `is_cut` if it reached the token limit without an end mark."""
-
-    text: str
-    is_cut: bool
 
 
 def evaluate_set(
@@ -116,29 +106,24 @@ def generate(
     again alone, so that neither the size of batches nor the number of processes tips it. Processes that must answer in
     step leave it at the batch's answer.
     """
-    answers, close = _decoded(base, model, records, suffixes, max_new_tokens)
+    answers = _answered(base, model, records, suffixes, max_new_tokens)
     if settle_ties and len(records) > 1 and not keeps_step(model):
-        for row in close:
-            [answers[row]], _ = _decoded(base, model, [records[row]], [suffixes[row]], max_new_tokens)
+        for row in [row for row, answer in enumerate(answers) if answer.is_close]:
+            [answers[row]] = _answered(base, model, [records[row]], [suffixes[row]], max_new_tokens)
     return answers
 
 
-def _decoded(
+def _answered(
     base: Base, model: Any, records: Sequence[Record], suffixes: Sequence[str], max_new_tokens: int
-) -> tuple[list[Answer], list[int]]:
-    """Answers, and the rows of those that another batch might have changed."""
+) -> list[Answer]:
     import torch
 
-    parameter, prompt = next(base.model.parameters()), base.prompt
-    batch = prompt.question_batch(records, [images_of(record, prompt.background) for record in records], suffixes)
+    parameter = next(base.model.parameters())
+    batch = base.family.question_batch(records, suffixes)
     batch = {key: _to(value, parameter) for key, value in batch.items()}
     with torch.inference_mode():
         look_at(base.model, batch)
-        found = greedy(model, batch, max_new_tokens, prompt.ends, prompt.tokenizer.pad_token_id, keep_rows(base.model))
-    ends = torch.tensor(sorted(prompt.ends), device=found.tokens.device)
-    ended = torch.isin(found.tokens, ends).any(dim=1).tolist()
-    answers = [Answer(text, not end) for text, end in zip(prompt.answers(found.tokens), ended, strict=True)]
-    return answers, found.close.nonzero().flatten().tolist()
+        return base.family.answers(model, batch, max_new_tokens, keep_rows(base.model))
 
 
 class Journal:
@@ -180,7 +165,7 @@ def _idle(model: Any, left: int) -> list[None]:
 
 def _plan(base: Base, records: Sequence[Record], batch_size: int) -> list[list[int]]:
     """Places of the records in batches of questions of about the same length; several processes get as many each."""
-    lengths = [base.prompt.length(record) for record in records]
+    lengths = [base.family.length(record) for record in records]
     order = sorted(range(len(records)), key=lambda index: (lengths[index], index))
     world = distributed.world_size()
     if world > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.adapters import Adapters, adapters_for, merge_for_good
+from mllm_keeplora.adapters.placed import PlacedModel
 from mllm_keeplora.adapters.stored import is_oracle, past_of
 from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
@@ -29,15 +30,20 @@ class SavedRun:
 
     run: RunDir
     config: RunConfig
-    place: tuple | None = None  # what the adapters hold
 
     @cached_property
     def base(self) -> Base:
         return self.load_base(self.config.base)
 
     @cached_property
+    def placed(self) -> PlacedModel:
+        """The run's model as it answers after any unit."""
+        settings = self.config.adapters
+        return PlacedModel(adapters_for(self.base, settings.projector, settings.history), self.run)
+
+    @property
     def adapters(self) -> Adapters:
-        return adapters_for(self.base, self.config.adapters.projector, self.config.adapters.history)
+        return self.placed.adapters
 
     @cached_property
     def benchmark(self) -> Benchmark:
@@ -94,13 +100,7 @@ class SavedRun:
             after: number of units.
             asked: the domain or suite that is asked, which matters where each domain has a branch of its own.
         """
-        units = self.first(after)
-        place = (after, asked if is_oracle(self.run, units) else None)
-        if place != self.place:
-            past = past_of(self.run, units, asked)
-            self.adapters.restore(past.factors, past.full, past.mixer)
-            self.place = place
-        return self.adapters.model
+        return self.placed.at(self.first(after), asked)
 
     def refuse_domain(self, domain: str | None, after: int | None) -> None:
         """UserError where a person names a domain that has no branch of its own after so many units; None is fine."""

@@ -22,7 +22,7 @@ from mllm_keeplora import load_config
 from mllm_keeplora.adapters import Branch, adapters_for
 from mllm_keeplora.checks.memory import estimate
 from mllm_keeplora.data import load_benchmark
-from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
+from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.models import load_base
 from mllm_keeplora.models.base import skeleton
 from mllm_keeplora.models.causal.logits import supervised_logits
@@ -58,12 +58,12 @@ def compared(name: str) -> list[dict[str, Any]]:
     )
     base = load_base(config.base, "keeplora")
     records = evenly_spaced(load_benchmark(config).train_records("RS"), BATCH)
-    batch = TrainCollator(base.prompt, None)(records)
+    batch = base.family.training_batch(records)
     layers = {layer: base.model.get_submodule(layer) for layer in base.parts.target_layers}
     plan = GradientPlan("sketch", 3 * RANK, following=True)
     measured = {
-        "gradient": peak_bytes(lambda: collect_mean_gradients(base.model, layers, [batch], plan)),
-        "consolidate": peak_bytes(lambda: collect_moments(base.model, layers, [batch])),
+        "gradient": peak_bytes(lambda: collect_mean_gradients(base.family, base.model, layers, [batch], plan)),
+        "consolidate": peak_bytes(lambda: collect_moments(base.family, base.model, layers, [batch])),
     }
     adapters = adapters_for(base, "keeplora", "factors")
     adapters.open(Branch({n: torch.randn(RANK, m.in_features) for n, m in layers.items()}, dict.fromkeys(layers, 32.0)))
@@ -87,7 +87,7 @@ def step(adapters: Any, batch: dict) -> None:
     labels = batch.pop("labels")
     with supervised_logits(adapters.base, labels):
         outputs = adapters.model(**batch)
-    answer_loss(outputs, labels).backward()
+    answer_loss(adapters.family, outputs, labels).backward()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from rich.table import Table
 from mllm_keeplora import load_config
 from mllm_keeplora.adapters import Branch, adapters_for
 from mllm_keeplora.data import load_benchmark
-from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
+from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.models import load_base
 from mllm_keeplora.models.causal.logits import graph_from_inputs, supervised_logits
 from mllm_keeplora.training.trainer import answer_loss
@@ -55,7 +55,7 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, Any]:
     config = load_config("mini_dcl", [f"base.model={name}"])
     base, plain = (load_base(config.base, "keeplora") for _ in range(2))
     records = evenly_spaced(load_benchmark(config).train_records("RS"), options.batch_size)
-    batch = TrainCollator(base.prompt, None)(records)
+    batch = base.family.training_batch(records)
     ours, reference, floor = our_step(base, batch), peft_step(plain, batch), floor_pass(plain, batch)
     saved = saved_bytes(ours) / saved_bytes(reference)
     timing = side_by_side(ours, reference, options.repeats)
@@ -78,7 +78,7 @@ def our_step(base: Any, batch: dict):
     def step() -> None:
         with supervised_logits(adapters.base, labels):
             outputs = adapters.model(**inputs)
-        answer_loss(outputs, labels).backward()
+        answer_loss(base.family, outputs, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 

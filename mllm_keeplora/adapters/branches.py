@@ -29,17 +29,17 @@ class Adapters:
     """Low-rank branches of one base model.
 
     Args:
-        model: the base model (transformers), all parameters frozen; changed in place.
-        layers: target layers by exact module name.
+        base: all its parameters frozen; its model is changed in place.
         history: `merged`, `factors` or `auto`.
         dropout: LoRA dropout of open branches.
         full: names of parameters that train in full beside the branch (the projector's with `projector: full`).
     """
 
-    def __init__(self, model: Any, layers: tuple[str, ...], history: str, dropout: float, full: tuple[str, ...] = ()):
-        self._peft = PeftBranches(model)
-        self.layers = layers
-        self.mode = choose_history(history, model)
+    def __init__(self, base: Base, history: str, dropout: float, full: tuple[str, ...] = ()):
+        self._peft = PeftBranches(base.model)
+        self.family, self.parts = base.family, base.parts
+        self.layers = base.parts.target_layers
+        self.mode = choose_history(history, base.model)
         self.dropout = dropout
         self.full = full
         self.branch: Branch | None = None
@@ -50,7 +50,7 @@ class Adapters:
         self._mixing: Mixing | None = None
         self._trained: dict[str, Any] = {}  # found once for each open branch: strategies ask at every step
         self._start: tuple[dict[str, Tensor], dict[str, Tensor] | None] | None = None  # A, B as the branch began
-        self._pristine = PristineWeights(model, layers if self.mode == "merged" else (), full)
+        self._pristine = PristineWeights(base.model, self.layers if self.mode == "merged" else (), full)
 
     @property
     def model(self) -> Any:
@@ -236,7 +236,7 @@ class Adapters:
         """Past branches as one whose rank coordinates the mixer weighs."""
         from mllm_keeplora.adapters.mixers.mixing import Mixing
 
-        self._mixing = Mixing(self.base, mixer)
+        self._mixing = Mixing(self.base, mixer, self.family, self.parts.projectors)
         past = [] if branch is not None and branch.carried else [factors.unweighted() for factors in self.past]
         if not past:
             return
@@ -290,4 +290,4 @@ def adapters_for(base: Base, projector: str, history: str, dropout: float = 0.0)
     if projector == "full":
         starts = tuple(f"{projector}." for projector in base.parts.projectors)
         full = tuple(name for name, _ in base.model.named_parameters() if name.startswith(starts))
-    return Adapters(base.model, base.parts.target_layers, history, dropout, full)
+    return Adapters(base, history, dropout, full)

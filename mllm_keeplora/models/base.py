@@ -9,9 +9,11 @@ from typing import Any
 
 from mllm_keeplora.config import BaseConfig
 from mllm_keeplora.errors import UserError, first_line
+from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.causal.parts import ALL_LINEARS, Parts, expert_weights, name_parts
 from mllm_keeplora.models.causal.prefix_prompt import PrefixPrompt
 from mllm_keeplora.models.causal.prompt import ChatPrompt
+from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.fingerprint import identity_of
 from mllm_keeplora.models.shipped import prompt_style, resolve
 from mllm_keeplora.system.log import log
@@ -24,9 +26,14 @@ class Base:
     name: str
     model: Any
     processor: Any
-    prompt: ChatPrompt
+    family: Family
     parts: Parts
     fingerprint: str
+
+    @property
+    def prompt(self) -> ChatPrompt:
+        """The prompt of a base that has one."""
+        return self.family.prompt
 
 
 def prompt_of(processor: Any, style: str, generation: Any = None) -> ChatPrompt:
@@ -92,14 +99,8 @@ def load_base(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # norms and heads to float32
     model.requires_grad_(False).eval()
     _onto_gpu(model, config)
-    return Base(
-        name=config.model,
-        model=model,
-        processor=processor,
-        prompt=prompt_of(processor, prompt_style(config), model.generation_config),
-        parts=name_parts(model, projector, target),
-        fingerprint=identity,
-    )
+    family = CausalFamily(prompt_of(processor, prompt_style(config), model.generation_config))
+    return Base(config.model, model, processor, family, family.name_parts(model, projector, target), identity)
 
 
 def _onto_gpu(model: Any, config: BaseConfig) -> None:

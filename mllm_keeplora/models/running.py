@@ -39,5 +39,5 @@ def as_in_training(model: Any) -> AbstractContextManager:
     """Run a model in half precision as the Trainer does, under autocast, which spares branches' float32 inputs."""
     import torch
 
-    weight = model.get_input_embeddings().weight
-    return torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype.itemsize == 2)
+    first = next(model.parameters())
+    return torch.autocast(first.device.type, first.dtype, enabled=first.dtype.itemsize == 2)

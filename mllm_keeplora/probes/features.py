@@ -8,6 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.models.running import removed_afterwards
 from mllm_keeplora.probes.passes import counted, looking, named, over_processes, refuse_missing
 from mllm_keeplora.probes.plans import EXACT_FEATURES, FeaturePlan
@@ -16,9 +17,11 @@ from mllm_keeplora.system import distributed
 
 if TYPE_CHECKING:
     from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
+    from mllm_keeplora.models.family import Family
 
 
 def collect_moments(
+    family: Family,
     model: Any,
     layers: dict[str, Any],
     batches: Iterable[dict],
@@ -28,6 +31,7 @@ def collect_moments(
     """Statistics of every target layer's input features over real tokens; padding never counts.
 
     Args:
+        family: of the base.
         model: what runs, with whatever branches are active.
         layers: name of each target layer -> its module within `model`.
         batches: model inputs; `labels` are needed only where `plan.tokens` tells answers from instructions.
@@ -46,13 +50,12 @@ def collect_moments(
     moments: dict[str, MomentAccumulator | FrequentDirections] = {}
     batches = iter(batches)
     first = next(batches, None)  # the main process has one, whatever the others have
-    exact = distributed.from_main(first is not None and _features_exactly(model, layers, first, plan))
+    exact = distributed.from_main(first is not None and _features_exactly(family, model, layers, first, plan))
     make = partial(plan.accumulator, exact=exact)
     for batch in chain(() if first is None else (first,), batches):
-        inputs_only = {key: value for key, value in batch.items() if key != "labels"}
-        rows = ChosenRows(batch, plan, getattr(model.config, "image_token_id", None))
-        with _input_hooks(counted(layers, batch), moments, rows, make), looking(model):
-            model(**inputs_only)
+        rows = ChosenRows(family.token_kinds(model, batch), plan)
+        with _input_hooks(counted(layers, batch), moments, rows, make), looking(family, model):
+            model(**inputs_of(batch))
     groups = {tuple(group): None for share in distributed.gather(_sharing(moments)) for group in share}
     seen = {name for group in groups for name in group}  # by any process: one may be without records, or pictures
     refuse_missing(layers.keys() - seen - {*passed_over}, "saw no input")
@@ -63,7 +66,7 @@ def collect_moments(
     return {name: moments[name] for name in layers}
 
 
-def shared_inputs(model: Any, layers: dict[str, Any], batch: dict) -> list[list[str]]:
+def shared_inputs(family: Family, model: Any, layers: dict[str, Any], batch: dict) -> list[list[str]]:
     """Target layers grouped by the tensor that feeds them, seen in one forward of model inputs."""
 
     seen: dict[int, list[str]] = {}
@@ -77,8 +80,8 @@ def shared_inputs(model: Any, layers: dict[str, Any], batch: dict) -> list[list[
         return hook
 
     handles = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
-    with removed_afterwards(handles), looking(model):
-        model(**{key: value for key, value in batch.items() if key != "labels"})
+    with removed_afterwards(handles), looking(family, model):
+        model(**inputs_of(batch))
     return list(seen.values())
 
 
@@ -113,8 +116,8 @@ def exact_passes(
     return distributed.from_main(plan.exact_passes(groups, widths, next(iter(layers.values())).weight.device))
 
 
-def _features_exactly(model: Any, layers: dict[str, Any], batch: dict, plan: FeaturePlan) -> bool:
-    groups = shared_inputs(model, layers, batch) if plan.statistic == "auto" else []
+def _features_exactly(family: Family, model: Any, layers: dict[str, Any], batch: dict, plan: FeaturePlan) -> bool:
+    groups = shared_inputs(family, model, layers, batch) if plan.statistic == "auto" else []
     widths = [layers[group[0]].in_features for group in groups]
     return plan.exact(widths, next(iter(layers.values())).weight.device)
 

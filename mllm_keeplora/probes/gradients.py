@@ -6,8 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.models.causal.logits import graph_from_inputs, supervised_logits
-from mllm_keeplora.models.causal.losses import per_sample_loss
+from mllm_keeplora.models.family import inputs_of, mean_by_row
 from mllm_keeplora.models.partition import IdleBatch, streamed
 from mllm_keeplora.models.running import evaluating, removed_afterwards
 from mllm_keeplora.probes.passes import counted, named, over_processes, refuse_missing
@@ -19,9 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.linalg import GradientAccumulator, GradientSketch
+    from mllm_keeplora.models.family import Family
 
 
 def collect_mean_gradients(
+    family: Family,
     model: Any,
     layers: dict[str, Any],
     batches: Iterable[dict],
@@ -34,7 +35,7 @@ def collect_mean_gradients(
     batches: the same as passes of batch size 1.
 
     Args:
-        model, layers: as in `collect_moments`.
+        family, model, layers: as in `collect_moments`.
         batches: model inputs with `labels`.
         plan: exact sums or sketches.
         passed_over: layers whose gradient may be zero since nothing reaches them, as in `collect_moments`.
@@ -56,7 +57,7 @@ def collect_mean_gradients(
         gradients[name].update(grad_output, inputs)
 
     for batch in batches:
-        _backward(model, counted(layers, batch), batch, add, plan.inputs_dtype(exact))
+        _backward(family, model, counted(layers, batch), batch, add, plan.inputs_dtype(exact))
         for accumulator in () if isinstance(batch, IdleBatch) else gradients.values():
             accumulator.count_samples(batch["labels"].shape[0])
     by_any = {name for share in distributed.gather(sorted(reached)) for name in share}
@@ -65,7 +66,12 @@ def collect_mean_gradients(
 
 
 def _backward(
-    model: Any, layers: dict[str, Any], batch: dict, add: Callable[[str, Tensor, Tensor], None], kept_in: Any = None
+    family: Family,
+    model: Any,
+    layers: dict[str, Any],
+    batch: dict,
+    add: Callable[[str, Tensor, Tensor], None],
+    kept_in: Any = None,
 ) -> None:
     """One pass of a batch; while it runs backward, `add` gets name, output gradients and inputs of every layer.
 
@@ -89,8 +95,8 @@ def _backward(
         return hook
 
     handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with removed_afterwards(handles), graph_from_inputs(model), evaluating(model), streamed(model):
-        with supervised_logits(model, batch["labels"]):
-            loss = per_sample_loss(model(**inputs).logits, batch["labels"]).sum()  # no name keeps the logits alive
-        loss.backward()
+    labels, prepared = batch["labels"], family.passing(model, gradients=True)
+    with removed_afterwards(handles), prepared, evaluating(model), streamed(model):
+        with family.supervised(model, labels):  # no name keeps the logits alive
+            losses, rows = family.losses(model(**inputs_of(batch)).logits, labels)
+        mean_by_row(losses, rows, len(labels)).sum().backward()

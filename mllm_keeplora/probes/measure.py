@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.models.running import removed_afterwards
 from mllm_keeplora.probes.passes import counted, looking
 from mllm_keeplora.probes.plans import EXACT_FEATURES
@@ -14,8 +15,11 @@ from mllm_keeplora.system import distributed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.models.family import Family
+
 
 def measure_inputs(
+    family: Family,
     model: Any,
     layers: dict[str, Any],
     batches: Iterable[dict],
@@ -25,7 +29,7 @@ def measure_inputs(
     """Sum a measure of every target layer's input and output rows over all real tokens and all processes.
 
     Args:
-        model, layers: as in `collect_moments`.
+        family, model, layers: as in `collect_moments`.
         batches: model inputs.
         measure: layer -> function of rows (n, d_in) and (n, d_out) to a float64 vector, which is summed.
         lengths: layer -> length of that vector (a process without records needs it).
@@ -38,7 +42,7 @@ def measure_inputs(
     sums = {name: torch.zeros(lengths[name], dtype=torch.float64) for name in layers}
     functions = {name: measure(name) for name in layers}
     for batch in batches:
-        rows = ChosenRows(batch, EXACT_FEATURES, None)
+        rows = ChosenRows(family.token_kinds(model, batch), EXACT_FEATURES)
 
         def keep(name: str, rows: ChosenRows = rows):
             def hook(module: Any, args: tuple, output: Tensor) -> None:
@@ -47,7 +51,7 @@ def measure_inputs(
             return hook
 
         handles = [module.register_forward_hook(keep(name)) for name, module in counted(layers, batch).items()]
-        with removed_afterwards(handles), looking(model):
-            model(**{key: value for key, value in batch.items() if key != "labels"})
+        with removed_afterwards(handles), looking(family, model):
+            model(**inputs_of(batch))
     distributed.all_reduce(sums.values())
     return sums

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.models.causal.logits import without_logits
 from mllm_keeplora.models.partition import IdleBatch, streamed
 from mllm_keeplora.models.running import evaluating
 from mllm_keeplora.system import distributed
@@ -14,13 +13,15 @@ from mllm_keeplora.system import distributed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.models.family import Family
+
 
 @contextmanager
-def looking(model: Any) -> Iterator[None]:
-    """For a forward pass that is there for its layers' inputs alone."""
+def looking(family: Family, model: Any) -> Iterator[None]:
+    """Prepare for forward passes that are there for their layers' inputs alone."""
     import torch
 
-    with torch.no_grad(), evaluating(model), without_logits(model), streamed(model):
+    with torch.no_grad(), evaluating(model), family.passing(model), streamed(model):
         yield
 
 

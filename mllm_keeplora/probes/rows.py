@@ -1,10 +1,12 @@
-"""Tokens: which of them count in a data pass, which predict a supervised one, and their losses."""
+"""Which rows of a feature tensor count in a data pass."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING
 
-from mllm_keeplora.models.causal.losses import IGNORED
 from mllm_keeplora.probes.plans import FeaturePlan
 
 if TYPE_CHECKING:
@@ -12,53 +14,37 @@ if TYPE_CHECKING:
 
 
 class ChosenRows:
-    """Which rows of a feature tensor count: no padding, and of each kind of token no more than the plan allows.
+    """Choose the rows that count: no padding, and of each kind of token no more than the plan allows.
 
     Args:
-        batch: model inputs; `input_ids` and `labels` are needed only where the plan limits tokens.
+        kinds: masks (b, t) of the tokens that count, from `Family.token_kinds`.
         plan: how many tokens of each kind, and whether they are normalised.
-        image_token: id of the token that stands for a picture's patch.
     """
 
-    def __init__(self, batch: dict, plan: FeaturePlan, image_token: int | None):
-        self.attention_mask = batch["attention_mask"].bool()
+    def __init__(self, kinds: Mapping[str, Tensor], plan: FeaturePlan):
         self.plan = plan
-        self.chosen = self.attention_mask
-        if plan.tokens is not None:
-            self.chosen = self._within_budget(batch, image_token)
+        self.budgets = plan.tokens or {}
+        self.chosen = reduce(or_, (_evenly(mask, self.budgets.get(kind)) for kind, mask in kinds.items()))
 
     def of(self, features: Tensor) -> Tensor:
         """(n, d_in) rows; a tensor that is not laid out as (b, t, d_in) carries picture tokens and no padding."""
-        if features.shape[:-1] == self.attention_mask.shape:
-            rows = features[self.chosen]
-        else:
-            rows = self._picture_rows(features)
+        rows = features[self.chosen] if features.shape[:-1] == self.chosen.shape else self._picture_rows(features)
         if self.plan.normalise:
             rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return rows
 
-    def _within_budget(self, batch: dict, image_token: int | None) -> Tensor:
-        image = (batch["input_ids"] == image_token) & self.attention_mask
-        answer = (batch["labels"] != IGNORED) & self.attention_mask
-        kinds = {"image": image, "answer": answer, "instruction": self.attention_mask & ~image & ~answer}
-        chosen = self.attention_mask & False
-        for kind, mask in kinds.items():
-            allowed = self.plan.tokens.get(kind)
-            chosen |= mask if allowed is None else _evenly(mask, allowed)
-        return chosen
-
     def _picture_rows(self, features: Tensor) -> Tensor:
         rows = as_rows(features)
-        allowed = (self.plan.tokens or {}).get("image")
-        if allowed is None:
-            return rows
-        samples = self.attention_mask.shape[0]
-        mask = self.attention_mask.new_ones(samples, rows.shape[0] // samples)
-        return rows[: mask.numel()][_evenly(mask, allowed).flatten()]
+        samples = self.chosen.shape[0]
+        mask = self.chosen.new_ones(samples, rows.shape[0] // samples)
+        chosen = _evenly(mask, self.budgets.get("image"))
+        return rows if chosen is mask else rows[: mask.numel()][chosen.flatten()]
 
 
-def _evenly(mask: Tensor, allowed: int) -> Tensor:
-    """At most `allowed` of the true entries of each row of a (b, t) mask, evenly spaced."""
+def _evenly(mask: Tensor, allowed: int | None) -> Tensor:
+    """At most `allowed` of the true entries of each row of a (b, t) mask, evenly spaced; None for all of them."""
+    if allowed is None:
+        return mask
     order = mask.cumsum(1) - 1  # place of each true entry among those of its row
     count = mask.sum(1, keepdim=True).clamp(min=1)
     slot = order * allowed // count
@@ -67,5 +53,5 @@ def _evenly(mask: Tensor, allowed: int) -> Tensor:
 
 
 def as_rows(features: Tensor) -> Tensor:
-    """(n, d) of any leading dimensions."""
+    """Flatten any leading dimensions: (n, d)."""
     return features.reshape(-1, features.shape[-1])

@@ -28,7 +28,6 @@ def consolidate(learner: Learner, unit: Unit) -> dict[str, Any]:
             files.write_tensors(folder.strategy, state)
         add_facts(folder, context.facts)
     distributed.barrier()
-    learner.open_unit = None
-    learner.place = None  # forces the merge from files, the same whether the run was interrupted or not
+    learner.leave()
     learner.bring_to(unit.index, asked=unit.domains[0])
     return ranks_of(learner.kept)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.data import Benchmark, Record
-from mllm_keeplora.data.collate import TrainCollator, evenly_spaced
+from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.probes.measure import measure_inputs
 from mllm_keeplora.runs import Unit
@@ -106,9 +106,9 @@ def inputs_of(
         return sums
 
     layers = {layer: base.model.get_submodule(layer) for layer in base.parts.target_layers}
-    inputs = own_batches(base.model, TrainCollator(base.prompt), records, size)
+    inputs = own_batches(base.model, base.family.training_batch, records, size)
     lengths = {layer: 3 + len(slices.get(layer, [])) for layer in layers}
-    sums = measure_inputs(model, layers, inputs, measure, lengths)
+    sums = measure_inputs(base.family, model, layers, inputs, measure, lengths)
     return {
         layer: {"interference": float(values[1] / values[0]), "covered": (values[3:] / values[2]).tolist()}
         for layer, values in sums.items()

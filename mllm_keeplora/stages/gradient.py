@@ -14,9 +14,11 @@ def gradient(learner: Learner, unit: Unit) -> dict[str, Any]:
     """Open the unit's branch (for KeepLoRA after a gradient pass) and keep its start on disk."""
     learner.start(unit)
     context = learner.context(unit, "gradient")
-    learner.strategy.before_domain(context)
-    branch = learner.adapters.branch
-    assert branch is not None, f"{type(learner.strategy).__name__}.before_domain opened no branch"
+    begun = learner.strategy.before_domain(context)
+    if begun is not None:
+        learner.adapters.open(begun)
+    branch = learner.adapters.branch  # a strategy of the old form opened it itself
+    assert branch is not None, f"{type(learner.strategy).__name__}.before_domain began no branch"
     folder = learner.folder(unit)
     if distributed.is_main():
         branch.save(folder.init)

@@ -6,15 +6,15 @@ killed goes on as if it had not been.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters import Adapters, Branch, Factors, adapters_for
 from mllm_keeplora.adapters.mixers import load_mixer
-from mllm_keeplora.adapters.stored import is_oracle, kept_of, past_of
+from mllm_keeplora.adapters.placed import PlacedModel
+from mllm_keeplora.adapters.stored import kept_of
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark
-from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.models import Base, cache_tower, load_base
 from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import DomainDir, RunDir, Unit
@@ -46,7 +46,7 @@ class Learner:
         self.strategy = strategy
         self.units = run.units
         self.kept: dict[str, Basis] = {}
-        self.place: tuple | None = None  # what the adapters, and all that is kept, hold now: see `bring_to`
+        self.known: int | None = None  # units that kept bases and strategy know of; None where files must be read
         self.open_unit: Unit | None = None
 
     @cached_property
@@ -63,9 +63,14 @@ class Learner:
         return base
 
     @cached_property
-    def adapters(self) -> Adapters:
+    def placed(self) -> PlacedModel:
+        """The model as it is after any unit."""
         settings = self.config.adapters
-        return adapters_for(self.base, settings.projector, settings.history, settings.dropout)
+        return PlacedModel(adapters_for(self.base, settings.projector, settings.history, settings.dropout), self.run)
+
+    @property
+    def adapters(self) -> Adapters:
+        return self.placed.adapters
 
     def bring_to(self, learnt: int, known: int | None = None, asked: str | None = None) -> None:
         """Put model, kept bases and strategy to the end of a unit.
@@ -75,16 +80,20 @@ class Learner:
             known: units that kept bases and strategy know of; None for as many.
             asked: the domain or suite that is to be answered, where each domain has its own branch.
         """
-        known, done = learnt if known is None else known, self.units[:learnt]
-        place = (learnt, known, asked if is_oracle(self.run, done) else None)
-        if self.place == place and self.open_unit is None:
-            return
-        past = past_of(self.run, done, asked)
-        self.adapters.restore(past.factors, past.full, past.mixer)
-        self.kept = kept_of(self.run, self.units[:known])
-        state = self.folder(self.units[known - 1]).strategy if known else None
-        self.strategy.load_state_dict(files.read_tensors(state) if state is not None and state.is_file() else {})
-        self.place, self.open_unit = place, None
+        known = learnt if known is None else known
+        if self.open_unit is not None:
+            self.leave()
+        self.placed.at(self.units[:learnt], asked)
+        if self.known != known:
+            self.kept = kept_of(self.run, self.units[:known])
+            state = self.folder(self.units[known - 1]).strategy if known else None
+            self.strategy.load_state_dict(files.read_tensors(state) if state is not None and state.is_file() else {})
+            self.known = known
+
+    def leave(self) -> None:
+        """Let memory go: the next stage reads the files, the same whether the run was interrupted or not."""
+        self.placed.leave()
+        self.known, self.open_unit = None, None
 
     def folder(self, unit: Unit) -> DomainDir:
         return self.run.folder(unit)
@@ -112,14 +121,14 @@ class Learner:
         if records is None:
             records, _ = training_records(unit, self.benchmark, self.config)
         limit = token_limit([name for each in self.units for name in each.domains], self.config)
-        collator = TrainCollator(self.base.prompt, limit)
+        collate = partial(self.base.family.training_batch, max_length=limit)
         rng = torch.Generator().manual_seed(seed)
         info = DomainInfo(unit.index - 1, unit.name, len(self.units))
         size = self.config.train.probe_batch_size
         sources = Sources(
             self.benchmark.anchor_records, self.benchmark.train_records, [each.name for each in self.units]
         )
-        return RunContext(self.base, self.adapters, self.kept, info, records, collator, rng, size, sources, seed)
+        return RunContext(self.base, self.adapters, self.kept, info, records, collate, rng, size, sources, seed)
 
 
 def add_facts(folder: DomainDir, facts: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from mllm_keeplora.training.state import (
     last_checkpoint,
     read_training_state,
 )
-from mllm_keeplora.training.trainer import DomainTrainer, answer_loss
+from mllm_keeplora.training.trainer import DomainTrainer
 
 
 def fit_domain(
@@ -52,24 +52,23 @@ def fit_domain(
         Stopped: the run is to end; a checkpoint of the last optimizer step is there.
     """
     branches = context.branches
-    context.full_batch = settings.batch_size
     trainer = DomainTrainer(
         strategy=strategy,
         context=context,
         identity=identity,
         model=branches.model,
         args=arguments,
-        train_dataset=Records(context.records),
-        data_collator=Collator(context.collator),
-        compute_loss_func=answer_loss,
+        train_dataset=Records(context.data.records),
+        data_collator=Collator(context.data.collate),
+        batch_size=settings.batch_size,
+        lr_full=settings.lr_projector,
     )
-    trainer.lr_full = settings.lr_projector
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(Path(arguments.output_dir), identity)
     read_training_state(strategy, Path(checkpoint) / STATE if checkpoint else None)
-    steps = math.ceil(len(context.records) / settings.batch_size * epochs)
+    steps = math.ceil(len(context.data.records) / settings.batch_size * epochs)
     with progress_bar(f"{context.domain.name}: train", steps) as advance, branches.plan_kept():
-        reporter = Reporter(context, strategy, metrics_file, advance)
+        reporter = Reporter(context, strategy, trainer.step, metrics_file, advance)
         trainer.add_callback(reporter)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if reporter.stopped:

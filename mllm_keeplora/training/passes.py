@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm_keeplora.adapters.mixers.mixing import look_at
-from mllm_keeplora.data.collate import TrainCollator, batches
+from mllm_keeplora.data.collate import batches
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.models.partition import IdleBatch, is_partitioned
 from mllm_keeplora.system import distributed, watch
@@ -36,20 +36,22 @@ class Sources:
         return self.read[index]
 
 
-def own_batches(model: Any, collator: TrainCollator, records: Sequence[Record], size: int) -> Iterator[dict]:
+def own_batches(
+    model: Any, collate: Callable[[Sequence[Record]], dict], records: Sequence[Record], size: int
+) -> Iterator[dict]:
     """Model inputs of this process's share of the records.
 
     Where weights are divided (ZeRO-3) all processes run equally many batches: those with fewer end with idle ones.
     """
     device, world = next(model.parameters()).device, distributed.world_size()
     for part in batches(records[distributed.rank() :: world], size):
-        batch = {key: value.to(device) for key, value in collator(part).items()}
+        batch = {key: value.to(device) for key, value in collate(part).items()}
         look_at(model, batch)
         yield batch
         watch.stop_here()
     if is_partitioned(model) and world > 1:
         most, own = (math.ceil(len(records[rank::world]) / size) for rank in (0, distributed.rank()))
         for _ in range(most - own):
-            batch = IdleBatch({key: value.to(device) for key, value in collator(records[:1]).items()})
+            batch = IdleBatch({key: value.to(device) for key, value in collate(records[:1]).items()})
             look_at(model, batch)
             yield batch

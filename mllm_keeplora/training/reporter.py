@@ -3,39 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from mllm_keeplora.strategies import Strategy
+from mllm_keeplora.strategies.context import Step
 from mllm_keeplora.system import files, watch
 from mllm_keeplora.training.context import RunContext
 
 
 class Reporter(TrainerCallback):
-    """Moves the bar, tells the strategy of steps, appends metrics."""
+    """Moves the bar, tells the strategy of steps, appends metrics.
 
-    def __init__(self, context: RunContext, strategy: Strategy, metrics_file: Path, advance):
+    Args:
+        context, strategy: of the domain.
+        step: gives the optimizer step that is under way.
+        metrics_file: gets JSON lines.
+        advance: of the progress bar.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        strategy: Strategy,
+        step: Callable[[], Step],
+        metrics_file: Path,
+        advance: Callable[..., None],
+    ):
         self.context = context
         self.strategy = strategy
+        self.step = step
         self.metrics_file = metrics_file
         self.advance = advance
         self.stopped = False
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        self.context.optimizer = optimizer
-        self.context.step = state.global_step
+    def on_train_begin(self, args, state, control, **kwargs):
         self.advance(state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not args.max_grad_norm:  # otherwise the strategy was asked before clipping
-            self.strategy.around_step(self.context, "grad")
+            self.strategy.around_step(self.context, "grad", self.step())
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.strategy.around_step(self.context, "post")
+        self.strategy.around_step(self.context, "post", self.step())
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.context.step = state.global_step
         self.advance()
         if watch.stop_agreed():
             self.stopped = control.should_save = control.should_training_stop = True

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from functools import cached_property
+import math
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-from mllm_keeplora.models.causal.logits import supervised_logits
-from mllm_keeplora.models.causal.losses import token_losses
+from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.partition import assign, copy_of, is_partitioned
 from mllm_keeplora.strategies import Strategy
+from mllm_keeplora.strategies.context import Step
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.deepspeed import parameters_of
@@ -26,30 +27,56 @@ from mllm_keeplora.training.state import (
 )
 
 
-def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """Cross entropy of the answers' tokens: their mean over all that one optimizer step sees."""
-    losses = token_losses(outputs.logits, labels)
+def answer_loss(
+    family: Family, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Average the losses over all that one optimizer step sees: a scalar.
+
+    Args:
+        family: of the base.
+        outputs: the model's, of what carries loss alone.
+        labels: of the micro-batch.
+        num_items_in_batch: losses of the whole step; None for those of the micro-batch.
+    """
+    losses, _ = family.losses(outputs.logits, labels)
     return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
 
 class DomainTrainer(Trainer):
-    """The Trainer with a strategy's hooks, and checkpoints that hold the trained parameters only."""
+    """The Trainer with a strategy's hooks, and checkpoints that hold the trained parameters only.
 
-    def __init__(self, strategy: Strategy, context: RunContext, identity: dict[str, Any], **arguments: Any):
-        super().__init__(**arguments)
+    Args:
+        strategy, context, identity: as in `fit.fit_domain`.
+        batch_size: records of a whole optimizer step, of all processes.
+        lr_full: rate of the parameters that are trained in full; None for that of the others.
+        arguments: of the Trainer.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        context: RunContext,
+        identity: dict[str, Any],
+        batch_size: int,
+        lr_full: float | None,
+        **arguments: Any,
+    ):
+        super().__init__(compute_loss_func=partial(answer_loss, context.base.family), **arguments)
         self.strategy = strategy
         self.context = context
         self.identity = identity
-        self.lr_full: float | None = None
+        self.batch_size = batch_size
+        self.lr_full = lr_full
+        self.tokens: torch.Tensor | None = None  # mean number of supervised tokens of this step's micro-batches
         self.before = parameters_of(context.branches)
         self.looked_at = 0  # micro-batches of this optimizer step whose loss is computed
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.context.branches.look_at(inputs)
-        with supervised_logits(self.context.branches.base, inputs["labels"]):
+        with self.context.base.family.supervised(self.context.branches.base, inputs["labels"]):
             loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
-        with self.context.micro_batch(self.looked_at, self.current_gradient_accumulation_steps):
-            extra = self.strategy.extra_loss(self.context, inputs, outputs)
+        step = self.step(self.looked_at, self.current_gradient_accumulation_steps)
+        extra = self.strategy.extra_loss(self.context, inputs, outputs, step)
         self.looked_at += 1
         total = loss + extra / self.current_gradient_accumulation_steps
         if "pixel_values" not in inputs and not is_partitioned(self.context.branches.base):
@@ -57,6 +84,15 @@ class DomainTrainer(Trainer):
         if total.ndim or not torch.isfinite(total):
             raise RuntimeError(self._blame(loss, extra))
         return (total, outputs) if return_outputs else total
+
+    def step(self, number: int = 0, count: int = 1) -> Step:
+        """Describe the optimizer step that is under way to one of its `count` micro-batches, or to the process."""
+        records, done = len(self.context.data.records), self.state.global_step
+        in_epoch = done % math.ceil(records / self.batch_size) * self.batch_size
+        rank, world = distributed.rank(), distributed.world_size()
+        share = number * world + rank, count * world
+        left = min(self.batch_size, records - in_epoch)
+        return Step(done, left, self.optimizer, self.tokens, self.context.seed, share)
 
     def _reach_for_all(self) -> torch.Tensor:
         """Zero, with a gradient of zero for all that trains: a projector is not reached by a batch without pictures.
@@ -83,13 +119,13 @@ class DomainTrainer(Trainer):
         """
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        taken = list(itertools.islice(epoch_iterator, num_batches))
+        taken, self.tokens = list(itertools.islice(epoch_iterator, num_batches)), None
         for number, batch in enumerate(taken):
-            with self.context.micro_batch(number, len(taken)):
-                taken[number] = self._pictured(self.strategy.batch(self.context, batch))
+            changed = self.strategy.batch(self.context, batch, self.step(number, len(taken)))
+            taken[number] = self._pictured(changed)
         self.looked_at = 0
         count = self._get_num_items_in_batch(taken, device)  # of all processes
-        self.context.tokens_each = count / (len(taken) * distributed.world_size()) if taken else None
+        self.tokens = count / (len(taken) * distributed.world_size()) if taken else None
         return taken, count
 
     def _pictured(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -100,17 +136,15 @@ class DomainTrainer(Trainer):
         """
         if self.args.deepspeed is None or "pixel_values" in batch or self.idle_picture is None:
             return batch
-        return self.context.joined(batch, self.idle_picture)
+        return self.context.data.joined(batch, self.idle_picture)
 
     @cached_property
     def idle_picture(self) -> dict[str, torch.Tensor] | None:
         """Model inputs of a record with a picture, of this domain or an earlier one, of which nothing is learnt."""
-        context = self.context
-        domains = map(context.of_domain, range(context.domain.index, -1, -1))
+        data = self.context.data
+        domains = map(data.of_domain, range(self.context.domain.index, -1, -1))
         first = next((record for records in domains for record in records if record.media), None)
-        if first is None:
-            return None
-        return {key: value.to(self.args.device) for key, value in context.collator([first.untrained()]).items()}
+        return None if first is None else data.inputs([first.untrained()])
 
     def _get_train_sampler(self, train_dataset=None):
         world = distributed.world_size()
@@ -134,7 +168,7 @@ class DomainTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model):
-        self.strategy.around_step(self.context, "grad")
+        self.strategy.around_step(self.context, "grad", self.step())
         return super()._clip_grad_norm(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -15,7 +15,6 @@ import torch
 from mllm_keeplora.adapters.mixers.mixing import look_at
 from mllm_keeplora.adapters.stored import LIVE, stored_files
 from mllm_keeplora.config import parse_config
-from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.rows import asked_records
@@ -68,8 +67,8 @@ def seen(request, settings, tmp_path_factory) -> Seen:
         outcome = train(self, *args, **keywords)
         after = dict(branches.model.named_parameters())
         watched.changed |= {name for name, values in frozen.items() if not torch.equal(values, after[name])}
-        batch = TrainCollator(self.context.base.prompt)(
-            [record.first_exchange() for record in self.context.records[:3]]
+        batch = self.context.base.family.training_batch(
+            [record.first_exchange() for record in self.context.data.records[:3]]
         )
         branches.model.eval()
         watched.left = batch, _logits(branches.model, batch)
@@ -111,7 +110,7 @@ def _conversations(saved, count=3):
     """Training records of the run's last domain, and their model inputs."""
     name = list(saved.benchmark.domains)[-1]
     records = [saved.benchmark.train_records(name)[index].first_exchange() for index in range(count)]
-    return records, TrainCollator(saved.base.prompt)(records)
+    return records, saved.base.family.training_batch(records)
 
 
 def _logits(model, batch) -> torch.Tensor:
@@ -205,7 +204,7 @@ def test_teacher_forced_logits_are_those_of_step_by_step_answers_with_a_cache(se
     saved = load_run(seen.output)
     model = saved.restore(len(saved.run.finished_units), asked=_asked(saved))
     for record in _conversations(saved)[0]:
-        batch = TrainCollator(saved.base.prompt)([record])
+        batch = saved.base.family.training_batch([record])
         whole = _logits(model, batch)[0]
         start = int((batch["labels"][0] != -100).nonzero()[0])
         tokens = batch["input_ids"][:, :start]

@@ -14,10 +14,10 @@ CHILD = """
 import json, sys, torch
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.sequence import run_sequence
-from mllm_keeplora.strategies.finetune import Finetune
+from mllm_keeplora.strategies.baselines.finetune import Finetune
 
-def around_step(self, context, phase):
-    if phase == "post" and context.step == 0:
+def around_step(self, context, phase, step):
+    if phase == "post" and step.number == 0:
         for name in context.branches.trainable():
             context.edit_parameter(name, lambda tensor: torch.full_like(tensor, 5.0))
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_keeplora.adapters.mixers.features import feature_sizes, prompt_features, rows_by_question
 from mllm_keeplora.adapters.stored import past_of
 from mllm_keeplora.config import BaseConfig, find_config, parse_config, read_yaml, shipped
-from mllm_keeplora.data.collate import TrainCollator, joined
+from mllm_keeplora.data.collate import joined
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.schema import Media
 from mllm_keeplora.errors import UserError
@@ -24,6 +23,7 @@ from mllm_keeplora.linalg import Basis
 from mllm_keeplora.mini import write_mini_dcl
 from mllm_keeplora.models import load_base
 from mllm_keeplora.models.causal.decoding import greedy
+from mllm_keeplora.models.causal.features import feature_sizes, prompt_features, rows_by_question
 from mllm_keeplora.models.causal.parts import name_parts
 from mllm_keeplora.sequence import run_sequence
 from mllm_keeplora.system.files import read_tensors
@@ -109,7 +109,7 @@ def conversations(saved, folder):
     records = list(saved.benchmark.train_records("RS")[:4])
     Image.new("RGB", (200, 70), (200, 10, 10)).save(folder / "wide.png")
     records[1] = replace(records[1], media=(Media("image", folder / "wide.png"),))
-    return records, TrainCollator(saved.base.prompt)
+    return records, saved.base.family.training_batch
 
 
 def test_two_batches_put_together_are_the_batch_of_all_records(run, tmp_path):
@@ -150,7 +150,7 @@ def test_each_question_is_answered_by_its_own_branch_whatever_its_company(run, t
         saved.adapters.look_at(alone)
         found = logits(saved.adapters.model, alone)[0]
         assert torch.allclose(together[row, : len(found)], found, atol=1e-4), row
-    saved.place = None  # what the adapters hold now is no state of the run
+    saved.placed.leave()  # what the adapters hold now is no state of the run
     if family in TILED:  # not in proportion to image tokens, even where the sums would allow it
         spans = (batch["input_ids"] == saved.base.model.config.image_token_id).sum(dim=1)
         sizes = rows_by_question(batch, saved.base.model, int(spans.sum()))

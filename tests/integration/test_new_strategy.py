@@ -30,7 +30,7 @@ class Path(Finetune):
     def training_state(self):
         return {"length": self.length}
 
-    def around_step(self, context, phase):
+    def around_step(self, context, phase, step):
         theta = {name: each.detach().clone() for name, each in context.branches.trainable().items()}
         if phase == "grad":
             self.before = theta
@@ -132,18 +132,18 @@ def test_a_draw_is_dealt_out_to_micro_batches_alike_in_batch_and_extra_loss(micr
     drawn = {"batch": [], "extra_loss": [], "whole": []}
 
     class Drawing(Path):
-        def batch(self, context, batch):
-            drawn["batch"].append(context.drawn(100, 6))
+        def batch(self, context, batch, step):
+            drawn["batch"].append(step.drawn(100, 6))
             return batch
 
-        def extra_loss(self, context, batch, outputs):
-            drawn["extra_loss"].append(context.drawn(100, 6))
+        def extra_loss(self, context, batch, outputs, step):
+            drawn["extra_loss"].append(step.drawn(100, 6))
             return 0.0
 
-        def around_step(self, context, phase):
-            super().around_step(context, phase)
+        def around_step(self, context, phase, step):
+            super().around_step(context, phase, step)
             if phase == "grad":
-                drawn["whole"].append(context.drawn(100, 6))
+                drawn["whole"].append(step.drawn(100, 6))
 
     register(Drawing)
     begin(settings, tmp_path / "run", domains=("Alpha",), train={"micro_batch_size": micro, "epochs": 1})
@@ -159,10 +159,10 @@ def test_answer_logits_are_those_of_the_training_in_evaluation_mode(register, se
     compared = []
 
     class Comparing(Path):
-        def extra_loss(self, context, batch, outputs):
-            if context.step == 2:
-                one_by_one = [context.answer_logits([(0, record)]) for record in range(3)]
-                together = context.answer_logits([(0, 0), (0, 1), (0, 2)])
+        def extra_loss(self, context, batch, outputs, step):
+            if step.number == 2:
+                one_by_one = [context.passes.answer_logits([(0, record)]) for record in range(3)]
+                together = context.passes.answer_logits([(0, 0), (0, 1), (0, 2)])
                 assert together.requires_grad and context.branches.model.training
                 compared.append(torch.allclose(torch.cat(one_by_one), together, atol=1e-4))
             return 0.0
@@ -181,7 +181,7 @@ def test_answer_logits_are_those_of_the_training_in_evaluation_mode(register, se
 )
 def test_a_loss_that_is_no_finite_number_is_blamed_on_the_strategy(extra, told, register, settings, tmp_path):
     class Mistaken(Path):
-        def extra_loss(self, context, batch, outputs):
+        def extra_loss(self, context, batch, outputs, step):
             return extra
 
     register(Mistaken)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters.mixers.mixing import look_at
-from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.strategies import STRATEGIES
 from tests.integration.conftest import strategy_of
@@ -38,7 +37,7 @@ def test_a_strided_tensor_is_summed_by_its_entries(tmp_path):
 CHECKING = """
 import json, sys
 from mllm_keeplora import distributed
-from mllm_keeplora.check import check_everywhere
+from mllm_keeplora.checks.run import check_everywhere
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
 with distributed.process_group(deepspeed=False):
@@ -85,7 +84,7 @@ def test_a_strategy_learns_the_same_in_two_processes_and_in_micro_batches(settin
 def logits(saved, strategy: str, after: int) -> torch.Tensor:
     domain = "Beta" if STRATEGIES[strategy].needs_domain_id and after else None
     records = [saved.benchmark.train_records("Beta")[index].first_exchange() for index in range(4)]
-    batch, model = TrainCollator(saved.base.prompt)(records), saved.restore(after, domain)
+    batch, model = saved.base.family.training_batch(records), saved.restore(after, domain)
     look_at(saved.base.model, batch)
     with torch.no_grad():
         return model(**{key: value for key, value in batch.items() if key != "labels"}).logits

@@ -13,13 +13,13 @@ from hypothesis import settings
 
 from mllm_keeplora.adapters import Adapters, Branch, Factors
 from mllm_keeplora.config import TrainConfig
-from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA, KeepLoRAOptions
 from mllm_keeplora.training.arguments import training_arguments
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.fit import fit_domain
 from tests.oracles import subspace
+from tests.support.strategies import open_branch
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode, logits_of, snapshot
 
 TOLERANCE = 1e-5
@@ -44,12 +44,9 @@ class Scaled(KeepLoRA):
     """KeepLoRA whose every layer has a scale g_l of its own."""
 
     def before_domain(self, context):
-        super().before_domain(context)
-        adapters = context.branches
-        branch = adapters.branch
-        adapters.restore(adapters.past, adapters.past_full)
-        alpha = {layer: layer_scale(context.depth(layer)) * value for layer, value in branch.alpha.items()}
-        adapters.open(replace(branch, alpha=alpha))
+        branch = super().before_domain(context)
+        alpha = {layer: layer_scale(context.layers.depth(layer)) * value for layer, value in branch.alpha.items()}
+        return replace(branch, alpha=alpha)
 
 
 @dataclass
@@ -85,7 +82,7 @@ def columns_of(kept):
 
 
 def context_of(base, adapters, kept, records, index=0, probe_batch=3):
-    collator = TrainCollator(base.prompt)
+    collator = base.family.training_batch
     rng = torch.Generator().manual_seed(index)
     return RunContext(base, adapters, kept, DomainInfo(index, f"domain {index}"), records, collator, rng, probe_batch)
 
@@ -109,7 +106,7 @@ def modules_of(base):
 
 
 def teach(base, history, records, folder):
-    adapters = Adapters(base.model, base.parts.target_layers, history, 0.0)
+    adapters = Adapters(base, history, 0.0)
     pristine = snapshot(base.model)
     batch = encode(base, records["Alpha"][:3])
     strategy, kept, domains, past = Scaled(OPTIONS), {}, [], []
@@ -119,7 +116,7 @@ def teach(base, history, records, folder):
         gradient = autograd_mean_gradients(adapters.model, weights_of(adapters), samples)
         kept_before, logits = columns_of(kept), {"before": logits_of(adapters.model, batch)}
         context = context_of(base, adapters, kept, records[name], index)
-        strategy.before_domain(context)
+        open_branch(strategy, context)
         branch, listed = adapters.branch, set(adapters.trainable())
         opened, logits["opened"] = snapshot(adapters.model), logits_of(adapters.model, batch)
         fit(strategy, context, folder / name)

@@ -8,7 +8,6 @@ import torch
 from mllm_keeplora.adapters import Adapters, Factors
 from mllm_keeplora.adapters.stored import LIVE, Past
 from mllm_keeplora.config import TrainConfig
-from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.training.arguments import training_arguments
 from mllm_keeplora.training.context import RunContext
@@ -24,13 +23,20 @@ def context_of(base, adapters: Adapters, records: dict, index: int, kept: dict |
         "kept": {} if kept is None else kept,
         "domain": DomainInfo(index, name, len(names)),
         "records": records.get(name, []),
-        "collator": TrainCollator(base.prompt),
+        "collate": base.family.training_batch,
         "rng": torch.Generator().manual_seed(index + 1),
         "probe_batch_size": 3,
         "sources": Sources(trained=records.__getitem__, names=names),
         "seed": index + 1,
     }
     return RunContext(base, adapters, **{**values, **options})
+
+
+def open_branch(strategy, context: RunContext) -> None:
+    """Open the branch that a strategy begins a domain with, as the stage `gradient` does."""
+    begun = strategy.before_domain(context)
+    if begun is not None:
+        context.branches.open(begun)
 
 
 def fit(strategy, context: RunContext, folder, args: dict | None = None, **settings) -> dict:
@@ -47,7 +53,7 @@ def fit(strategy, context: RunContext, folder, args: dict | None = None, **setti
 def learn(strategy, context: RunContext, folder, **settings) -> Factors:
     """One domain from its branch to its statistics; afterwards the model is the one that the domain leaves."""
     branches = context.branches
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     fit(strategy, context, folder, **settings)
     strategy.after_domain(context)
     factors, carried = branches.read(), branches.branch.carried
@@ -68,7 +74,7 @@ def alone(base, adapters: Adapters, records) -> tuple[list[list[float]], dict]:
     total = {name: np.zeros(tuple(parameter.shape)) for name, parameter in trained.items()}
     adapters.model.eval()
     for record in records:
-        batch = TrainCollator(base.prompt)([record])
+        batch = base.family.training_batch([record])
         labels = batch.pop("labels")[0]
         chances = adapters.model(**batch).logits[0].log_softmax(dim=-1)
         answers = [place for place in range(len(labels)) if labels[place] != -100]

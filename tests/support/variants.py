@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from mllm_keeplora.adapters import Adapters
-from mllm_keeplora.data.collate import TrainCollator
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA, KeepLoRAOptions
 from mllm_keeplora.training.context import RunContext
 from mllm_keeplora.training.passes import Sources
 from tests.oracles import subspace
 from tests.support.keeplora import CHOSEN, OPTIONS, TOLERANCE, columns_of, modules_of, weights_of
+from tests.support.strategies import open_branch
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode
 
 NUM_LAYERS = 16
@@ -35,7 +35,7 @@ class Domain:
     @property
     def samples(self) -> list[dict]:
         """The records that data passes look at, one by one."""
-        return [encode(self.base, [self.context.records[position]]) for position in CHOSEN]
+        return [encode(self.base, [self.context.data.records[position]]) for position in CHOSEN]
 
     def gradients(self) -> dict:
         """Mean gradients by plain autograd, of the model as it is now."""
@@ -67,9 +67,9 @@ def begin(base, records, history="merged", sets=None, kept=None, seed=0, **chang
         return sets[name]
 
     changes = {"anchors": tuple(sets), **changes}
-    adapters = Adapters(base.model, base.parts.target_layers, history, 0.0)
+    adapters = Adapters(base, history, 0.0)
     strategy, kept = KeepLoRA(options_of(**changes)), {} if kept is None else kept
-    collator, generator = TrainCollator(base.prompt), torch.Generator().manual_seed(seed)
+    collator, generator = base.family.training_batch, torch.Generator().manual_seed(seed)
 
     def context(index, records):
         info = DomainInfo(index, f"domain {index}")
@@ -84,7 +84,7 @@ def begin(base, records, history="merged", sets=None, kept=None, seed=0, **chang
 def opened(base, records, **settings) -> Domain:
     """`begin`, then the branch is opened as the strategy wants it."""
     domain = begin(base, records, **settings)
-    domain.strategy.before_domain(domain.context)
+    open_branch(domain.strategy, domain.context)
     return domain
 
 

@@ -63,9 +63,8 @@ def taught(request, new_base, tiny_records, tmp_path_factory):
 
 def encode(base, records) -> dict:
     """Model inputs with labels for records."""
-    from mllm_keeplora.data.collate import TrainCollator
 
-    return TrainCollator(base.prompt)(records)
+    return base.family.training_batch(records)
 
 
 def logits_of(model, batch: dict):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mllm_keeplora.adapters.mixers.features import prompt_features
 from mllm_keeplora.adapters.mixers.mixing import Mixer
 from mllm_keeplora.linalg import Basis, MomentAccumulator, moment_rows
 
@@ -100,7 +99,7 @@ class Gates(Mixer):
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> Tensor:
         """(b, parts) float32, the same whatever autocast the model runs under."""
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
-            features = prompt_features(batch, model, pictures=self.words < self.d)
+            features = self.family.question_features(model, batch, pictures=self.words < self.d)
             return self(balanced(features, self.words))
 
 

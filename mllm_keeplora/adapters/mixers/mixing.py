@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mllm_keeplora.adapters.mixers.features import rows_by_question
-from mllm_keeplora.models.causal.parts import projector_names
+from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.partition import streamed
 
 NAME = "branch_mixer"  # the mixer's place within the base model
@@ -32,11 +31,13 @@ class Mixer(nn.Module):
         shares: into how many equal parts a single, carried branch is divided; None where each unit's branch is a part.
         rate: learning rate of its parameters, as a multiple of the run's.
         weights: (b, parts) of the questions last looked at, or (parts,) where all are answered alike.
+        family: of the base that it stands in.
     """
 
     kind: ClassVar[str]
     shares: int | None = None
     rate: float = 1.0
+    family: Family
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class Mixer(nn.Module):
     def look_at(self, batch: Mapping[str, Tensor], model: Any) -> None:
         """Find the weights of a batch before the model runs on it."""
         self._asked, self._sizes = batch["input_ids"], {}
-        self._rows_of = partial(rows_by_question, batch, model)
+        self._rows_of = partial(self.family.rows_by_question, model, batch)
         self.weights = self.weigh(batch, model)
 
     def keep_rows(self, rows: Tensor) -> None:
@@ -130,13 +131,16 @@ class Mixing:
     Args:
         model: the base model, not wrapped.
         mixer: moved to the model's device.
+        family: of the base.
+        projectors: names of the modules between its towers.
     """
 
-    def __init__(self, model: Any, mixer: Mixer):
+    def __init__(self, model: Any, mixer: Mixer, family: Family, projectors: Sequence[str]):
         self.model = model
+        mixer.family = family
         self.mixer = mixer.to(next(model.parameters()).device)
         self.names = [f"{NAME}.{name}" for name in mixer.trained()]  # in `model`; peft will take the marks off
-        mixer.projectors = tuple(f"{name}." for name in projector_names(model))
+        mixer.projectors = tuple(f"{name}." for name in projectors)
         model.add_module(NAME, self.mixer)
         self._handles = [model.register_forward_pre_hook(mixer.refuse_unseen, with_kwargs=True)]
 

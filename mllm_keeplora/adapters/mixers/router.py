@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_keeplora.adapters.mixers.features import prompt_features
 from mllm_keeplora.adapters.mixers.mixing import Mixer
 
 
@@ -53,4 +52,4 @@ class Router(Mixer):
         return nearest * (distances <= self.limits).any(dim=1, keepdim=True)
 
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> Tensor:
-        return self.choose(prompt_features(batch, model, self.pictures)).float()
+        return self.choose(self.family.question_features(model, batch, self.pictures)).float()

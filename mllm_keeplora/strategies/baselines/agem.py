@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from mllm_keeplora.strategies.base import Context, Need, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Step, StrategyOptions
 from mllm_keeplora.strategies.baselines.buffered import Buffered, BufferOptions
 
 
@@ -35,11 +35,11 @@ class AGEM(Buffered):
     def needs(self) -> frozenset[Need]:
         return frozenset({"gradients"})
 
-    def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:
+    def around_step(self, context: Context, phase: Literal["grad", "post"], step: Step) -> None:
         """Project the gradient where it would raise the buffered records' loss."""
         if phase == "post" or not len(self.buffer):
             return
-        reference = context.loss_gradients(self.drawn(context))
+        reference = context.passes.loss_gradients(self.drawn(step))
         trained = context.branches.trainable()
         used = {name: parameter for name, parameter in trained.items() if parameter.grad is not None}
         product = float(sum((parameter.grad * reference[name]).sum() for name, parameter in used.items()))

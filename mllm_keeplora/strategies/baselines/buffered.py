@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mllm_keeplora.adapters import Branch
 
 
 class BufferOptions(StrategyOptions):
@@ -33,16 +35,16 @@ class Buffered(Strategy):
         super().__init__(options)
         self.load_state_dict({})
 
-    def before_domain(self, context: Context) -> None:
-        context.branches.open(carried_branch(context, self.options))
+    def before_domain(self, context: Context) -> Branch:
+        return carried_branch(context, self.options)
 
     def after_domain(self, context: Context) -> None:
-        self.buffer.offer(context.domain.index, context.num_records, context.rng)
+        self.buffer.offer(context.domain.index, len(context.data.records), context.rng)
 
-    def drawn(self, context: Context) -> list[tuple[int, int]]:
+    def drawn(self, step: Step) -> list[tuple[int, int]]:
         """References for this micro-batch (in `around_step`: this process), which may be none; at least one a step."""
-        count = max(1, round(self.options.ratio * context.batch_size))
-        return [self.buffer.references[place] for place in context.drawn(len(self.buffer), count)]
+        count = max(1, round(self.options.ratio * step.records))
+        return [self.buffer.references[place] for place in step.drawn(len(self.buffer), count)]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"buffer": self.buffer.state()}

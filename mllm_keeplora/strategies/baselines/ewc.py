@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Need, Samples, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Samples, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+    from mllm_keeplora.adapters import Branch
 
     ByName = dict[str, Tensor]  # a tensor for each trained parameter
 
@@ -58,10 +60,10 @@ class EWC(Strategy):
     def needs(self) -> frozenset[Need]:
         return frozenset({"parameters"})  # the penalty reads them outside of the model's forward
 
-    def before_domain(self, context: Context) -> None:
-        context.branches.open(carried_branch(context, self.options))
+    def before_domain(self, context: Context) -> Branch:
+        return carried_branch(context, self.options)
 
-    def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any) -> Tensor | float:
+    def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any, step: Step) -> Tensor | float:
         """The penalty on theta as it is now; 0 in the first domain."""
         theta = context.branches.trainable()
         self.fisher = [beside(theta, each) for each in self.fisher]
@@ -107,11 +109,11 @@ def mean_squared_gradients(context: Context, samples: int | float) -> tuple[ByNa
     theta = context.branches.trainable()
     sums = {name: torch.zeros_like(values, dtype=torch.float32) for name, values in theta.items()}
     count = torch.zeros(1, device=next(iter(sums.values())).device)
-    for gradient in context.record_gradients(samples):
+    for gradient in context.passes.record_gradients(samples):
         for name, each in gradient.items():
             sums[name] += each.float().square()
         count += 1
-    context.reduce([*sums.values(), count])
+    context.processes.reduce([*sums.values(), count])
     return {name: each / count for name, each in sums.items()}, int(count)
 
 

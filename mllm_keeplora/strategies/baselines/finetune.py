@@ -7,10 +7,13 @@ Source: the baselines of O-LoRA (arXiv 2310.14152) and of MCITlib (LoRA-FT).
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch, fresh_branch
+
+if TYPE_CHECKING:
+    from mllm_keeplora.adapters import Branch
 
 
 class FinetuneOptions(StrategyOptions):
@@ -23,8 +26,8 @@ class Finetune(Strategy):
     Options: ClassVar[type[StrategyOptions]] = FinetuneOptions
     options: FinetuneOptions
 
-    def before_domain(self, context: Context) -> None:
+    def before_domain(self, context: Context) -> Branch:
         if self.options.branch == "carried":
-            context.branches.open(carried_branch(context, self.options))
+            return carried_branch(context, self.options)
         else:
-            context.branches.open(fresh_branch(context, self.options))
+            return fresh_branch(context, self.options)

@@ -7,10 +7,13 @@ Source: the baseline PerTaskFT of O-LoRA (arXiv 2310.14152).
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mllm_keeplora.strategies.base import Context, Strategy
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
+
+if TYPE_CHECKING:
+    from mllm_keeplora.adapters import Branch
 
 
 class Independent(Strategy):
@@ -20,5 +23,5 @@ class Independent(Strategy):
     combine: ClassVar[Literal["oracle"]] = "oracle"
     needs_domain_id: ClassVar[bool] = True
 
-    def before_domain(self, context: Context) -> None:
-        context.branches.open(fresh_branch(context, self.options))
+    def before_domain(self, context: Context) -> Branch:
+        return fresh_branch(context, self.options)

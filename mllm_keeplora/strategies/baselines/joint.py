@@ -7,14 +7,17 @@ whole batches domain by domain, joint training once: it may have fewer steps by 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mllm_keeplora.strategies.base import Context, Strategy
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
+
+if TYPE_CHECKING:
+    from mllm_keeplora.adapters import Branch
 
 
 class Joint(Strategy):
     stream: ClassVar[Literal["union"]] = "union"
 
-    def before_domain(self, context: Context) -> None:
-        context.branches.open(fresh_branch(context, self.options))
+    def before_domain(self, context: Context) -> Branch:
+        return fresh_branch(context, self.options)

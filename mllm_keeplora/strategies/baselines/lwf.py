@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+    from mllm_keeplora.adapters import Branch
 
 
 class LwFOptions(StrategyOptions):
@@ -39,16 +41,16 @@ class LwF(Strategy):
     Options: ClassVar[type[StrategyOptions]] = LwFOptions
     options: LwFOptions
 
-    def before_domain(self, context: Context) -> None:
-        context.branches.open(carried_branch(context, self.options))
+    def before_domain(self, context: Context) -> Branch:
+        return carried_branch(context, self.options)
 
-    def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any) -> Tensor | float:
+    def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any, step: Step) -> Tensor | float:
         """The distillation of a batch; 0 in the first domain. Costs a second forward, of the teacher."""
         if context.domain.index == 0:
             return 0.0
-        teacher = context.teacher_forward(batch).logits[0]
+        teacher = context.passes.teacher_logits(batch)
         divergences = distillation(teacher, outputs.logits[0], self.options.temperature)
-        return self.options.strength * context.token_mean(divergences)
+        return self.options.strength * step.token_mean(divergences)
 
 
 def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:

@@ -19,8 +19,8 @@ def fresh_branch(context: Context, options: StrategyOptions) -> Branch:
     from mllm_keeplora.adapters import Branch
 
     A = {}
-    for layer in context.target_layers:
-        d_in = context.d_in(layer)
+    for layer in context.layers.names:
+        d_in = context.layers.d_in(layer)
         bound = 1 / math.sqrt(d_in)
         A[layer] = (torch.rand(options.rank, d_in, generator=context.rng) * 2 - 1) * bound
     return Branch(A, dict.fromkeys(A, options.alpha), train=("A", "B"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from mllm_keeplora.strategies.base import Context, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Step, StrategyOptions
 from mllm_keeplora.strategies.baselines.buffered import Buffered, BufferOptions
 
 
@@ -30,9 +30,9 @@ class Replay(Buffered):
     Options: ClassVar[type[StrategyOptions]] = ReplayOptions
     options: ReplayOptions
 
-    def batch(self, context: Context, batch: dict[str, Any]) -> dict[str, Any]:
+    def batch(self, context: Context, batch: dict[str, Any], step: Step) -> dict[str, Any]:
         """Join this micro-batch's part of the records that are replayed in the optimizer step; it may be none."""
         if not len(self.buffer):
             return batch
-        chosen = self.drawn(context)
-        return context.joined(batch, context.batch_of(chosen)) if chosen else batch
+        chosen = self.drawn(step)
+        return context.data.joined(batch, context.data.batch_of(chosen)) if chosen else batch

@@ -20,12 +20,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.mixture.gainlora_options import BASES, GainLoRAOptions, options_of_base
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.adapters.mixers.gates import Gates
     from mllm_keeplora.linalg import Basis, MomentAccumulator
 
@@ -52,27 +53,25 @@ class GainLoRA(Strategy):
     def prepare(self, context: Context) -> None:
         self.base.prepare(context)
 
-    def before_domain(self, context: Context) -> None:
+    def before_domain(self, context: Context) -> Branch:
         """Open the branch of the base method, with one gate more."""
         gates = self._begun(context)
-        branches = context.branches
-        opening = _With(branches, open=lambda branch: branches.open(replace(branch, mixer=gates)))
-        self.base.before_domain(_With(context, branches=opening))
+        return replace(self.base.before_domain(context), mixer=gates)
 
-    def batch(self, context: Context, batch: dict[str, Any]) -> dict[str, Any]:
+    def batch(self, context: Context, batch: dict[str, Any], step: Step) -> dict[str, Any]:
         if self.options.row_renorm and self.memories:
             trained = context.branches.trainable()
             self._before = {layer: trained[name].detach().clone() for layer, name in _newest(context).items()}
-        return self.base.batch(context, batch)
+        return self.base.batch(context, batch, step)
 
-    def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any) -> Tensor | float:
-        return self.base.extra_loss(context, batch, outputs)
+    def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any, step: Step) -> Tensor | float:
+        return self.base.extra_loss(context, batch, outputs, step)
 
-    def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:
+    def around_step(self, context: Context, phase: Literal["grad", "post"], step: Step) -> None:
         """Take the change of every layer of the new gate out of the memory of that layer's inputs."""
         from mllm_keeplora.adapters.mixers.gates import constrained
 
-        self.base.around_step(context, phase)
+        self.base.around_step(context, phase, step)
         if phase != "post" or not self.memories:
             return
         for layer, name in _newest(context).items():
@@ -93,7 +92,7 @@ class GainLoRA(Strategy):
             questions = self._questions(context).to(gates.newest.key.device)
             inputs = gates.newest.inputs(questions)
             weights = gates(questions).sum(dim=0)
-        context.reduce([weights])
+        context.processes.reduce([weights])
         for layer, rows in inputs.items():
             moments = _moments(context, rows)
             source = moment_rows(moments) if options.gate_energy_measure == "sigma4" else moments
@@ -123,7 +122,8 @@ class GainLoRA(Strategy):
         """p_0 of the domain's questions, (n, d): this process's share."""
         from mllm_keeplora.adapters.mixers.gates import balanced
 
-        return balanced(context.prompt_features(self.options.gate_samples, self.options.pictures), _words(context))
+        features = context.passes.question_features(self.options.gate_samples, self.options.pictures)
+        return balanced(features, _words(context))
 
     def _begun(self, context: Context) -> Gates:
         """The gates of past domains and a new one, whose key is turned to the domain.
@@ -172,25 +172,13 @@ class GainLoRA(Strategy):
         return torch.zeros_like(earlier) if layer == "key" else earlier
 
 
-class _With:
-    """Something with other attributes in place of some of its own."""
-
-    def __init__(self, of: Any, **others: Any):
-        self.__dict__.update(others, _of=of)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._of, name)
-
-
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _words(context: Context) -> int:
     """How many features of a question are of its words."""
-    from mllm_keeplora.adapters.mixers.features import feature_sizes
-
-    return feature_sizes(context.branches.base, pictures=False)[0]
+    return context.passes.feature_sizes(pictures=False)[0]
 
 
 def _newest(context: Context) -> dict[str, str]:
@@ -210,5 +198,5 @@ def _moments(context: Context, rows: Tensor) -> MomentAccumulator:
 
     moments = MomentAccumulator(rows.shape[1], dtype=torch.float64)
     moments.update(rows.double())
-    context.reduce(moments.tensors())
+    context.processes.reduce(moments.tensors())
     return moments

@@ -57,12 +57,12 @@ class MoELoRA(Strategy):
         """Routers run inside of other layers, for which ZeRO-3 would have to fetch their weights in between."""
         return frozenset({"parameters"})
 
-    def before_domain(self, context: Context) -> None:
+    def before_domain(self, context: Context) -> Branch:
         from mllm_keeplora.adapters.mixers import rebuilt
 
         branch, last = carried_branch(context, self.options), context.branches.past_mixer
         mixer = self._fresh(context, branch) if last is None else rebuilt(*last.stored())
-        context.branches.open(replace(branch, mixer=mixer))
+        return replace(branch, mixer=mixer)
 
     def _fresh(self, context: Context, branch: Branch) -> Experts:
         """Routers as linear layers begin: uniform within 1 / sqrt(d_in)."""

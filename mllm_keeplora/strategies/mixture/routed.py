@@ -28,6 +28,7 @@ from mllm_keeplora.system.log import log
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.adapters.mixers.router import Router
 
 HELD_OUT = 4  # one question in so many is not fitted to: it measures how far a domain's own questions lie
@@ -64,15 +65,15 @@ class Routed(Strategy):
         super().__init__(options)
         self.seen: dict[str, Tensor] = {}  # statistics of all domains so far: see `_add`
 
-    def before_domain(self, context: Context) -> None:
-        if context.num_records < HELD_OUT:
-            raise UserError(
-                f"domain {context.domain.name}: a router needs at least {HELD_OUT} records, got {context.num_records}"
-            )
-        context.branches.open(fresh_branch(context, self.options))
+    def before_domain(self, context: Context) -> Branch:
+        count = len(context.data.records)
+        if count < HELD_OUT:
+            raise UserError(f"domain {context.domain.name}: a router needs at least {HELD_OUT} records, got {count}")
+        return fresh_branch(context, self.options)
 
     def after_domain(self, context: Context) -> None:
-        features = context.gathered(context.prompt_features(self.options.samples, self.options.pictures))
+        own = context.passes.question_features(self.options.samples, self.options.pictures)
+        features = context.processes.gathered(own)
         self._add(features)
         router = self._router()
         context.answer_with(router)

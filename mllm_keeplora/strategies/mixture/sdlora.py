@@ -25,7 +25,7 @@ from mllm_keeplora.strategies.baselines.plain import fresh_branch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Factors
+    from mllm_keeplora.adapters import Branch, Factors
 
 
 class SDLoRAOptions(StrategyOptions):
@@ -84,7 +84,7 @@ class SDLoRA(Strategy):
     def needs(self) -> frozenset[Need]:
         return frozenset({"parameters"})
 
-    def before_domain(self, context: Context) -> None:
+    def before_domain(self, context: Context) -> Branch:
         import torch
 
         options, count = self.options, len(context.branches.past)
@@ -96,7 +96,7 @@ class SDLoRA(Strategy):
         scales = self._scales(context)
         mixer = self._mixer(context, magnitudes, torch.cat([scales, torch.ones(len(scales), 1)], dim=1))
         branch = fresh_branch(context, options.in_domain(context.domain.index))
-        context.branches.open(replace(branch, mixer=mixer))
+        return replace(branch, mixer=mixer)
 
     def after_domain(self, context: Context) -> None:
         import torch
@@ -128,7 +128,7 @@ class SDLoRA(Strategy):
     def _mixer(self, context: Context, magnitudes: Tensor, scales: Tensor) -> Any:
         from mllm_keeplora.adapters.mixers.magnitudes import Magnitudes
 
-        mixer = Magnitudes(context.target_layers, len(magnitudes), self.options.magnitude_rate)
+        mixer = Magnitudes(context.layers.names, len(magnitudes), self.options.magnitude_rate)
         mixer.start.copy_(magnitudes)
         mixer.scales.copy_(scales)
         return mixer
@@ -140,7 +140,7 @@ class SDLoRA(Strategy):
         from mllm_keeplora.linalg import gram_of_products
 
         past = context.branches.past
-        in_use = self.in_use[: len(past)].float().expand(len(context.target_layers), -1)
+        in_use = self.in_use[: len(past)].float().expand(len(context.layers.names), -1)
         if self.options.nu == "norm" or not past:
             return in_use.clone()
 
@@ -152,8 +152,8 @@ class SDLoRA(Strategy):
                 lengths = gram_of_products(pairs).diagonal().sqrt()
             return lengths * _scalings(layer, branches)
 
-        found = context.divided(lambda layer: past, norms)
-        lengths = torch.stack([found[layer] for layer in context.target_layers])
+        found = context.processes.dealt(lambda layer: past, norms)
+        lengths = torch.stack([found[layer] for layer in context.layers.names])
         return torch.where(lengths > 0, 1 / lengths, 0.0).float() * in_use
 
     def _fitted(self, context: Context, scales: Tensor) -> tuple[Tensor, float]:
@@ -163,14 +163,14 @@ class SDLoRA(Strategy):
         from mllm_keeplora.linalg import fit_last, gram_of_products
 
         branches = [*context.branches.past, context.branches.read()]
-        rows = dict(zip(context.target_layers, scales.double(), strict=True))
+        rows = dict(zip(context.layers.names, scales.double(), strict=True))
 
         def gram(layer: str, branches: list[Factors]) -> Tensor:
             factor = rows[layer] * _scalings(layer, branches)
             return gram_of_products([(each.B[layer], each.A[layer]) for each in branches]) * factor.outer(factor)
 
-        found = context.divided(lambda layer: branches, gram)
-        coefficients, left = fit_last(torch.stack([found[layer] for layer in context.target_layers]).sum(dim=0))
+        found = context.processes.dealt(lambda layer: branches, gram)
+        coefficients, left = fit_last(torch.stack([found[layer] for layer in context.layers.names]).sum(dim=0))
         return coefficients.float(), left
 
 

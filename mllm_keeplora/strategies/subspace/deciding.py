@@ -33,7 +33,7 @@ def decided_features(
 
     Args:
         context: of the domain, branches as they are to be looked at.
-        samples, plan, of: as in `Context.collect_inputs`.
+        samples, plan, of: as in `Passes.features`.
         decides: whether a layer's sketch knows enough for its threshold.
     """
     from mllm_keeplora.linalg import FrequentDirections
@@ -41,13 +41,13 @@ def decided_features(
     def is_clear(layer: str, source: Any) -> bool:
         return not isinstance(source, FrequentDirections) or decides(layer, source)
 
-    passes = context.exact_passes(plan)
+    passes = context.passes.rounds(plan)
     if passes is not None:
         log.info("exact moments of all layers at once are too large: %d passes over the records", len(passes))
         yield from _exact(context, samples, plan, of, passes)
         return
-    features = context.collect_inputs(samples, plan, of)
-    clear = context.divided(features.get, is_clear)
+    features = context.passes.features(samples, plan, of)
+    clear = context.processes.dealt(features.get, is_clear)
     unclear = {layer: features[layer] for layer, enough in clear.items() if not enough}
     rounds = plan.exact_rounds(unclear, [each for each in features.values() if isinstance(each, FrequentDirections)])
     if unclear:
@@ -67,6 +67,6 @@ def _exact(
     context: Context, samples: int | float, plan: FeaturePlan, of: tuple[str, ...], rounds: list[list[str]]
 ) -> Iterator[Features]:
     for layers in rounds:
-        part = context.collect_inputs(samples, plan.made_exact(), of, layers)
+        part = context.passes.features(samples, plan.made_exact(), of, layers)
         yield part
         part.clear()

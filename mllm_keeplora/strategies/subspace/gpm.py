@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
-from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, grow_kept, open_outside
+from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, branch_outside, grow_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.linalg import Basis
 
 A_PARAMETER = ".lora_A.domain.weight"
@@ -50,13 +51,13 @@ class GPM(Strategy):
     def prepare(self, context: Context) -> None:
         begin_kept(context)
 
-    def before_domain(self, context: Context) -> None:
+    def before_domain(self, context: Context) -> Branch:
         self._kept = {}
         branch = fresh_branch(context, self.options)
         A = {layer: _outside(rows, context.kept[layer]) for layer, rows in branch.A.items()}
-        open_outside(context, self.options, A, branch.train)
+        return branch_outside(context, self.options, A, branch.train)
 
-    def around_step(self, context: Context, phase: Literal["grad", "post"]) -> None:
+    def around_step(self, context: Context, phase: Literal["grad", "post"], step: Step) -> None:
         if phase != self.options.mode:
             return
         trained = context.branches.trainable()

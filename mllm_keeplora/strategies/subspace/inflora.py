@@ -21,10 +21,12 @@ from pydantic import Field
 
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.subspace.deciding import decided_features
-from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, grow_kept, open_outside
+from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, branch_outside, grow_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mllm_keeplora.adapters import Branch
 
 
 class InfLoRAOptions(KeptFeatureOptions):
@@ -56,7 +58,7 @@ class InfLoRA(Strategy):
     def prepare(self, context: Context) -> None:
         begin_kept(context)
 
-    def before_domain(self, context: Context) -> None:
+    def before_domain(self, context: Context) -> Branch:
         from mllm_keeplora.linalg import moment_rows
 
         options = self.options
@@ -70,8 +72,8 @@ class InfLoRA(Strategy):
 
         A: dict[str, Tensor] = {}
         for features in decided_features(context, options.feature_samples, plan, lambda layer, sketch: True):
-            A |= context.divided(features.get, begin, features)
-        open_outside(context, options, {layer: A[layer] for layer in context.target_layers}, train=("B",))
+            A |= context.processes.dealt(features.get, begin, features)
+        return branch_outside(context, options, {layer: A[layer] for layer in context.layers.names}, train=("B",))
 
     def after_domain(self, context: Context) -> None:
         grow_kept(context, self.options)

@@ -21,6 +21,7 @@ from mllm_keeplora.system.log import log
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.linalg import Basis, FrequentDirections
     from mllm_keeplora.strategies.subspace.deciding import Features
 
@@ -40,14 +41,14 @@ class KeepLoRA(Strategy):
         """Kept basis of every layer: principal input subspace of its weight, Eq. (1); then what the anchors add."""
         from mllm_keeplora.linalg import Basis, principal_subspace
 
-        self.options.refuse_idle_patterns(context.target_layers)
+        self.options.refuse_idle_patterns(context.layers.names)
 
         def principal(layer: str, weight: Tensor) -> Tensor:
             energy = self.options.threshold("energy_weights", layer)
             columns = principal_subspace(weight, energy, self.options.rank_rule)
             return columns.cpu()  # those of all layers would take much of a GPU
 
-        for layer, columns in context.divided(context.weight, principal).items():
+        for layer, columns in context.processes.dealt(context.layers.weight, principal).items():
             context.kept[layer] = Basis.from_columns(columns)
         if self.options.share_basis == "input":
             self._unite(context)
@@ -59,13 +60,13 @@ class KeepLoRA(Strategy):
                 added |= self._grow(context, features, "energy_anchor")
             context.log({"added_by_anchors": added})
 
-    def before_domain(self, context: Context) -> None:
+    def before_domain(self, context: Context) -> Branch:
         """A = top directions of the residual mean gradient, Eqs. (2)-(4); B = 0, Eq. (5b), or S V^T, Eq. (5a)."""
         from mllm_keeplora.adapters import Branch
         from mllm_keeplora.linalg import gradient_capture
 
         options = self.options
-        gradients = context.collect_weight_gradients(options.grad_samples, options.gradient_plan())
+        gradients = context.passes.gradients(options.grad_samples, options.gradient_plan())
         noise = self._noise(context)
 
         def begin(layer: str, gradient: Any) -> dict[str, Any]:
@@ -76,17 +77,17 @@ class KeepLoRA(Strategy):
             B = gradient.mean.float() @ directions.to(gradient.mean).mT if options.b_init == "gradient" else None
             return {"A": directions, "B": B, "facts": facts}
 
-        starts = context.divided(gradients.get, begin)
+        starts = context.processes.dealt(gradients.get, begin)
         facts = {layer: start["facts"] for layer, start in starts.items()}
         A = {layer: start["A"] for layer, start in starts.items() if len(start["A"]) > 0}
         B = {layer: starts[layer]["B"] for layer in A} if options.b_init == "gradient" else {}
         self._tell_of_exhaustion(context, facts)
         scaling = options.alpha / options.rank  # a layer with fewer directions keeps the same scale
-        scales = options.layer_scales({layer: context.depth(layer) for layer in context.target_layers})
+        scales = options.layer_scales({layer: context.layers.depth(layer) for layer in context.layers.names})
         alpha = {layer: scaling * scales[layer] * directions.shape[0] for layer, directions in A.items()}
         context.log({"gradient": facts, "layer_scale": scales})
         train = ("B",) if options.freeze_a else ("A", "B")
-        context.branches.open(Branch(A, alpha, train, B))
+        return Branch(A, alpha, train, B)
 
     def after_domain(self, context: Context) -> None:
         """Grow every kept basis by the domain's dominant feature directions, Eqs. (8)-(10)."""
@@ -94,7 +95,7 @@ class KeepLoRA(Strategy):
         if self.options.feature_source == "activations":
             parts = self._features(context, self.options.feature_samples, "energy_features")
         else:
-            parts = [context.collect_weight_gradients(self.options.feature_samples)]
+            parts = [context.passes.gradients(self.options.feature_samples)]
         added: dict[str, int] = {}
         forgotten: dict[str, int] = {}
         for features in parts:
@@ -118,7 +119,7 @@ class KeepLoRA(Strategy):
         """Let layers with the same input keep the same: the span of what each of them keeps of its weight."""
         from mllm_keeplora.linalg import Basis
 
-        for first, *others in context.shared_inputs():
+        for first, *others in context.layers.groups():
             for layer in others:
                 context.kept[first].grow(context.kept[layer].columns.mT, energy=1.0)
             for layer in others:
@@ -129,8 +130,8 @@ class KeepLoRA(Strategy):
         import torch
 
         rows = 2 * self.options.rank
-        wanted = () if self.options.a_init == "gradient" else context.target_layers
-        return {layer: torch.randn(rows, context.d_in(layer), generator=context.rng) for layer in wanted}
+        wanted = () if self.options.a_init == "gradient" else context.layers.names
+        return {layer: torch.randn(rows, context.layers.d_in(layer), generator=context.rng) for layer in wanted}
 
     def _directions(self, kept: Basis, gradient: Any, noise: Tensor | None) -> Tensor:
         """(r', d_in) rows of A, none where the layer is to be left alone."""
@@ -162,7 +163,7 @@ class KeepLoRA(Strategy):
             energy = self.options.threshold(name, layer)
             return context.kept[layer].missing(_rows(source), energy, self.options.energy_reference)
 
-        added = context.divided(features.get, missing, features)
+        added = context.processes.dealt(features.get, missing, features)
         for layer, columns in added.items():
             context.kept[layer].append(columns)
             context.kept[layer].round_last(columns.shape[1], self.options.torch_dtype())
@@ -215,7 +216,7 @@ class KeepLoRA(Strategy):
         if short:
             name = context.domain.name
             log.warning("%s: %d layers have fewer than %d directions, first %s", name, len(short), wanted, short[0])
-        tight = [layer for layer, fact in facts.items() if context.d_in(layer) - fact["kept"] < 4 * wanted]
+        tight = [layer for layer, fact in facts.items() if context.layers.d_in(layer) - fact["kept"] < 4 * wanted]
         if tight:
             log.warning(
                 "%s: %d layers have fewer than %d free directions (four times the rank), first %s",

@@ -19,6 +19,7 @@ from mllm_keeplora.system.log import log
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
 
 
@@ -60,7 +61,7 @@ def begin_kept(context: Context) -> None:
     """Nothing is kept yet, in any target layer."""
     from mllm_keeplora.linalg import Basis
 
-    context.kept.update({layer: Basis(context.d_in(layer)) for layer in context.target_layers})
+    context.kept.update({layer: Basis(context.layers.d_in(layer)) for layer in context.layers.names})
 
 
 def grow_kept(context: Context, options: KeptFeatureOptions) -> None:
@@ -83,14 +84,14 @@ def grow_kept(context: Context, options: KeptFeatureOptions) -> None:
 
     added: dict[str, int] = {}
     for features in decided_features(context, options.feature_samples, options.feature_plan(exact=squared), decides):
-        for layer, columns in context.divided(features.get, missing, features).items():
+        for layer, columns in context.processes.dealt(features.get, missing, features).items():
             context.kept[layer].append(columns)
             added[layer] = columns.shape[1]
     context.log({"energy": energy, "added": added})
 
 
-def open_outside(context: Context, options: StrategyOptions, A: dict[str, Tensor], train: tuple[str, ...]) -> None:
-    """Open a branch whose rows of A lie outside of what is kept, as many as there was room for; B is zero.
+def branch_outside(context: Context, options: StrategyOptions, A: dict[str, Tensor], train: tuple[str, ...]) -> Branch:
+    """Begin a branch whose rows of A lie outside of what is kept, as many as there was room for; B is zero.
 
     Args:
         A: layer -> (rank', d_in), rank' at most the rank. All have the same scaling alpha / rank; a layer without
@@ -111,4 +112,4 @@ def open_outside(context: Context, options: StrategyOptions, A: dict[str, Tensor
     if short:
         log.warning("%s: %d layers have fewer than %d directions, first %s", name, len(short), rank, short[0])
     A = {layer: rows for layer, rows in A.items() if len(rows)}
-    context.branches.open(Branch(A, {layer: options.alpha / rank * len(rows) for layer, rows in A.items()}, train))
+    return Branch(A, {layer: options.alpha / rank * len(rows) for layer, rows in A.items()}, train)

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Context, Need, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mllm_keeplora.adapters import Branch
 
 
 class OLoRAOptions(StrategyOptions):
@@ -67,13 +69,13 @@ class OLoRA(Strategy):
     def needs(self) -> frozenset[Need]:
         return frozenset({"parameters"})
 
-    def before_domain(self, context: Context) -> None:
+    def before_domain(self, context: Context) -> Branch:
         self.load_state_dict({})
         for name in ("lambda1", "lambda2"):
             _of_domain(getattr(self.options, name), context, name)
-        context.branches.open(fresh_branch(context, self.options))
+        return fresh_branch(context, self.options)
 
-    def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any) -> Tensor | float:
+    def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any, step: Step) -> Tensor | float:
         lambda1 = _of_domain(self.options.lambda1, context, "lambda1")
         lambda2 = _of_domain(self.options.lambda2, context, "lambda2")
         if self._trained is None:
@@ -119,7 +121,7 @@ def overlap(past: Tensor, A: Tensor, penalty: str) -> Tensor:
 
 
 def _factors_by_layer(context: Context) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {layer: {} for layer in context.target_layers}
+    found: dict[str, dict[str, Any]] = {layer: {} for layer in context.layers.names}
     names = context.branches.trainable()
     for layer in found:
         for part in ("A", "B"):

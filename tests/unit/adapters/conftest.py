@@ -46,7 +46,7 @@ def branch_of(factors, train=("B",)):
 
 
 def adapt(base, history="merged", full=()):
-    return Adapters(base.model, base.parts.target_layers, history, 0.0, full)
+    return Adapters(base, history, 0.0, full)
 
 
 def projector_parameters(base):

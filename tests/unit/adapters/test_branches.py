@@ -153,15 +153,15 @@ def test_closed_gives_the_function_before_the_branch_and_restores_everything(new
     adapters.assert_plan()
 
 
-def test_teacher_forward_gives_the_outputs_before_the_branch_without_a_graph(base, batch):
+def test_teacher_logits_are_those_before_the_branch_without_a_graph(base, batch):
     adapters = adapt(base)
     before = logits_of(adapters.model, batch)
     adapters.open(random_branch(base, 7))
     adapters.load(random_factors(base, 8), {})
     context = RunContext(base, adapters, {}, None, [], None, None, 4)
-    outputs = context.teacher_forward(batch)
+    logits = context.passes.teacher_logits(batch)
     supervised = before[supervised_positions(batch["labels"])]
-    assert torch.allclose(outputs.logits[0], supervised, atol=1e-5) and not outputs.logits.requires_grad
+    assert torch.allclose(logits, supervised, atol=1e-5) and not logits.requires_grad
     adapters.assert_plan()
 
 
@@ -169,5 +169,5 @@ def test_a_teacher_leaves_a_training_model_in_training(base, batch):
     adapters = adapt(base)
     adapters.open(random_branch(base, 7))
     adapters.model.train()
-    RunContext(base, adapters, {}, None, [], None, None, 4).teacher_forward(batch)
+    RunContext(base, adapters, {}, None, [], None, None, 4).passes.teacher_logits(batch)
     assert all(module.training for module in adapters.model.modules())

@@ -103,7 +103,7 @@ def test_plain_peft_loads_the_saved_factors_into_a_fresh_base_with_the_same_logi
     factors = Factors(A, B, alpha)
     pristine = logits_of(base.model, batch)
 
-    adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+    adapters = Adapters(base, "merged", 0.0)
     adapters.open(Branch(A, alpha))
     adapters.load(factors, {})
     adapted = logits_of(adapters.model, batch)

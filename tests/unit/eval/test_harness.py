@@ -12,6 +12,7 @@ from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.readers import read_test
 from mllm_keeplora.eval import harness
 from mllm_keeplora.eval.harness import Answer, Journal, evaluate_set, forget_journals, generate
+from mllm_keeplora.models import causal
 from mllm_keeplora.models.causal.decoding import Decoded
 from mllm_keeplora.runs import DomainDir
 from mllm_keeplora.system import files
@@ -78,7 +79,7 @@ def test_an_answer_that_reached_the_token_limit_is_marked(base, records, tmp_pat
         new[::2, 2:] = base.model.generation_config.eos_token_id
         return Decoded(new, torch.zeros(len(new), dtype=torch.bool))
 
-    monkeypatch.setattr(harness, "greedy", spoken)
+    monkeypatch.setattr(causal, "greedy", spoken)
     answers = generate(base, base.model, records, [""] * len(records), 4)
     assert [answer.is_cut for answer in answers] == [False, True] * (len(records) // 2)
     evaluate_set(base, base.model, records, PART, tmp_path / "p.jsonl", "test", 12)
@@ -98,7 +99,7 @@ def test_a_close_call_is_asked_again_alone(base, records, monkeypatch, in_step, 
         new = torch.full((rows, 1), 17 if rows > 1 else 18)
         return Decoded(new, torch.tensor([rows == 1 or row in (1, 4) for row in range(rows)]))
 
-    monkeypatch.setattr(harness, "greedy", spoken)
+    monkeypatch.setattr(causal, "greedy", spoken)
     monkeypatch.setattr(harness, "keeps_step", lambda model: in_step)
     texts = [answer.text for answer in generate(base, base.model, records[:6], [""] * 6, 4, settle_ties)]
     in_batch, alone = base.prompt.answers(torch.tensor([[17], [18]]))

@@ -50,7 +50,7 @@ def features(base, samples):
 
 @pytest.fixture(scope="module")
 def exact_gradients(base, batches):
-    return collect_mean_gradients(base.model, modules_of(base), batches)
+    return collect_mean_gradients(base.family, base.model, modules_of(base), batches)
 
 
 def image_token(base):
@@ -71,11 +71,11 @@ def is_projector(layer):
 
 
 def collect(base, batches, **settings):
-    return collect_moments(base.model, modules_of(base), batches, FeaturePlan(**settings))
+    return collect_moments(base.family, base.model, modules_of(base), batches, FeaturePlan(**settings))
 
 
 def gradients(base, batches, **settings):
-    return collect_mean_gradients(base.model, modules_of(base), batches, GradientPlan(**settings))
+    return collect_mean_gradients(base.family, base.model, modules_of(base), batches, GradientPlan(**settings))
 
 
 def close(found, expected, tolerance=1e-5):

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from mllm_keeplora.adapters import Adapters, Branch, adapters_for
 from mllm_keeplora.models.causal.logits import supervised_logits
-from mllm_keeplora.models.causal.losses import per_sample_loss
+from mllm_keeplora.models.family import mean_by_row
 from mllm_keeplora.probes.features import collect_moments
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.strategies.baselines.ewc import EWCOptions
@@ -52,7 +52,7 @@ def state_of(model):
 
 def with_open_branch(base, train=("B",)):
     """Adapters with a random branch on every target layer, whose B is not zero."""
-    adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+    adapters = Adapters(base, "merged", 0.0)
     generator = torch.Generator().manual_seed(5)
     A = {layer: torch.randn(2, w.shape[1], generator=generator) for layer, w in weights_of(base).items()}
     adapters.open(Branch(A, dict.fromkeys(A, 2.0), train=train))
@@ -68,7 +68,8 @@ def with_open_branch(base, train=("B",)):
 def test_moments_are_those_of_all_real_tokens_seen_by_a_plain_hook(base, tiny_records):
     records = tiny_records["Alpha"][:5]
     tokens = captured_tokens(base.model, modules_of(base), one_by_one(base, records))
-    moments = collect_moments(base.model, modules_of(base), [encode(base, records[:3]), encode(base, records[3:])])
+    batches = [encode(base, records[:3]), encode(base, records[3:])]
+    moments = collect_moments(base.family, base.model, modules_of(base), batches)
     assert list(moments) == list(base.parts.target_layers) and len(moments) == 16
     for layer, accumulator in moments.items():
         assert_close(accumulator.moments, tokens[layer].T @ tokens[layer])
@@ -80,8 +81,8 @@ def test_padding_never_counts_in_a_batch_of_unequal_lengths(base, tiny_records):
     records = tiny_records["Alpha"][:4]
     together = encode(base, records)
     assert not bool(together["attention_mask"].all()), "the records must differ in length"
-    batch = collect_moments(base.model, modules_of(base), [together])
-    single = [collect_moments(base.model, modules_of(base), [each]) for each in one_by_one(base, records)]
+    batch = collect_moments(base.family, base.model, modules_of(base), [together])
+    single = [collect_moments(base.family, base.model, modules_of(base), [each]) for each in one_by_one(base, records)]
     for layer in base.parts.target_layers:
         assert batch[layer].count == sum(each[layer].count for each in single)
         assert_close(batch[layer].moments, sum(each[layer].moments.double() for each in single))
@@ -96,14 +97,14 @@ def test_padding_never_counts_whatever_token_and_side_it_has(base, tiny_records)
             left[key][row] = fill
             left[key][row, -length:] = right[key][row, :length]
     tokens = captured_tokens(base.model, modules_of(base), one_by_one(base, records))
-    moments = collect_moments(base.model, modules_of(base), [left])
+    moments = collect_moments(base.family, base.model, modules_of(base), [left])
     for layer in base.parts.target_layers:
         assert_close(moments[layer].moments, tokens[layer].T @ tokens[layer])
 
 
 def test_layers_that_are_fed_the_same_tensor_share_one_accumulator_and_no_others_do(base, tiny_records):
     batches = [encode(base, tiny_records["Alpha"][:2]), encode(base, tiny_records["Alpha"][2:4])]
-    moments = collect_moments(base.model, modules_of(base), batches)
+    moments = collect_moments(base.family, base.model, modules_of(base), batches)
     for number in range(2):
         layer = f"model.language_model.layers.{number}"
         q, k, v = (moments[f"{layer}.self_attn.{part}_proj"] for part in "qkv")
@@ -114,10 +115,10 @@ def test_layers_that_are_fed_the_same_tensor_share_one_accumulator_and_no_others
 
 def test_moments_of_adapted_layers_are_those_of_the_adapted_model(base, tiny_records):
     records = tiny_records["Beta"][:3]
-    plain = collect_moments(base.model, modules_of(base), [encode(base, records)])
+    plain = collect_moments(base.family, base.model, modules_of(base), [encode(base, records)])
     adapters = with_open_branch(base)
     tokens = captured_tokens(adapters.model, modules_of(base), one_by_one(base, records))
-    moments = collect_moments(adapters.model, modules_of(base), [encode(base, records)])
+    moments = collect_moments(base.family, adapters.model, modules_of(base), [encode(base, records)])
     for layer in base.parts.target_layers:
         assert_close(moments[layer].moments, tokens[layer].T @ tokens[layer])
     moved = [layer for layer in moments if not torch.allclose(moments[layer].moments, plain[layer].moments, rtol=1e-3)]
@@ -133,7 +134,7 @@ def test_mean_gradients_are_the_average_of_single_sample_autograd_gradients(base
     expected = autograd_mean_gradients(base.model, weights_of(base), one_by_one(base, records))
     parts = np.split(np.arange(5), np.cumsum(sizes)[:-1])
     batches = [encode(base, [records[i] for i in part]) for part in parts]
-    gradients = collect_mean_gradients(base.model, modules_of(base), batches)
+    gradients = collect_mean_gradients(base.family, base.model, modules_of(base), batches)
     assert list(gradients) == list(base.parts.target_layers)
     for layer, accumulator in gradients.items():
         assert accumulator.count == 5
@@ -150,10 +151,10 @@ def test_mean_gradients_after_a_learnt_domain_are_those_at_the_merged_weights(ne
     expected = autograd_mean_gradients(base.model, weights_of(base), one_by_one(base, tiny_records["Beta"][:3]))
 
     again = new_base()
-    adapters = Adapters(again.model, again.parts.target_layers, history, 0.0)
+    adapters = Adapters(again, history, 0.0)
     adapters.restore([factors], [])
     batch = encode(again, tiny_records["Beta"][:3])
-    gradients = collect_mean_gradients(adapters.model, modules_of(again), [batch])
+    gradients = collect_mean_gradients(base.family, adapters.model, modules_of(again), [batch])
     for layer, accumulator in gradients.items():
         assert_close(accumulator.mean, expected[layer])
 
@@ -162,7 +163,7 @@ def test_loss_of_a_sample_is_the_mean_over_its_answer_tokens(base, tiny_records)
     records = tiny_records["Alpha"][:4]
     batch = encode(base, records)
     with torch.no_grad():
-        together = per_sample_loss(base.model(**batch).logits, batch["labels"])
+        together = mean_by_row(*base.family.losses(base.model(**batch).logits, batch["labels"]), len(batch["labels"]))
         alone = [base.model(**each).loss for each in one_by_one(base, records)]
     assert together.dtype == torch.float32
     assert torch.allclose(together, torch.stack(alone), rtol=1e-5)
@@ -178,9 +179,11 @@ def test_logits_of_supervised_positions_alone_give_the_models_own_loss_and_gradi
         outputs = base.model(**inputs)
     tokens = int((batch["labels"] != -100).sum())
     assert outputs.logits.shape[:2] == (1, tokens) and whole.logits.shape[:2] == batch["labels"].shape
-    loss = answer_loss(outputs, batch["labels"], num_items_in_batch=2 * tokens)
+    loss = answer_loss(base.family, outputs, batch["labels"], num_items_in_batch=2 * tokens)
     [found] = torch.autograd.grad(loss, [weight])
-    assert torch.allclose(2 * loss, whole.loss) and torch.allclose(answer_loss(outputs, batch["labels"]), whole.loss)
+    assert torch.allclose(2 * loss, whole.loss) and torch.allclose(
+        answer_loss(base.family, outputs, batch["labels"]), whole.loss
+    )
     assert_close(2 * found, expected)
     assert base.model(**inputs).logits.shape[:2] == batch["labels"].shape  # nothing is left behind
 
@@ -192,7 +195,7 @@ def test_no_base_parameter_ever_requires_or_receives_a_gradient(base, tiny_recor
         required.extend(parameter.requires_grad for parameter in base.model.parameters())
 
     handle = base.model.register_forward_pre_hook(look)
-    collect_mean_gradients(base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
+    collect_mean_gradients(base.family, base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
     handle.remove()
     assert len(required) > 50 and not any(required)
     assert all(parameter.grad is None for parameter in base.model.parameters())
@@ -202,7 +205,7 @@ def test_no_parameter_of_an_open_branch_receives_a_gradient(base, tiny_records):
     adapters = with_open_branch(base, train=("A", "B"))
     before = state_of(adapters.model)
     assert sum(before[1].values()) == 32
-    collect_mean_gradients(adapters.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
+    collect_mean_gradients(base.family, adapters.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
     assert state_of(adapters.model)[1:] == before[1:]
 
 
@@ -230,10 +233,10 @@ def test_hooks_mode_and_trainability_are_restored_also_when_the_forward_raises(
 
         handle = base.model.get_submodule("model.language_model.layers.1").register_forward_hook(fail)
         with pytest.raises(Trouble):
-            collect(adapters.model, modules_of(base), batches)
+            collect(base.family, adapters.model, modules_of(base), batches)
         handle.remove()
     else:
-        collect(adapters.model, modules_of(base), batches)
+        collect(base.family, adapters.model, modules_of(base), batches)
     assert state_of(adapters.model) == before
 
 
@@ -244,7 +247,7 @@ def test_a_pass_runs_in_evaluation_mode(base, tiny_records, collect):
         lambda module, args: modes.append(module.training)
     )
     base.model.train()
-    collect(base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
+    collect(base.family, base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
     handle.remove()
     assert modes == [False]
 
@@ -257,28 +260,28 @@ def test_a_weight_that_is_not_a_number_gives_an_error_that_names_a_layer(base, t
     with pytest.raises(
         ValueError, match=r"layer model\.language_model\.layers\.\d\.(self_attn|mlp)\.\w+_proj: .*finite"
     ):
-        collect(base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
+        collect(base.family, base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
     assert state_of(base.model) == before
 
 
 def test_moments_name_the_first_layer_whose_input_is_not_a_number(base, tiny_records):
     base.model.get_submodule("model.language_model.layers.0.mlp.up_proj").weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"^layer model\.language_model\.layers\.0\.mlp\.down_proj: "):
-        collect_moments(base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
+        collect_moments(base.family, base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
 
 
 @pytest.mark.parametrize("collect", [collect_moments, collect_mean_gradients])
 def test_a_layer_that_takes_no_part_is_an_error(base, tiny_records, collect):
     layers = {**modules_of(base), "idle": torch.nn.Linear(3, 3)}
     with pytest.raises(RuntimeError, match=r"1 target layers .* idle"):
-        collect(base.model, layers, [encode(base, tiny_records["Alpha"][:2])])
+        collect(base.family, base.model, layers, [encode(base, tiny_records["Alpha"][:2])])
 
 
 def test_every_part_of_the_model_gets_its_own_mode_back(base, tiny_records):
     base.model.train()
     base.model.get_submodule("model.vision_tower").eval()
     before = state_of(base.model)
-    collect_moments(base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
+    collect_moments(base.family, base.model, modules_of(base), [encode(base, tiny_records["Alpha"][:2])])
     assert state_of(base.model) == before
     base.model.eval()
 
@@ -286,7 +289,7 @@ def test_every_part_of_the_model_gets_its_own_mode_back(base, tiny_records):
 @pytest.mark.parametrize(("samples", "looked_at"), [(1, 1), (3, 3), (3.0, 3), (0.5, 4), (1.0, 8), (99, 8)])
 def test_samples_are_a_count_of_records_or_a_share_of_them(base, tiny_records, samples, looked_at):
     context = context_of(base, adapters_for(base, "keeplora", "auto"), {"Alpha": tiny_records["Alpha"][:8]}, 0)
-    assert len(context.prompt_features(samples)) == looked_at
+    assert len(context.passes.question_features(samples)) == looked_at
 
 
 def test_a_share_has_a_limit_and_so_do_fractions_of_a_record():

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mllm_keeplora.models.causal.losses import token_kinds
 from mllm_keeplora.probes.plans import FeaturePlan
 from mllm_keeplora.probes.rows import ChosenRows
 from tests.oracles import tokens as oracle
@@ -38,7 +39,7 @@ def test_chosen_tokens_are_real_within_every_budget_and_evenly_spaced(batch, bud
     tensors = {key: torch.tensor(values) for key, values in batch.items()}
     size, length = tensors["input_ids"].shape
     places = torch.arange(size * length, dtype=torch.float32).reshape(size, length, 1)
-    rows = ChosenRows(tensors, FeaturePlan(tokens=budgets), 7).of(places)
+    rows = ChosenRows(token_kinds(tensors, 7), FeaturePlan(tokens=budgets)).of(places)
     chosen = [divmod(int(place), length) for place in rows.flatten().tolist()]
     assert len(set(chosen)) == len(chosen)
     samples = oracle.positions_by_kind(batch["input_ids"], batch["labels"], batch["attention_mask"], 7)
@@ -55,5 +56,5 @@ def test_chosen_tokens_are_real_within_every_budget_and_evenly_spaced(batch, bud
 def test_a_token_without_length_is_no_reason_to_divide_by_zero():
     batch = {"attention_mask": torch.ones(1, 3, dtype=torch.long)}
     features = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [0.0, 1e-20]]])
-    rows = ChosenRows(batch, FeaturePlan(normalise=True), 7).of(features)
+    rows = ChosenRows(token_kinds(batch, None), FeaturePlan(normalise=True)).of(features)
     assert rows.isfinite().all() and torch.allclose(rows[0], torch.tensor([0.6, 0.8]))

@@ -6,7 +6,7 @@ import pytest
 
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.models import IGNORED, ChatPrompt
-from tests.unit.models.test_prompt import ONE, TWO, labelled, picture, record, talk, with_template
+from tests.unit.models.causal.test_prompt import ONE, TWO, labelled, picture, record, talk, with_template
 
 LLAMA_LIKE = """<unk> <s> </s> <pad> <image> NEWLINE ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial
 ▁intelligence ▁assistant. ▁The ▁assistant ▁gives ▁helpful, ▁detailed, ▁polite ▁answers ▁to ▁the ▁user's

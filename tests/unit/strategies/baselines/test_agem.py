@@ -16,9 +16,10 @@ from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.strategies.baselines.agem import AGEM, AGEMOptions
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.context import Step
 from mllm_keeplora.system.files import read_tensors, write_tensors
 from tests.oracles import agem
-from tests.support.strategies import alone, context_of, fit, learn
+from tests.support.strategies import alone, context_of, fit, learn, open_branch
 from tests.support.tiny import COLOURS, PLACES
 
 BATCH = 4
@@ -31,7 +32,7 @@ def strategy_of(**options):
 
 
 def adapters_of(base, dropout=0.0):
-    return Adapters(base.model, base.parts.target_layers, "merged", dropout)
+    return Adapters(base, "merged", dropout)
 
 
 def answering(records, colour, place):
@@ -55,7 +56,7 @@ def second_domain(base, records, folder, dropout=0.0, **options):
     adapters, strategy = adapters_of(base, dropout), strategy_of(**options)
     learn(strategy, context_of(base, adapters, records, 0), folder / "first")
     context = context_of(base, adapters, records, 1)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     return strategy, context
 
 
@@ -86,13 +87,11 @@ def edited(gradients, reference):
     tensors = {name: torch.tensor(values) for name, values in reference.items()}
     context = SimpleNamespace(
         branches=SimpleNamespace(trainable=lambda: parameters),
-        batch_size=BATCH,
-        drawn=lambda population, count: [0] * count,
-        loss_gradients=lambda references: tensors,
+        passes=SimpleNamespace(loss_gradients=lambda references: tensors),
     )
     strategy = strategy_of()
     strategy.buffer.offer(0, 3, torch.Generator())
-    strategy.around_step(context, "grad")
+    strategy.around_step(context, "grad", Step(0, BATCH))
     return {name: None if each.grad is None else each.grad.numpy() for name, each in parameters.items()}
 
 
@@ -192,8 +191,8 @@ def test_the_reference_is_the_gradient_of_the_mean_over_tokens_without_dropout(b
     references, records = references_of(strategy, context, domains, 5)
     expected = alone(base, context.branches, records)[1]
     context.branches.model.train()
-    context.probe_batch_size = size
-    found = context.loss_gradients(references)
+    context.passes.batch_size = size
+    found = context.passes.loss_gradients(references)
     assert context.branches.model.training and found.keys() == expected.keys()
     for name, values in found.items():
         assert np.allclose(values.numpy(), expected[name], atol=1e-5) and values.any()
@@ -204,17 +203,18 @@ def test_the_reference_is_taken_as_a_training_runs_its_blocks(base, domains, tmp
     """Checkpointed where the training is, to the same gradient; under autocast if the base is in half precision."""
     strategy, context = second_domain(base, domains, tmp_path, dropout=0.5)
     references, decoder = references_of(strategy, context, domains, 5)[0], context.branches.base
-    plain, ran = context.loss_gradients(references), []
+    plain, ran = context.passes.loss_gradients(references), []
     decoder.gradient_checkpointing_enable({"use_reentrant": False})
     block = next(module for module in decoder.modules() if type(module).__name__.endswith("DecoderLayer"))
     hook = block.mlp.register_forward_pre_hook(lambda *_: ran.append(torch.is_autocast_enabled("cpu")))
     try:
-        found = context.loss_gradients(references)
+        found = context.passes.loss_gradients(references)
         assert len(ran) == 2 * -(-5 // context.probe_batch_size) and not any(ran), "once more in the backward pass"
         assert all(torch.allclose(found[name], values, atol=1e-6) for name, values in plain.items())
         ran.clear()
         decoder.to(torch.bfloat16)
-        assert all(values.isfinite().all() for values in context.loss_gradients(references).values()) and all(ran)
+        found = context.passes.loss_gradients(references).values()
+        assert all(values.isfinite().all() for values in found) and all(ran)
     finally:
         hook.remove()
         decoder.gradient_checkpointing_disable()

@@ -10,10 +10,11 @@ from mllm_keeplora.adapters import Factors
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies.baselines.ewc import EWC, EWCOptions
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.context import Step
 from mllm_keeplora.system.files import read_tensors, write_tensors
 from mllm_keeplora.training.context import RunContext
 from tests.oracles import ewc
-from tests.support.strategies import context_of, fit, learn
+from tests.support.strategies import context_of, fit, learn, open_branch
 from tests.unit.adapters.conftest import adapt, projector_parameters, same
 from tests.unit.conftest import encode
 
@@ -50,7 +51,7 @@ def moved(adapters, seed) -> None:
 def penalty_of(strategy, context) -> tuple[float, dict]:
     """The penalty, and its gradient by every trained parameter."""
     theta = context.branches.trainable()
-    penalty = strategy.extra_loss(context, {}, None)
+    penalty = strategy.extra_loss(context, {}, None, Step(0, 4))
     return penalty.item(), arrays(dict(zip(theta, torch.autograd.grad(penalty, list(theta.values())), strict=True)))
 
 
@@ -75,7 +76,7 @@ def second(base, few, tmp_path):
     strategy, adapters = strategy_of(), adapt(base)
     learn(strategy, context_of(base, adapters, few, 0), tmp_path)
     context = context_of(base, adapters, few, 1)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     return strategy, context
 
 
@@ -85,7 +86,7 @@ def second(base, few, tmp_path):
 def test_f_is_the_mean_squared_gradient_of_single_records_where_training_ended(base, tiny_records, tmp_path):
     strategy, adapters = strategy_of(), adapt(base)
     context = context_of(base, adapters, tiny_records, 0)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     fit(strategy, context, tmp_path)
     strategy.after_domain(context)
     gradients = gradients_of(adapters, base, [tiny_records["Alpha"][number] for number in CHOSEN])
@@ -101,7 +102,7 @@ def test_processes_add_up_their_records(base, tiny_records):
     """Five records, three with one process and two with the other."""
     adapters, whole = adapt(base), strategy_of()
     context = context_of(base, adapters, tiny_records, 0)
-    whole.before_domain(context)
+    open_branch(whole, context)
     moved(adapters, 1)
     whole.after_domain(context)
     sums: dict[int, list[torch.Tensor]] = {}
@@ -127,7 +128,7 @@ def test_processes_add_up_their_records(base, tiny_records):
 def test_online_f_fades_and_separate_ones_stay(base, tiny_records, gamma):
     adapters = adapt(base)
     online, separate = strategy_of(gamma=gamma), strategy_of(mode="separate", gamma=gamma)
-    online.before_domain(context_of(base, adapters, tiny_records, 0))
+    open_branch(online, context_of(base, adapters, tiny_records, 0))
     optima, fishers = [], []
     for index in (0, 1, 0):
         moved(adapters, 10 + len(optima))
@@ -149,8 +150,8 @@ def test_online_f_fades_and_separate_ones_stay(base, tiny_records, gamma):
 
 def test_the_first_domain_has_no_penalty(base, tiny_records):
     strategy, context = strategy_of(), context_of(base, adapt(base), tiny_records, 0)
-    strategy.before_domain(context)
-    assert strategy.extra_loss(context, {}, None) == 0.0
+    open_branch(strategy, context)
+    assert strategy.extra_loss(context, {}, None, Step(0, 4)) == 0.0
 
 
 def test_penalty_and_its_gradient_are_zero_where_the_past_ended(second):
@@ -164,7 +165,7 @@ def test_penalty_and_its_gradient_are_those_of_the_reference(base, tiny_records,
     adapters = adapt(base)
     strategy = strategy_of(mode=mode, strength=30.0)
     context = context_of(base, adapters, tiny_records, 1)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     for seed in (1, 2):
         moved(adapters, seed)
         strategy.after_domain(context)
@@ -182,7 +183,7 @@ def test_parameters_that_are_trained_in_full_are_held_as_well(new_base, tiny_rec
     full = projector_parameters(base)
     adapters, strategy = adapt(base, full=full), strategy_of()
     context = context_of(base, adapters, tiny_records, 0)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     strategy.after_domain(context)
     name = f"base_model.model.{full[0]}"
     assert len(full) == 4 and set(strategy.fisher[0]) == set(adapters.trainable())
@@ -217,7 +218,7 @@ def test_the_firmer_the_hold_the_nearer_a_domain_stays_to_the_last_one(base, few
         strategy = strategy_of(strength=strength)
         strategy.load_state_dict(state)
         context = context_of(base, adapters, few, 1)
-        strategy.before_domain(context)
+        open_branch(strategy, context)
         fit(strategy, context, tmp_path / str(strength), epochs=4)
         held = [arrays(strategy.fisher[0])], [arrays(strategy.optimum[0])]
         costs.append(ewc.penalty(arrays(adapters.trainable()), *held, 1.0))
@@ -232,7 +233,7 @@ def test_the_firmer_the_hold_the_nearer_a_domain_stays_to_the_last_one(base, few
 def test_what_is_read_back_from_disk_goes_on_the_same(base, few, tmp_path, mode):
     strategy, resumed = strategy_of(mode=mode, gamma=0.5), strategy_of(mode=mode, gamma=0.5)
     context = context_of(base, adapt(base), few, 0)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     for seed in range(12):  # more than nine: names are not in the order of numbers
         moved(context.branches, seed)
         strategy.after_domain(context)
@@ -253,9 +254,9 @@ def test_what_is_read_back_from_disk_goes_on_the_same(base, few, tmp_path, mode)
 def test_an_empty_state_is_the_start(second):
     strategy, context = second
     moved(context.branches, 1)
-    assert strategy.extra_loss(context, {}, None) > 0
+    assert strategy.extra_loss(context, {}, None, Step(0, 4)) > 0
     strategy.load_state_dict({})
-    assert strategy.state_dict() == {} and strategy.extra_loss(context, {}, None) == 0.0
+    assert strategy.state_dict() == {} and strategy.extra_loss(context, {}, None, Step(0, 4)) == 0.0
 
 
 def test_whole_parameters_are_asked_for():

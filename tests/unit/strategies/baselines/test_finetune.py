@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
-from tests.support.strategies import context_of, fit
+from tests.support.strategies import context_of, fit, open_branch
 from tests.unit.adapters.conftest import adapt
 from tests.unit.conftest import encode
 
@@ -20,7 +20,7 @@ def opened(new_base, tiny_records):
     """The context of a first domain whose branch is open."""
     base = new_base()
     context = context_of(base, adapt(base), tiny_records, 0)
-    Finetune(FinetuneOptions(rank=RANK, alpha=ALPHA)).before_domain(context)
+    open_branch(Finetune(FinetuneOptions(rank=RANK, alpha=ALPHA)), context)
     return context
 
 

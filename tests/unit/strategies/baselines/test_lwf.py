@@ -12,8 +12,9 @@ from mllm_keeplora.adapters import Factors
 from mllm_keeplora.models.causal.logits import supervised_logits
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.strategies.baselines.lwf import LwF, LwFOptions, distillation
+from mllm_keeplora.strategies.context import Step
 from tests.oracles import lwf
-from tests.support.strategies import context_of, fit, learn
+from tests.support.strategies import context_of, fit, learn, open_branch
 from tests.unit.adapters.conftest import adapt, projector_parameters, same
 from tests.unit.conftest import encode, logits_of
 
@@ -46,7 +47,7 @@ def extra_of(strategy, context, batch) -> torch.Tensor:
     model = context.branches.model
     with supervised_logits(context.branches.base, batch["labels"]):
         outputs = model(**{key: value for key, value in batch.items() if key != "labels"})
-    return strategy.extra_loss(context, batch, outputs)
+    return strategy.extra_loss(context, batch, outputs, Step(0, 4))
 
 
 def answer_logits(model, record, base) -> torch.Tensor:
@@ -60,11 +61,11 @@ def taught(strategy, base, records, folder, history="merged", full=()):
     """Context of the second domain, its branch open after the first was learnt."""
     adapters = adapt(base, history, full)
     first = context_of(base, adapters, records, 0)
-    strategy.before_domain(first)
+    open_branch(strategy, first)
     fit(strategy, first, folder / "first")
     adapters.restore([adapters.read()], [adapters.read_full()] if full else [])
     context = context_of(base, adapters, records, 1)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     return context
 
 
@@ -126,7 +127,7 @@ def test_loss_and_gradient_are_zero_where_the_student_is_its_teacher(base, few, 
 
 def test_the_first_domain_has_no_teacher(base, few):
     strategy, context = strategy_of(), context_of(base, adapt(base), few, 0)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     moved(context.branches)
     assert extra_of(strategy, context, encode(base, few["Alpha"][:4])) == 0.0
 
@@ -147,12 +148,12 @@ def test_the_teacher_is_the_model_before_the_domain_and_never_changes(new_base, 
     seen = []
 
     class Watched(LwF):
-        def extra_loss(self, context, batch_of_training, outputs):
-            seen.append(context.teacher_forward(batch).logits)
-            return super().extra_loss(context, batch_of_training, outputs)
+        def extra_loss(self, context, batch_of_training, outputs, step):
+            seen.append(context.passes.teacher_logits(batch)[None])
+            return super().extra_loss(context, batch_of_training, outputs, step)
 
     fit(Watched(strategy.options), context, tmp_path / "second", epochs=2)
-    seen.append(context.teacher_forward(batch).logits)
+    seen.append(context.passes.teacher_logits(batch)[None])
     with supervised_logits(context.branches.base, batch["labels"]):
         after = logits_of(context.branches.model, batch)
     assert len(seen) == 5 and (after - before).abs().max() > 1e-2
@@ -225,7 +226,7 @@ def test_a_strong_teacher_keeps_the_student_nearer(base, few, tmp_path):
         far.append(extra_of(first, context, batch).item())
         adapters.restore(past, [])
         context = context_of(base, adapters, few, 1)
-        first.before_domain(context)
+        open_branch(first, context)
     assert far[0] > 2 * far[1] > 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import torch
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.strategies.baselines.replay import Replay, ReplayOptions
+from mllm_keeplora.strategies.context import Step
 from mllm_keeplora.system.files import read_tensors, write_tensors
 from tests.oracles import replay
-from tests.support.strategies import alone, context_of, fit, learn
+from tests.support.strategies import alone, context_of, fit, learn, open_branch
 from tests.unit.conftest import encode
 
 BATCH = 4
@@ -27,7 +29,7 @@ def strategy_of(**options):
 
 
 def adapters_of(base):
-    return Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+    return Adapters(base, "merged", 0.0)
 
 
 def second_domain(base, records, folder, **options):
@@ -35,19 +37,19 @@ def second_domain(base, records, folder, **options):
     adapters, strategy = adapters_of(base), strategy_of(**options)
     learn(strategy, context_of(base, adapters, records, 0), folder / "first")
     context = context_of(base, adapters, records, 1)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     return strategy, context
 
 
-def watch(context):
-    """Every (optimizer step, references) that is read for the context from now on."""
-    read, seen = context.batch_of, []
+def watch(strategy):
+    """Every (optimizer step, references) that the strategy draws from now on."""
+    draw, seen = type(strategy).drawn, []
 
-    def batch_of(references):
-        seen.append((context.step, list(references)))
-        return read(references)
+    def drawn(step):
+        seen.append((step.number, draw(strategy, step)))
+        return seen[-1][1]
 
-    context.batch_of = batch_of
+    strategy.drawn = drawn
     return seen
 
 
@@ -94,7 +96,7 @@ def test_only_earlier_domains_are_replayed_and_a_short_batch_gets_fewer(base, ti
     seen = {}
     for index, name in enumerate(records):
         context = context_of(base, adapters, records, index)
-        seen[name] = watch(context)
+        seen[name] = watch(strategy)
         learn(strategy, context, tmp_path / name, micro_batch_size=2, epochs=2.0)
     assert seen["Alpha"] == []
     for index, (name, sizes) in enumerate({"Beta": [4, 4, 4] * 2, "Gamma": [4, 4, 2] * 2}.items(), start=1):
@@ -107,26 +109,22 @@ def test_only_earlier_domains_are_replayed_and_a_short_batch_gets_fewer(base, ti
 
 
 @pytest.mark.parametrize("places", [1, 2, 3, 8])
-def test_the_draws_of_a_step_are_dealt_out_whole_whatever_the_micro_batches_and_processes(base, tiny_records, places):
-    context = context_of(base, adapters_of(base), tiny_records, 1)
-    whole = context.drawn(50, 5)
+def test_the_draws_of_a_step_are_dealt_out_whole_whatever_the_micro_batches_and_processes(places):
+    step = Step(0, BATCH, seed=2)
+    whole = step.drawn(50, 5)
     shares = []
     for place in range(places):
-        context.share = (place, places)
-        shares += context.drawn(50, 5)
+        shares += replace(step, share=(place, places)).drawn(50, 5)
     assert sorted(shares) == sorted(whole) and len(whole) == 5
-    context.share, context.step = (0, 1), 1
-    assert context.drawn(50, 5) != whole, "every step draws anew"
+    assert replace(step, number=1).drawn(50, 5) != whole, "every step draws anew"
 
 
 def test_a_micro_batch_without_a_share_is_left_as_it_is(base, tiny_records, tmp_path):
     strategy, context = second_domain(base, tiny_records, tmp_path, ratio=0.01)
     batch = encode(base, tiny_records["Beta"][:2])
-    context.full_batch = BATCH
-    context.share = (1, 4)
-    assert strategy.batch(context, batch) is batch
-    context.share = (0, 4)
-    assert len(strategy.batch(context, batch)["labels"]) == 3, "one record at least, whatever the ratio"
+    assert strategy.batch(context, batch, Step(0, BATCH, share=(1, 4))) is batch
+    joined = strategy.batch(context, batch, Step(0, BATCH, share=(0, 4)))
+    assert len(joined["labels"]) == 3, "one record at least, whatever the ratio"
 
 
 def test_a_domain_of_several_epochs_is_offered_to_the_buffer_once(base, tiny_records, tmp_path):
@@ -139,7 +137,7 @@ def test_a_domain_of_several_epochs_is_offered_to_the_buffer_once(base, tiny_rec
 def test_a_file_of_an_earlier_domain_is_read_once(base, tiny_records, tmp_path):
     strategy, context = second_domain(base, tiny_records, tmp_path)
     read = []
-    context.sources.trained = lambda name: read.append(name) or tiny_records[name]
+    context.data.sources.trained = lambda name: read.append(name) or tiny_records[name]
     fit(strategy, context, tmp_path / "second")
     assert read == ["Alpha"]
 
@@ -148,7 +146,7 @@ def test_a_training_resumed_from_a_checkpoint_replays_the_same_and_ends_the_same
     ends, drawn = [], []
     for _ in range(2):
         strategy, context = second_domain(new_base(), tiny_records, tmp_path)
-        drawn.append(watch(context))
+        drawn.append(watch(strategy))
         args = {"save_strategy": "steps"}
         fit(strategy, context, tmp_path / "second", args=args, epochs=2.0, checkpoint_steps=2, micro_batch_size=2)
         ends.append(values_of(context))

@@ -22,8 +22,8 @@ from mllm_keeplora.strategies.baselines.plain import fresh_branch
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
 from mllm_keeplora.strategies.mixture.gainlora_options import BASES, GainLoRAOptions
 from tests.oracles import gainlora as oracle
-from tests.support.strategies import context_of, fit, learn
-from tests.unit.adapters.test_gates import matrices, moments_of, random_gate
+from tests.support.strategies import context_of, fit, learn, open_branch
+from tests.unit.adapters.mixers.test_gates import matrices, moments_of, random_gate
 from tests.unit.conftest import encode, logits_of, snapshot
 
 VOCABULARY = {"Alpha": "what colour is the red green", "Beta": "square where yes no left right"}
@@ -45,17 +45,17 @@ class Plain(Strategy):
 
     def before_domain(self, context):
         self.asked.append("before_domain")
-        context.branches.open(fresh_branch(context, self.options))
+        return fresh_branch(context, self.options)
 
-    def batch(self, context, batch):
+    def batch(self, context, batch, step):
         self.asked.append("batch")
         return batch
 
-    def extra_loss(self, context, batch, outputs):
+    def extra_loss(self, context, batch, outputs, step):
         self.asked.append("extra_loss")
         return 0.0
 
-    def around_step(self, context, phase):
+    def around_step(self, context, phase, step):
         self.asked.append(phase)
 
     def after_domain(self, context):
@@ -117,12 +117,12 @@ class Taught:
 
 
 def teach(base, questions, folder, args=None, lr=3e-2, **options) -> Taught:
-    adapters, kept, strategy = Adapters(base.model, base.parts.target_layers, "merged", 0.0), {}, gainlora(**options)
+    adapters, kept, strategy = Adapters(base, "merged", 0.0), {}, gainlora(**options)
     contexts = [context_of(base, adapters, questions, index, kept) for index in (-1, 0, 1)]
     strategy.prepare(contexts[0])
     learn(strategy, contexts[1], folder / "0", lr=lr, args=args)
     first, early = {layer: memory.columns for layer, memory in strategy.memories.items()}, adapters.past_mixer
-    strategy.before_domain(contexts[2])
+    open_branch(strategy, contexts[2])
     opened, before = adapters.mixer.grown(), snapshot(adapters.model)
     declared = set(adapters.trainable())
     fit(strategy, contexts[2], folder / "1", lr=lr, args=args)
@@ -266,7 +266,7 @@ def test_gates_that_are_all_open_give_the_base_method(name, new_base, questions,
     learnt = []
     for strategy in (gainlora(base=name, base_options=own), BASES[name](BASES[name].Options(rank=4, alpha=8.0, **own))):
         base, kept = new_base(), {}
-        adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+        adapters = Adapters(base, "merged", 0.0)
         strategy.prepare(context_of(base, adapters, questions, -1, kept))
         for index in range(2):
             context = context_of(base, adapters, questions, index, kept)
@@ -286,8 +286,8 @@ def test_gates_that_are_all_open_give_the_base_method(name, new_base, questions,
 def test_padding_on_either_side_gives_the_same_weights(new_base, questions, pictures, tmp_path):
     """(f)"""
     base = new_base()
-    adapters, strategy = Adapters(base.model, base.parts.target_layers, "merged", 0.0), gainlora(pictures=pictures)
-    strategy.before_domain(context_of(base, adapters, questions, 0))
+    adapters, strategy = Adapters(base, "merged", 0.0), gainlora(pictures=pictures)
+    open_branch(strategy, context_of(base, adapters, questions, 0))
     records = [questions["Alpha"][place] for place in (0, 3)]
     singles = weights_for(base, adapters.mixer, records)
     batch = encode(base, records)
@@ -386,18 +386,18 @@ def test_rows_are_as_long_after_the_projection_as_the_step_left_them(new_base, q
 
 def test_statistics_are_summed_over_processes(new_base, questions):
     base = new_base()
-    adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+    adapters = Adapters(base, "merged", 0.0)
 
     def opened(shared):
         adapters.restore([], [])
         context = context_of(base, adapters, questions, 0)
-        rows = context.prompt_features(12, pictures=False)
+        rows = context.passes.question_features(12, pictures=False)
         if shared:
-            context.prompt_features = lambda samples, pictures: rows[:5]
+            context.passes.question_features = lambda samples, pictures: rows[:5]
             gate = random_gate(context.rng.initial_seed() + 1, 32, OPTIONS["gate_width"])
             rest = moments_of(gate.inputs(rows[5:])["key"].detach())
-            context.reduce = lambda tensors: [a.add_(b) for a, b in zip(tensors, rest.tensors(), strict=True)]
-        gainlora().before_domain(context)
+            context.processes.reduce = lambda tensors: [a.add_(b) for a, b in zip(tensors, rest.tensors(), strict=True)]
+        open_branch(gainlora(), context)
         return adapters.mixer.newest.key.detach().clone()
 
     assert torch.allclose(opened(True), opened(False), atol=1e-6)

@@ -15,7 +15,7 @@ from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.strategies.mixture.moelora import MoELoRA, MoELoRAOptions
 from tests.oracles import moelora as oracle
-from tests.support.strategies import context_of, learn
+from tests.support.strategies import context_of, learn, open_branch
 from tests.unit.conftest import encode, logits_of, snapshot
 
 OPTIONS = MoELoRAOptions(rank=6, alpha=12.0, experts=3)
@@ -25,15 +25,15 @@ LAYERS = 16
 @pytest.fixture
 def opened(base, tiny_records):
     """The first domain's branch, open; B as if it had learnt, so that its experts do something."""
-    adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
-    MoELoRA(OPTIONS).before_domain(context_of(base, adapters, tiny_records, 0))
+    adapters = Adapters(base, "merged", 0.0)
+    open_branch(MoELoRA(OPTIONS), context_of(base, adapters, tiny_records, 0))
     return adapters
 
 
 @pytest.fixture
 def taught(base, tiny_records, tmp_path):
     """Adapters, factors and mixer after one domain, and the strategy that learnt it."""
-    adapters, strategy = Adapters(base.model, base.parts.target_layers, "merged", 0.0), MoELoRA(OPTIONS)
+    adapters, strategy = Adapters(base, "merged", 0.0), MoELoRA(OPTIONS)
     factors = learn(strategy, context_of(base, adapters, tiny_records, 0), tmp_path, lr=3e-2)
     return adapters, factors, strategy
 
@@ -92,9 +92,9 @@ def test_evenly_mixed_experts_are_plain_lora_of_a_share_of_the_scale(base, batch
 
 
 def test_the_first_branch_changes_nothing_and_routers_begin_within_bounds(base, tiny_records, batch):
-    adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+    adapters = Adapters(base, "merged", 0.0)
     before = logits_of(adapters.model, batch)
-    MoELoRA(OPTIONS).before_domain(context_of(base, adapters, tiny_records, 0))
+    open_branch(MoELoRA(OPTIONS), context_of(base, adapters, tiny_records, 0))
     assert torch.allclose(live_logits(adapters, batch), before, atol=1e-5)
     for layer in adapters.layers:
         weight, bound = adapters.mixer.router(layer).weight, base.model.get_submodule(layer).in_features ** -0.5
@@ -102,14 +102,14 @@ def test_the_first_branch_changes_nothing_and_routers_begin_within_bounds(base, 
 
 
 def test_branch_and_routers_train_and_nothing_else(base, tiny_records, tmp_path):
-    adapters, states = Adapters(base.model, base.parts.target_layers, "merged", 0.0), []
+    adapters, states = Adapters(base, "merged", 0.0), []
 
     class Watched(MoELoRA):
         def after_domain(self, context):
             states.append(snapshot(adapters.model))
 
-        def before_domain(self, context):
-            super().before_domain(context)
+        def before_domain(self, context):  # in the old form, which opens the branch itself
+            adapters.open(super().before_domain(context))
             states.append(snapshot(adapters.model))
             self.listed = set(adapters.trainable())
 
@@ -126,7 +126,7 @@ def test_the_next_domain_trains_the_same_experts_and_routers_on(base, tiny_recor
     adapters, factors, strategy = taught
     before, last = live_logits(adapters, batch), adapters.past_mixer
     context = context_of(base, adapters, tiny_records, 1)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     branch = adapters.branch
     assert branch.carried and branch.train == ("A", "B")
     for layer in adapters.layers:
@@ -207,7 +207,7 @@ def test_a_single_expert_is_a_branch_that_is_carried_on(new_base, tiny_records, 
         Finetune(FinetuneOptions(**shape, branch="carried")),
     ):
         base = new_base()
-        adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+        adapters = Adapters(base, "merged", 0.0)
         for index in range(2):
             context = context_of(base, adapters, tiny_records, index)
             factors = learn(strategy, context, tmp_path / f"{len(learnt)}-{index}")

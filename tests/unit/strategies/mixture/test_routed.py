@@ -11,15 +11,15 @@ import torch
 
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.adapters.mixers import load_mixer, rebuilt, save_mixer
-from mllm_keeplora.adapters.mixers.features import prompt_features
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.harness import generate
+from mllm_keeplora.models.causal.features import prompt_features
 from mllm_keeplora.strategies import DomainInfo
 from mllm_keeplora.strategies.mixture.routed import Routed, RoutedOptions, whitening_of
 from mllm_keeplora.system import distributed
 from tests.oracles import routed as oracle
-from tests.support.strategies import context_of, learn
+from tests.support.strategies import context_of, learn, open_branch
 from tests.unit.adapters.conftest import random_factors
 from tests.unit.conftest import encode, logits_of
 
@@ -176,9 +176,9 @@ def test_questions_that_are_all_alike_are_told_from_others():
 
 def test_too_few_records_are_an_error_before_anything_is_trained(base, tiny_records):
     records = {"Alpha": tiny_records["Alpha"][:3]}
-    context = context_of(base, Adapters(base.model, base.parts.target_layers, "merged", 0.0), records, 0)
+    context = context_of(base, Adapters(base, "merged", 0.0), records, 0)
     with pytest.raises(UserError, match="domain Alpha: a router needs at least 4 records, got 3"):
-        Routed(RoutedOptions()).before_domain(context)
+        open_branch(Routed(RoutedOptions()), context)
     assert context.branches.branch is None
 
 
@@ -197,7 +197,7 @@ def test_rows_of_processes_come_together_in_the_order_of_the_records(monkeypatch
 def taught(request, new_base, tiny_records, tmp_path_factory):
     """A tiny model after two domains, every question sent to the nearest: base, adapters, factors, router, facts."""
     base = new_base()
-    adapters = Adapters(base.model, base.parts.target_layers, request.param, 0.0)
+    adapters = Adapters(base, request.param, 0.0)
     strategy, factors = Routed(RoutedOptions(rank=3, alpha=12.0, reject=None)), []
     for index, name in enumerate(tiny_records):
         adapters.restore([], [])
@@ -276,7 +276,7 @@ def test_what_is_answered_does_not_change_who_answers(taught, mixed):
 
 
 def test_words_alone_can_route(base, tiny_records, tmp_path):
-    adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+    adapters = Adapters(base, "merged", 0.0)
     context = context_of(base, adapters, tiny_records, 0)
     learn(Routed(RoutedOptions(pictures=False, samples=8)), context, tmp_path, epochs=0.5)
     text = base.model.get_input_embeddings().weight.shape[1]

@@ -14,7 +14,7 @@ from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.strategies.mixture.sdlora import SDLoRA, SDLoRAOptions
 from tests.oracles import sdlora as oracle
 from tests.support.keeplora import weights_of
-from tests.support.strategies import context_of, fit, learn
+from tests.support.strategies import context_of, fit, learn, open_branch
 from tests.unit.adapters.conftest import HISTORIES, adapt
 from tests.unit.conftest import autograd_mean_gradients, encode, logits_of, snapshot
 
@@ -92,7 +92,7 @@ def test_nothing_changes_where_the_next_domain_begins(taught, new_base, tiny_rec
         for layer in adapters.layers
     }
     assert torch.allclose(explicit_logits(new_base(), sums, batch), before, atol=1e-4)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     assert torch.allclose(live_logits(adapters, batch), before, atol=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_without_nu_the_next_domain_begins_with_directions(taught, new_base, tin
     }
     assert torch.allclose(explicit_logits(new_base(), answered, batch), logits_of(adapters.model, batch), atol=1e-4)
     directions = [{layer: normalised(branch_of(each), layer) for layer in adapters.layers} for each in adapters.past]
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     counts = trained if options is STRICT else [0.8, 0.8]
     opened = {layer: oracle.update(layer, directions, counts) for layer in adapters.layers}
     assert torch.allclose(live_logits(adapters, batch), explicit_logits(new_base(), opened, batch), atol=1e-4)
@@ -122,7 +122,7 @@ def test_without_nu_the_next_domain_begins_with_directions(taught, new_base, tin
 def test_every_magnitude_and_the_newest_branch_alone_get_a_gradient(taught, new_base, tiny_records):
     base = new_base()
     strategy, adapters, context = taught(base)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     for name, parameter in adapters.trainable().items():
         if ".lora_B." in name:
             parameter.data.normal_(0, 0.1)
@@ -142,7 +142,7 @@ def test_every_magnitude_and_the_newest_branch_alone_get_a_gradient(taught, new_
 def test_earlier_branches_stay_bit_for_bit_while_their_magnitudes_train(taught, new_base, tmp_path, history):
     base = new_base()
     strategy, adapters, context = taught(base, history)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     stored = [
         ({n: A.clone() for n, A in each.A.items()}, {n: B.clone() for n, B in each.B.items()}) for each in adapters.past
     ]
@@ -164,7 +164,7 @@ def test_magnitudes_have_a_rate_of_their_own(new_base, tiny_records, tmp_path):
         learn(strategy, context_of(base, adapters, records, 0), tmp_path / f"{rate}a")
         strategy.magnitudes = torch.ones(1)
         context = context_of(base, adapters, records, 1)
-        strategy.before_domain(context)
+        open_branch(strategy, context)
         fit(strategy, context, tmp_path / f"{rate}b", lr=0.01, **SGD)
         moved.append(float(adapters.mixer.magnitudes[0].detach()) - 1)
         branches.append(adapters.read())
@@ -188,7 +188,7 @@ def test_ranks_shrink_from_their_places_on_and_leave_the_scale(base, tiny_record
     for index, rank in enumerate((3, 2, 2, 1, 1)):
         adapters = adapt(base)
         strategy.load_state_dict({})
-        strategy.before_domain(context_of(base, adapters, records, index))
+        open_branch(strategy, context_of(base, adapters, records, index))
         assert set(adapters.branch.ranks.values()) == {rank}
         assert set(adapters.branch.alpha.values()) == {2.0 * rank}
         adapters.restore([], [])
@@ -220,7 +220,7 @@ def inside_the_span(adapters, shares, disturbance=0.0):
 def absorbed(taught, base, disturbance=0.0, **options):
     """Two domains learnt, a third set inside their span; gives strategy, adapters, context, its factors."""
     strategy, adapters, context = taught(base, later_ranks={2: 6}, **options)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     factors = inside_the_span(adapters, (0.6, -1.7), disturbance)
     adapters.load(factors, {})
     adapters.mixer.start.data[-1] = 1.3
@@ -270,7 +270,7 @@ def test_a_dropped_direction_stays_out_of_later_domains(taught, new_base, tiny_r
     base = new_base()
     strategy, adapters, context = taught(base, domains=3, kd_threshold=1.0)
     assert strategy.in_use.tolist() == [True, False, False]
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     batch = encode(base, tiny_records["Alpha"][:4])
     before = live_logits(adapters, batch)
     adapters.mixer.start.data[1:3] = 5.0
@@ -298,7 +298,7 @@ def test_a_state_that_was_taken_back_opens_the_same_branch(taught, new_base):
     for each in (strategy, again):
         past = adapters.past
         context.rng.manual_seed(0)
-        each.before_domain(context)
+        open_branch(each, context)
         opened.append(adapters.mixer)
         adapters.restore(past, [])
     assert torch.equal(opened[0].magnitudes, opened[1].magnitudes) and torch.equal(opened[0].scales, opened[1].scales)
@@ -319,7 +319,7 @@ def test_the_final_mixer_is_the_same_if_the_end_of_a_domain_is_done_twice(taught
 
 def test_a_mixer_of_magnitudes_is_read_back_as_it_was_written(taught, new_base, tmp_path):
     strategy, adapters, context = taught(new_base(), **STRICT)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     save_mixer(tmp_path / "mixer.safetensors", adapters.mixer)
     read = load_mixer(tmp_path / "mixer.safetensors")
     assert read.settings() == adapters.mixer.settings() and read.rate == 10.0

@@ -24,16 +24,16 @@ def parts_of(context, decides) -> list[dict]:
 
 def test_what_every_sketch_decides_is_looked_at_once(context):
     [part] = parts_of(context, lambda layer, sketch: True)
-    assert list(part) == list(context.target_layers)
+    assert list(part) == list(context.layers.names)
     assert all(isinstance(each, FrequentDirections) for each in part.values())
 
 
 def test_each_layer_is_in_one_part_and_those_undecided_have_exact_moments(context):
-    undecided = [layer for layer in context.target_layers if "self_attn" in layer or "projector" in layer]
+    undecided = [layer for layer in context.layers.names if "self_attn" in layer or "projector" in layer]
     first, *others = parts_of(context, lambda layer, sketch: layer not in undecided)
-    assert first.keys() == set(context.target_layers) - set(undecided)
+    assert first.keys() == set(context.layers.names) - set(undecided)
     assert [layer for part in others for layer in part] == undecided
-    exact = context.collect_inputs(6)
+    exact = context.passes.features(6)
     for part in others:
         for layer, moments in part.items():
             assert isinstance(moments, MomentAccumulator)
@@ -50,13 +50,13 @@ def test_a_part_is_emptied_when_the_next_is_asked_for(context):
 
 def test_exact_moments_that_do_not_fit_come_in_passes(context):
     """Under `auto`: of what fits in eight passes none is sketched, of what does not all."""
-    total = sum(8 * context.d_in(group[0]) ** 2 for group in context.shared_inputs())
-    exact = context.collect_inputs(6)
+    total = sum(8 * context.layers.d_in(group[0]) ** 2 for group in context.layers.groups())
+    exact = context.passes.features(6)
     for share, passes in ((1.01, 1), (0.5, 2), (0.1, None)):
         plan = FeaturePlan("auto", 4, memory_gb=share * total / 1e9)
         parts = [dict(part) for part in decided_features(context, 6, plan, lambda layer, sketch: True)]
         found = {layer: each for part in parts for layer, each in part.items()}
-        assert found.keys() == set(context.target_layers)
+        assert found.keys() == set(context.layers.names)
         assert len(parts) == (passes or 1)
         for layer, each in found.items():
             assert isinstance(each, MomentAccumulator if passes else FrequentDirections)
@@ -65,7 +65,7 @@ def test_exact_moments_that_do_not_fit_come_in_passes(context):
 
 @pytest.mark.parametrize("statistic", ["exact", "sketch"])
 def test_what_is_asked_for_outright_comes_in_one_pass(context, statistic):
-    assert context.exact_passes(FeaturePlan(statistic, 4, memory_gb=1e-9)) is None
+    assert context.passes.rounds(FeaturePlan(statistic, 4, memory_gb=1e-9)) is None
 
 
 def test_rounds_take_no_more_than_the_sketches_did_and_keep_shared_inputs_together():

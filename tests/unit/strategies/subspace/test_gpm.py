@@ -13,12 +13,13 @@ from mllm_keeplora.linalg import Basis, leak
 from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
+from mllm_keeplora.strategies.context import Step
 from mllm_keeplora.strategies.subspace.gpm import GPM, GPMOptions
 from tests.oracles import gpm as oracle
 from tests.oracles import subspace
 from tests.support.bases import gram_error
 from tests.support.keeplora import CHOSEN, columns_of, modules_of
-from tests.support.strategies import context_of, fit, learn
+from tests.support.strategies import context_of, fit, learn, open_branch
 from tests.unit.conftest import captured_tokens, encode
 
 RANK, SAMPLES = 4, 8
@@ -36,9 +37,9 @@ class Watched(GPM):
         super().__init__(options)
         self.inside, self.steps = [], []
 
-    def around_step(self, context, phase):
+    def around_step(self, context, phase, step):
         before = {name: (p.detach().clone(), p.grad.clone()) for name, p in context.branches.trainable().items()}
-        super().around_step(context, phase)
+        super().around_step(context, phase, step)
         self.steps.append((phase, before))
         if phase == "post":
             for layer, A in a_of(context).items():
@@ -47,13 +48,13 @@ class Watched(GPM):
 
 
 def a_of(context):
-    modules = {layer: context.branches.base.get_submodule(layer) for layer in context.target_layers}
+    modules = {layer: context.branches.base.get_submodule(layer) for layer in context.layers.names}
     return {layer: module.lora_A["domain"].weight.detach() for layer, module in modules.items()}
 
 
 def begin(base, records, options, kind=GPM, history="merged"):
     """Strategy, adapters and memory before the first domain."""
-    adapters, kept, strategy = Adapters(base.model, base.parts.target_layers, history, 0.0), {}, kind(options)
+    adapters, kept, strategy = Adapters(base, history, 0.0), {}, kind(options)
     strategy.prepare(context_of(base, adapters, records, -1, kept))
     return strategy, adapters, kept
 
@@ -81,7 +82,7 @@ def test_the_memory_follows_the_reference_and_covers_what_each_domain_sends(base
     for index, name in enumerate(tiny_records):
         context, before = context_of(base, adapters, tiny_records, index, kept), columns_of(kept)
         energy = oracle.threshold(0.8, 0.96, index, 2)
-        strategy.before_domain(context)
+        open_branch(strategy, context)
         fit(strategy, context, tmp_path / name)
         tokens = tokens_of(base, adapters, tiny_records[name])
         strategy.after_domain(context)
@@ -101,7 +102,7 @@ def test_the_memory_follows_the_reference_and_covers_what_each_domain_sends(base
 
 def test_layers_with_the_same_input_keep_the_same_directions(base, tiny_records, tmp_path):
     _, context = second_domain(base, tiny_records, options_of(), tmp_path)
-    groups = [group for group in context.shared_inputs() if len(group) > 1]
+    groups = [group for group in context.layers.groups() if len(group) > 1]
     assert len(groups) == 4  # q, k, v and gate, up of two blocks
     for first, *others in groups:
         assert all(torch.equal(context.kept[layer].columns, context.kept[first].columns) for layer in others)
@@ -148,7 +149,7 @@ def test_a_starts_outside_of_the_memory_with_rows_as_long_as_those_of_plain_lora
     strategy, context = second_domain(base, tiny_records, options_of(), tmp_path)
     kept = columns_of(context.kept)
     plain = fresh_branch(context_of(base, context.branches, tiny_records, 1), strategy.options).A
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     branch = context.branches.branch
     assert branch.train == ("A", "B") and not branch.B and set(branch.alpha.values()) == {8.0}
     for layer, A in branch.A.items():
@@ -170,7 +171,7 @@ def test_rows_in_a_single_free_dimension_are_outside_of_the_memory_too():
 def test_a_is_outside_of_the_memory_after_every_step_of_adam(base, tiny_records, tmp_path, weight_decay):
     strategy, context = second_domain(base, tiny_records, options_of(), tmp_path, Watched)
     assert not strategy.inside
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     start = {layer: A.clone() for layer, A in a_of(context).items()}
     fit(strategy, context, tmp_path / "second", epochs=2.0, weight_decay=weight_decay)
     assert len(strategy.inside) == 6 * 16 and max(strategy.inside) < 1e-5
@@ -206,7 +207,7 @@ def test_a_projected_gradient_leaks_under_adam_and_a_projection_after_the_step_d
 def test_under_plain_gradient_descent_both_modes_follow_the_reference(base, tiny_records, tmp_path, mode):
     strategy, context = second_domain(base, tiny_records, options_of(mode=mode), tmp_path, Watched)
     kept = columns_of(context.kept)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     strategy.steps.clear()
     fit(strategy, context, tmp_path / "second", epochs=2.0, lr=0.1, **SGD)
     assert [phase for phase, _ in strategy.steps] == ["grad", "post"] * 2
@@ -223,11 +224,11 @@ def test_under_plain_gradient_descent_both_modes_follow_the_reference(base, tiny
 def test_what_a_step_gives_no_gradient_is_left_alone(base, tiny_records, tmp_path):
     """As the projector after a step without pictures."""
     strategy, context = second_domain(base, tiny_records, options_of(mode="grad"), tmp_path)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     trained = context.branches.trainable()
     for name, parameter in trained.items():
         parameter.grad = None if "projector" in name else torch.ones_like(parameter)
-    strategy.around_step(context, "grad")
+    strategy.around_step(context, "grad", Step(0, 4))
     assert [name for name, parameter in trained.items() if parameter.grad is None] == [
         name for name in trained if "projector" in name
     ]
@@ -239,7 +240,7 @@ def test_with_an_empty_memory_training_is_plain_lora_bit_for_bit(new_base, tiny_
     plain = Finetune(FinetuneOptions(rank=RANK, alpha=8.0))
     for strategy in (GPM(options_of(energy=0.0, energy_end=0.0)), plain):
         base, kept = new_base(), {}
-        adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+        adapters = Adapters(base, "merged", 0.0)
         strategy.prepare(context_of(base, adapters, tiny_records, -1, kept))
         for index in range(2):
             context = context_of(base, adapters, tiny_records, index, kept)
@@ -256,7 +257,7 @@ def test_a_layer_without_room_stays_as_it_is_and_one_with_little_learns_with_tha
     kept[full] = Basis.from_columns(torch.eye(kept[full].d_in))
     kept[tight] = Basis.from_columns(torch.eye(kept[tight].d_in)[:, 2:])
     context = context_of(base, adapters, tiny_records, 0, kept)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     branch = context.branches.branch
     assert full not in branch.A and branch.ranks[tight] == 2 and len(branch.A) == 15
     assert branch.alpha[tight] / 2 == 8.0 / RANK
@@ -268,7 +269,7 @@ def test_a_domain_without_any_room_is_refused(base, tiny_records):
     strategy, adapters, kept = begin(base, tiny_records, options_of())
     kept.update({layer: Basis.from_columns(torch.eye(basis.d_in)) for layer, basis in kept.items()})
     with pytest.raises(UserError, match=r"Beta: no target layer has a direction left.*lower strategy.energy"):
-        strategy.before_domain(context_of(base, adapters, tiny_records, 1, kept))
+        open_branch(strategy, context_of(base, adapters, tiny_records, 1, kept))
 
 
 # -- options ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tests.oracles import inflora as oracle
 from tests.oracles import subspace
 from tests.support.bases import SOURCES, gram_error, moments_of, rows_of, sketch_of
 from tests.support.keeplora import CHOSEN, columns_of, modules_of
-from tests.support.strategies import context_of, fit, learn
+from tests.support.strategies import context_of, fit, learn, open_branch
 from tests.unit.conftest import captured_tokens, encode, logits_of, snapshot
 
 RANK, SAMPLES, C = 3, 8, 1 / math.sqrt(3)
@@ -30,7 +30,7 @@ def options_of(**changes) -> InfLoRAOptions:
 
 
 def begin(base, records, options, history="merged"):
-    adapters, kept, strategy = Adapters(base.model, base.parts.target_layers, history, 0.0), {}, InfLoRA(options)
+    adapters, kept, strategy = Adapters(base, history, 0.0), {}, InfLoRA(options)
     strategy.prepare(context_of(base, adapters, records, -1, kept))
     return strategy, adapters, kept
 
@@ -58,7 +58,7 @@ def test_a_is_the_top_of_what_past_domains_leave_of_the_new_inputs(base, tiny_re
     for index, name in enumerate(tiny_records):
         context = context_of(base, adapters, tiny_records, index, kept)
         tokens, memory = tokens_of(base, adapters, tiny_records[name]), columns_of(kept)
-        strategy.before_domain(context)
+        open_branch(strategy, context)
         A = adapters.branch.A
         assert len(A) == 16 and adapters.branch.train == ("B",)
         for layer, rows in A.items():
@@ -82,7 +82,7 @@ def test_the_published_directions_differ_a_little(base, tiny_records, tmp_path):
     for removed in (False, True):
         for directions in ("features", "moments"):
             context = context_of(base, adapters, tiny_records, 0, memory if removed else kept)
-            InfLoRA(options_of(directions=directions)).before_domain(context)
+            open_branch(InfLoRA(options_of(directions=directions)), context)
             found[removed, directions] = adapters.branch.A
             adapters.restore([], [])
     for removed in (False, True):
@@ -95,8 +95,8 @@ def test_the_published_directions_differ_a_little(base, tiny_records, tmp_path):
 
 def test_layers_with_the_same_input_begin_with_the_same_a(base, tiny_records, tmp_path):
     strategy, context = second_domain(base, tiny_records, options_of(), tmp_path)
-    groups = [group for group in context.shared_inputs() if len(group) > 1]
-    strategy.before_domain(context)
+    groups = [group for group in context.layers.groups() if len(group) > 1]
+    open_branch(strategy, context)
     A = context.branches.branch.A
     assert len(groups) == 4
     assert all(torch.equal(A[layer], A[first]) for first, *others in groups for layer in others)
@@ -107,7 +107,7 @@ def test_row_length_and_alpha_are_those_asked_for_and_the_scaling_is_kept_where_
     full, tight, *_ = adapters.layers
     kept[full] = Basis.from_columns(torch.eye(kept[full].d_in))
     kept[tight] = Basis.from_columns(torch.eye(kept[tight].d_in)[:, 2:])
-    strategy.before_domain(context_of(base, adapters, tiny_records, 0, kept))
+    open_branch(strategy, context_of(base, adapters, tiny_records, 0, kept))
     branch = adapters.branch
     assert full not in branch.A and branch.ranks[tight] == 2 and len(branch.A) == 15
     for layer, A in branch.A.items():
@@ -120,7 +120,7 @@ def test_row_length_and_alpha_are_those_asked_for_and_the_scaling_is_kept_where_
 
 def test_a_is_bit_equal_after_training_and_has_no_place_in_the_optimiser(base, tiny_records, tmp_path):
     strategy, context = second_domain(base, tiny_records, options_of(), tmp_path)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     A = {layer: each.clone() for layer, each in context.branches.branch.A.items()}
     before = snapshot(context.branches.model)
     fit(strategy, context, tmp_path / "second", weight_decay=0.1)
@@ -148,8 +148,8 @@ def test_one_gradient_descent_step_is_the_projected_step_of_the_weight(base, tin
     records = {"Alpha": tiny_records["Alpha"], "Beta": tiny_records["Beta"][0:8:2]}
     assert {len(record.turns) for record in records["Beta"]} == {2}, "equal numbers of answer tokens"
     strategy, context = second_domain(base, records, options_of(), tmp_path)
-    gradients = context.collect_weight_gradients(4)
-    strategy.before_domain(context)
+    gradients = context.passes.gradients(4)
+    open_branch(strategy, context)
     facts = fit(
         strategy, context, tmp_path / "second", lr=0.05, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0,
         args={"optim": "sgd"},
@@ -167,7 +167,7 @@ def test_logits_before_and_after_the_merge_agree(base, tiny_records, tmp_path, h
     strategy, context = second_domain(base, tiny_records, options_of(), tmp_path, history)
     batch, adapters = encode(base, tiny_records["Beta"][:3]), context.branches
     start = logits_of(adapters.model, batch)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     assert torch.allclose(logits_of(adapters.model, batch), start, atol=1e-5)
     fit(strategy, context, tmp_path / "second")
     live = logits_of(adapters.model, batch)
@@ -184,7 +184,7 @@ def test_the_memory_grows_by_the_inputs_of_the_finished_branch(base, tiny_record
     options = options_of(energy=0.8, energy_end=1.0, energy_measure=measure)
     strategy, context = second_domain(base, tiny_records, options, tmp_path)
     before = columns_of(context.kept)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     fit(strategy, context, tmp_path / "second")
     tokens = tokens_of(base, context.branches, tiny_records["Beta"])
     strategy.after_domain(context)
@@ -275,4 +275,4 @@ def test_a_domain_without_any_room_is_refused(base, tiny_records):
     strategy, adapters, kept = begin(base, tiny_records, options_of())
     kept.update({layer: Basis.from_columns(torch.eye(basis.d_in)) for layer, basis in kept.items()})
     with pytest.raises(UserError, match="Beta: no target layer has a direction left"):
-        strategy.before_domain(context_of(base, adapters, tiny_records, 1, kept))
+        open_branch(strategy, context_of(base, adapters, tiny_records, 1, kept))

@@ -13,6 +13,7 @@ import pytest
 from mllm_keeplora.data.schema import Turn
 from tests.oracles import subspace
 from tests.support.keeplora import ENERGY_WEIGHTS, TOLERANCE, modules_of
+from tests.support.strategies import open_branch
 from tests.support.variants import NUM_LAYERS, assert_bases, begin, disturb, pristine_weights
 from tests.unit.conftest import captured_tokens, encode
 
@@ -89,7 +90,7 @@ def test_answers_of_anchors_are_not_used(new_base, alpha_records, anchor_records
 def test_what_anchors_added_is_protected_in_the_first_domain(new_base, alpha_records, anchor_records):
     """[2, 8]"""
     domain = begin(new_base(), alpha_records, sets={"general": anchor_records}, energy_anchor=0.8)
-    domain.strategy.before_domain(domain.context)
+    open_branch(domain.strategy, domain.context)
     disturb(domain.adapters)
     factors = domain.adapters.read()
     assert len(factors.A) == NUM_LAYERS

@@ -107,7 +107,7 @@ def test_the_restored_model_computes_what_the_adapted_one_did(taught):
 def test_merged_weights_and_stacked_deltas_are_those_of_the_reference(taught, new_base):
     """[11], equation (7)"""
     base = new_base()
-    merged = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+    merged = Adapters(base, "merged", 0.0)
     for count in (1, 2):
         merged.restore([domain.factors for domain in taught.domains[:count]], [])
         for layer in merged.layers:
@@ -121,7 +121,7 @@ def test_merged_weights_and_stacked_deltas_are_those_of_the_reference(taught, ne
 def test_protected_inputs_pass_the_merged_layer_as_they_did_the_pristine_one(taught, new_base):
     """[8], after both merges"""
     base = new_base()
-    merged = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+    merged = Adapters(base, "merged", 0.0)
     merged.restore([domain.factors for domain in taught.domains], [])
     for layer in merged.layers:
         kept = taught.domains[0].kept_before[layer]

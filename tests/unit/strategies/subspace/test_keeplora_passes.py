@@ -7,6 +7,7 @@ import pytest
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRAOptions
 from tests.oracles import subspace
 from tests.support.keeplora import ENERGY_FEATURES, RANK, modules_of, weights_of
+from tests.support.strategies import open_branch
 from tests.support.variants import assert_bases, begin, disturb, opened
 from tests.unit.conftest import autograd_mean_gradients, captured_tokens, encode
 
@@ -22,7 +23,7 @@ def test_the_gradient_is_that_of_evenly_spaced_records_by_count_or_share(new_bas
     domain = begin(new_base(), alpha_records, grad_samples=samples, feature_samples=2)
     chosen = [encode(domain.base, [alpha_records[number]]) for number in picked]
     gradients = autograd_mean_gradients(domain.adapters.model, weights_of(domain.adapters), chosen)
-    domain.strategy.before_domain(domain.context)
+    open_branch(domain.strategy, domain.context)
     for layer, gradient in gradients.items():
         wanted = subspace.initial_a(gradient, domain.kept_before[layer], RANK)
         assert subspace.projector_difference(domain.adapters.branch.A[layer].numpy().T, wanted.T) < 1e-3

@@ -30,6 +30,7 @@ from tests.support.keeplora import (
     fit,
     modules_of,
 )
+from tests.support.strategies import open_branch
 
 # -- A ---------------------------------------------------------------------------------------------------------------
 
@@ -95,9 +96,9 @@ def test_sums_over_the_shards_of_several_processes_are_those_of_one(
 
 
 def assert_shards_add_up(base, records, monkeypatch, samples, world):
-    adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0)
+    adapters = Adapters(base, "merged", 0.0)
     context = context_of(base, adapters, {}, records, probe_batch=2)
-    whole = context.collect_inputs(samples), context.collect_weight_gradients(samples)
+    whole = context.passes.features(samples), context.passes.gradients(samples)
     monkeypatch.setattr(distributed, "all_reduce", lambda tensors: None)
     told = []  # what rank 0, which runs first here, tells the others: twice in each of its two passes
     asked = itertools.count()
@@ -112,7 +113,7 @@ def assert_shards_add_up(base, records, monkeypatch, samples, world):
     sums = None
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        own = context.collect_inputs(samples), context.collect_weight_gradients(samples)
+        own = context.passes.features(samples), context.passes.gradients(samples)
         tensors = [{layer: [t.clone() for t in a.tensors()] for layer, a in kind.items()} for kind in own]
         if sums is None:
             sums = tensors
@@ -138,9 +139,9 @@ def test_the_same_records_give_the_same_a(new_base, tiny_records):
     starts = []
     for probe_batch in (3, 3, 8):
         base = new_base()
-        adapters, kept, strategy = Adapters(base.model, base.parts.target_layers, "merged", 0.0), {}, KeepLoRA(OPTIONS)
+        adapters, kept, strategy = Adapters(base, "merged", 0.0), {}, KeepLoRA(OPTIONS)
         strategy.prepare(context_of(base, adapters, kept, [], -1))
-        strategy.before_domain(context_of(base, adapters, kept, tiny_records["Alpha"], probe_batch=probe_batch))
+        open_branch(strategy, context_of(base, adapters, kept, tiny_records["Alpha"], probe_batch=probe_batch))
         starts.append(adapters.branch.A)
     for layer in starts[0]:
         assert torch.equal(starts[0][layer], starts[1][layer])
@@ -158,10 +159,10 @@ def test_an_exhausted_space_gives_fewer_directions_at_the_same_scale_and_never_o
         d_in = module.in_features
         columns = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0]
         kept[layer] = Basis.from_columns(columns[:, : d_in - free.get(layer, 2)])
-    adapters, strategy = Adapters(base.model, base.parts.target_layers, "merged", 0.0), KeepLoRA(OPTIONS)
+    adapters, strategy = Adapters(base, "merged", 0.0), KeepLoRA(OPTIONS)
     before = columns_of(kept)
     context = context_of(base, adapters, kept, tiny_records["Alpha"])
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     for layer in base.parts.target_layers:
         room = free.get(layer, 2)
         assert (layer in adapters.branch.A) == (room > 0)

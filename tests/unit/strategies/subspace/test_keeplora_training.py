@@ -29,6 +29,7 @@ from tests.support.keeplora import (
     layer_scale,
     weights_of,
 )
+from tests.support.strategies import open_branch
 from tests.unit.conftest import snapshot
 
 
@@ -59,11 +60,11 @@ def test_a_fully_trained_projector_changes_beside_b_and_nothing_else(new_base, t
     """[12]"""
     base = new_base("full")
     full = tuple(name for name, _ in base.model.named_parameters() if name.startswith("model.multi_modal_projector."))
-    adapters = Adapters(base.model, base.parts.target_layers, "merged", 0.0, full)
+    adapters = Adapters(base, "merged", 0.0, full)
     strategy, kept = Scaled(OPTIONS), {}
     strategy.prepare(context_of(base, adapters, kept, [], -1))
     context = context_of(base, adapters, kept, tiny_records["Alpha"])
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     before = snapshot(adapters.model)
     fit(strategy, context, tmp_path, epochs=0.5)
     changed = {name for name, value in snapshot(adapters.model).items() if not torch.equal(value, before[name])}
@@ -109,7 +110,7 @@ def test_one_gradient_descent_step_is_the_projected_gradient(new_base, tiny_reco
     base = new_base()
     records = tiny_records["Beta"][0:8:2]
     assert {len(record.turns) for record in records} == {2}, "equal numbers of answer tokens: both means are the same"
-    adapters = Adapters(base.model, base.parts.target_layers, history, 0.0)
+    adapters = Adapters(base, history, 0.0)
     generator = torch.Generator().manual_seed(1)
     A = {layer: torch.randn(2, w.shape[1], generator=generator) / 6 for layer, w in weights_of(adapters).items()}
     B = {layer: torch.randn(w.shape[0], 2, generator=generator) / 6 for layer, w in weights_of(adapters).items()}
@@ -117,8 +118,8 @@ def test_one_gradient_descent_step_is_the_projected_gradient(new_base, tiny_reco
     strategy, kept = Scaled(OPTIONS), {}
     strategy.prepare(context_of(base, adapters, kept, [], -1))
     context = context_of(base, adapters, kept, records)
-    gradients = context.collect_weight_gradients(len(records))
-    strategy.before_domain(context)
+    gradients = context.passes.gradients(len(records))
+    open_branch(strategy, context)
     lr = 0.05
     facts = fit(
         strategy, context, tmp_path, lr=lr, micro_batch_size=micro, schedule="constant", warmup_ratio=0.0,
@@ -127,7 +128,7 @@ def test_one_gradient_descent_step_is_the_projected_gradient(new_base, tiny_reco
     assert facts["steps"] == 1
     factors, scales = adapters.read(), set()
     for layer in adapters.layers:
-        scaling, g = ALPHA / RANK, layer_scale(context.depth(layer))
+        scaling, g = ALPHA / RANK, layer_scale(context.layers.depth(layer))
         scales.add(scaling * g)
         expected = training.sgd_delta_weight(gradients[layer].mean.numpy(), factors.A[layer].numpy(), scaling, g, lr)
         assert np.linalg.norm(expected) > 0
@@ -138,11 +139,11 @@ def test_one_gradient_descent_step_is_the_projected_gradient(new_base, tiny_reco
 def test_a_kept_basis_of_a_bfloat16_model_still_keeps_its_update_out(new_base, tiny_records, tmp_path):
     """[2, 8] for a model in bf16: A and B stay float32 beside it."""
     base = new_base(dtype="bfloat16")
-    adapters, kept, strategy = Adapters(base.model, base.parts.target_layers, "auto", 0.0), {}, Scaled(OPTIONS)
+    adapters, kept, strategy = Adapters(base, "auto", 0.0), {}, Scaled(OPTIONS)
     assert adapters.mode == "factors"
     strategy.prepare(context_of(base, adapters, kept, [], -1))
     context = context_of(base, adapters, kept, tiny_records["Alpha"])
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     fit(strategy, context, tmp_path, epochs=0.5)
     factors, moved = adapters.read(), 0
     for layer in adapters.layers:

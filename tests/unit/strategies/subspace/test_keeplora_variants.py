@@ -13,6 +13,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.linalg import Basis
 from tests.oracles import subspace
 from tests.support.keeplora import ALPHA, RANK, SAMPLES, TOLERANCE, columns_of, fit, modules_of
+from tests.support.strategies import open_branch
 from tests.support.variants import NUM_LAYERS, begin, disturb, opened, options_of
 from tests.unit.conftest import encode, logits_of, snapshot
 
@@ -157,8 +158,8 @@ def test_directions_from_a_sketch_are_those_of_the_sketched_gradient(new_base, a
     settings = {"gradient_statistic": "sketch", "sketch_width": 12}
     plan, domain = options_of(**settings).gradient_plan(), begin(new_base(), alpha_records, **settings)
     assert plan.width == 12
-    sketches = domain.context.collect_weight_gradients(SAMPLES, plan)
-    domain.strategy.before_domain(domain.context)
+    sketches = domain.context.passes.gradients(SAMPLES, plan)
+    open_branch(domain.strategy, domain.context)
     for layer in domain.adapters.layers:
         assert_valid(domain, layer)
         sketch = sketches[layer].sketch.mT.double().numpy()

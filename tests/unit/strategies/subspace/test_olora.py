@@ -10,9 +10,10 @@ from mllm_keeplora.config import StrategyConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
+from mllm_keeplora.strategies.context import Step
 from mllm_keeplora.strategies.subspace.olora import OLoRA, OLoRAOptions, overlap
 from tests.oracles import olora as oracle
-from tests.support.strategies import context_of, fit, learn
+from tests.support.strategies import context_of, fit, learn, open_branch
 from tests.unit.adapters.conftest import HISTORIES, adapt, random_factors
 from tests.unit.conftest import encode, logits_of, snapshot
 
@@ -29,7 +30,7 @@ def begun(base, records, past=2, index=1, history="merged", **options):
     adapters = adapt(base, history)
     adapters.restore([random_factors(base, seed) for seed in range(past)], [])
     strategy, context = strategy_of(**options), context_of(base, adapters, records, index)
-    strategy.before_domain(context)
+    open_branch(strategy, context)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in adapters.trainable().items():
         if ".lora_B." in name:
@@ -51,7 +52,7 @@ def layer_of(name):
 @pytest.mark.parametrize(("lambda1", "lambda2"), [(0.5, 0.0), (0.0, 0.1), (0.3, 0.2)])
 def test_the_term_is_the_sum_over_layers_and_earlier_domains(base, tiny_records, kind, lambda1, lambda2):
     strategy, context = begun(base, tiny_records, penalty=kind, lambda1=lambda1, lambda2=lambda2)
-    found = strategy.extra_loss(context, {}, None).item()
+    found = strategy.extra_loss(context, {}, None, Step(0, 4)).item()
     assert found == pytest.approx(expected(context, lambda1, lambda2, kind), rel=1e-5) and found > 0.1
 
 
@@ -62,7 +63,7 @@ def test_the_gradient_of_the_overlaps_reaches_the_open_a_alone(base, tiny_record
     everything = dict(branches.model.named_parameters())
     for parameter in everything.values():
         parameter.requires_grad_(True)
-    strategy.extra_loss(context, {}, None).backward()
+    strategy.extra_loss(context, {}, None, Step(0, 4)).backward()
     reached = {name for name, parameter in everything.items() if parameter.grad is not None}
     assert reached == {name for name in branches.trainable() if ".lora_A." in name} and len(reached) == 16
     for name in reached:
@@ -77,7 +78,7 @@ def test_the_gradient_of_the_norms_is_finite_where_b_starts(base, tiny_records):
     for name, parameter in context.branches.trainable().items():
         if ".lora_B." in name:
             parameter.data.zero_()
-    strategy.extra_loss(context, {}, None).backward()
+    strategy.extra_loss(context, {}, None, Step(0, 4)).backward()
     for name, parameter in context.branches.trainable().items():
         length = parameter.grad.norm()
         assert length == 0 if ".lora_B." in name else length == pytest.approx(1.0, rel=1e-4)
@@ -95,7 +96,7 @@ def test_the_penalty_is_zero_for_orthogonal_rows_and_blind_to_their_order(kind):
 
 def test_the_first_domain_has_no_penalty(base, tiny_records):
     strategy, context = begun(base, tiny_records, past=0, index=0)
-    assert strategy.extra_loss(context, {}, None) == 0.0
+    assert strategy.extra_loss(context, {}, None, Step(0, 4)) == 0.0
     strategy.after_domain(context)
     assert context.facts == {}
 
@@ -121,7 +122,7 @@ def test_training_lowers_the_overlap_and_changes_nothing_earlier(new_base, tiny_
         adapters, strategy = adapt(base, history), strategy_of(lambda1=lambda1)
         learn(strategy, context_of(base, adapters, tiny_records, 0), tmp_path / f"{lambda1}a")
         context = context_of(base, adapters, tiny_records, 1)
-        strategy.before_domain(context)
+        open_branch(strategy, context)
         before, first = snapshot(adapters.model), adapters.past[0]
         kept = {layer: (first.A[layer].clone(), first.B[layer].clone()) for layer in first.A}
         fit(strategy, context, tmp_path / f"{lambda1}b", epochs=4.0)
@@ -156,7 +157,7 @@ def test_micro_batches_divide_the_penalty_as_they_divide_the_loss(new_base, tiny
         adapters, strategy = adapt(base), strategy_of(lambda1=0.1, lambda2=0.1)
         adapters.restore([random_factors(base, 0)], [])
         context = context_of(base, adapters, records, 1)
-        strategy.before_domain(context)
+        open_branch(strategy, context)
         options = {"lr": 0.1, "schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0}
         fit(strategy, context, tmp_path / str(micro), micro_batch_size=micro, args={"optim": "sgd"}, **options)
         found.append(adapters.read())
@@ -179,11 +180,11 @@ def test_earlier_directions_are_gathered_once_a_domain(base, tiny_records, tmp_p
     records = {name: tiny_records["Alpha"][:8] for name in ("one", "two", "three")}
     for index in range(3):
         context = context_of(base, adapters, records, index)
-        strategy.before_domain(context)
+        open_branch(strategy, context)
         calls.clear()
         fit(strategy, context, tmp_path / str(index))
         assert calls == [context.domain.name]
-        found = strategy.extra_loss(context, {}, None)
+        found = strategy.extra_loss(context, {}, None, Step(0, 4))
         assert (found.item() if index else found) == pytest.approx(expected(context, 0.5, 0, "l1"), rel=1e-4)
         adapters.restore([*adapters.past, adapters.read()], [])
 
@@ -191,14 +192,14 @@ def test_earlier_directions_are_gathered_once_a_domain(base, tiny_records, tmp_p
 def test_a_run_that_is_taken_up_again_sees_the_branches_of_now(base, tiny_records):
     """The state is loaded, and the branch opened from its file, without `before_domain`."""
     strategy, context = begun(base, tiny_records)
-    strategy.extra_loss(context, {}, None)
+    strategy.extra_loss(context, {}, None, Step(0, 4))
     branches = context.branches
     branch = branches.branch
     branches.restore([random_factors(base, 5)], [])
     strategy.load_state_dict({})
     branches.open(branch)
     assert strategy.state_dict() == {}
-    loss = strategy.extra_loss(context, {}, None)
+    loss = strategy.extra_loss(context, {}, None, Step(0, 4))
     assert loss.item() == pytest.approx(expected(context, 0.5, 0, "l1"), rel=1e-5)
     loss.backward()
     assert all(parameter.grad is not None for name, parameter in branches.trainable().items() if ".lora_A." in name)
@@ -209,7 +210,7 @@ def test_the_overlap_of_every_layer_is_reported(base, tiny_records, kind):
     strategy, context = begun(base, tiny_records, penalty=kind)
     strategy.after_domain(context)
     trained, past = context.branches.read(), context.branches.past
-    assert context.facts["overlap"].keys() == set(context.target_layers)
+    assert context.facts["overlap"].keys() == set(context.layers.names)
     for layer, found in context.facts["overlap"].items():
         wanted = oracle.overlap([factors.A[layer] for factors in past], trained.A[layer], kind)
         assert found == pytest.approx(wanted, rel=1e-4)
@@ -219,7 +220,7 @@ def test_the_overlap_of_every_layer_is_reported(base, tiny_records, kind):
 
 def test_a_list_gives_each_domain_its_own_weight(base, tiny_records):
     strategy, context = begun(base, tiny_records, lambda1=[0.0, 0.25], lambda2=[0.5, 0.0])
-    found = strategy.extra_loss(context, {}, None).item()
+    found = strategy.extra_loss(context, {}, None, Step(0, 4)).item()
     assert found == pytest.approx(expected(context, 0.25, 0.0, "l1"), rel=1e-5)
 
 

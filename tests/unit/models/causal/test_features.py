@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from mllm_keeplora.adapters.mixers.features import feature_sizes, prompt_features
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.schema import Turn
+from mllm_keeplora.models.causal.features import feature_sizes, prompt_features
 from tests.unit.adapters.conftest import adapt, random_factors
 from tests.unit.conftest import encode
 
@@ -47,7 +47,8 @@ def test_pictures_go_to_the_questions_that_show_them(base, tiny_records):
     assert not none.any() and torch.allclose(two, (one + other) / 2, atol=1e-6) and not torch.allclose(one, other)
 
 
-def test_nothing_that_is_trained_changes_them(base, batch):
+def test_nothing_that_is_trained_changes_them(base, tiny_records):
+    batch = encode(base, tiny_records["Alpha"][:3])
     before = prompt_features(batch, base.model)
     adapt(base).restore([random_factors(base, 1)], [])
     assert torch.equal(prompt_features(batch, base.model), before)

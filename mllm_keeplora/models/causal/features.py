@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.models.causal.losses import IGNORED
 from mllm_keeplora.models.causal.parts import projectors_of
 from mllm_keeplora.models.running import removed_afterwards
 
@@ -54,7 +55,7 @@ def words_of_questions(batch: Mapping[str, Tensor], image_token: int | None) -> 
     if image_token is not None:
         mask &= tokens != image_token
     if "labels" in batch:
-        mask &= (batch["labels"] != -100).cumsum(dim=1) == 0
+        mask &= (batch["labels"] != IGNORED).cumsum(dim=1) == 0
     return mask
 
 

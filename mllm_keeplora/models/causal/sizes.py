@@ -1,0 +1,67 @@
+"""What a causal base takes in passes, counted on its skeleton.
+
+Activations are no formula for one architecture: the language model's skeleton runs on fake tensors, which have shapes
+and no content, and what its graph saves is counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mllm_keeplora.models.causal.parts import Parts
+from mllm_keeplora.models.family import Sizes
+from mllm_keeplora.models.running import removed_afterwards
+
+
+def sizes_of(model: Any, parts: Parts, dtype: torch.dtype, tokens: int = 64) -> Sizes:
+    """Run the language model's skeleton on shapes alone; it is no use afterwards.
+
+    Args:
+        model, parts: the base's skeleton, and its parts.
+        dtype: of the weights in memory.
+        tokens: length of the sequence that is run.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    decoder = model.get_submodule(parts.language_model)
+    saved: dict[int, int] = {}
+    inputs: dict[int, int] = {}
+    kept: list[Any] = []  # held, so that no identity is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept.append(storage)
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def look(module: Any, args: tuple) -> None:
+        kept.append(args[0])
+        inputs[id(args[0])] = module.in_features
+
+    cached, width = _cached(model, dtype.itemsize), model.get_input_embeddings().embedding_dim
+    handles = [model.get_submodule(name).register_forward_pre_hook(look) for name in parts.language_layers]
+    with FakeTensorMode(allow_non_fake_inputs=True), removed_afterwards(handles):
+        decoder.to_empty(device="cpu").requires_grad_(False)
+        weights = {tensor.untyped_storage()._cdata for tensor in decoder.state_dict(keep_vars=True).values()}
+        embedded = torch.zeros(1, tokens, width, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            decoder(inputs_embeds=embedded, use_cache=False)
+    return Sizes(
+        saved=sum(saved.values()) / tokens,
+        input_widths=(*inputs.values(), *(model.get_submodule(name).in_features for name in parts.projector_layers)),
+        blocks=len({parts.depth(name) for name in parts.language_layers}),
+        width=width,
+        loss=model.get_output_embeddings().out_features * (dtype.itemsize + 2 * 4),  # logits, in float32, gradient
+        cached=cached,
+    )
+
+
+def _cached(model: Any, item: int) -> float:
+    """Keys and values of every block for a token; the config's own names, as all families share them."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * item
