@@ -1,7 +1,7 @@
 """How much memory a run will take, stage by stage, computed from the base's skeleton before a weight is loaded.
 
-Activations are no formula for one architecture: the language model's skeleton runs on fake tensors, which have shapes
-and no content, and what its graph saves is counted. docs/memory.md has the formulae and how they were checked.
+The base's family says what a token costs, the strategy what its hooks take; docs/memory.md has the formulae and how
+they were checked.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.models.causal.parts import Parts
-from mllm_keeplora.models.running import removed_afterwards
-from mllm_keeplora.strategies import Strategy, StrategyOptions
-from mllm_keeplora.strategies.baselines.agem import AGEM
-from mllm_keeplora.strategies.baselines.ewc import EWC
-from mllm_keeplora.strategies.subspace.gpm import GPM
+from mllm_keeplora.strategies import Strategy
+from mllm_keeplora.strategies.footprint import ALWAYS, PassSizes
 
 if TYPE_CHECKING:
     import torch
 
+    from mllm_keeplora.models.causal.parts import Parts
+    from mllm_keeplora.models.family import Family
+
 ADAM, GRADIENT, MASTER = 8, 4, 4  # bytes of a trained number: two moments, its gradient, itself; all float32
 QUANTISED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a number: a float32 scale for each 64, for each row
-SKETCH = 3  # sketch columns for each direction wanted, where the options name no width
 LONGEST_ANSWER = 128
-DOUBLES = 4  # float64 matrices of the largest width alive in a decomposition: moments, rotated, vectors, work
+HOOKS = {"prepare": "prepare", "gradient": "before_domain", "consolidate": "after_domain"}  # stage -> a strategy's hook
 
 
 @dataclass(frozen=True)
@@ -45,200 +43,105 @@ class Estimate:
         return sum(self.stages[stage].values())
 
 
-@dataclass(frozen=True)
-class Traced:
-    """What one token costs in the language model's graph: bytes saved, and widths of the distinct inputs of targets."""
-
-    saved: float
-    input_widths: tuple[int, ...]
-    blocks: int
-
-
 def estimate(
-    config: RunConfig, strategy: Strategy, model: Any, parts: Parts, tokens: int, answer_tokens: float,
-    domains: int, dtype: torch.dtype, on_gpu: bool, world: int = 1,
-) -> Estimate:  # fmt: skip
-    """Memory of every stage of a run; of stages that a strategy has no use for nothing is said.
+    config: RunConfig,
+    strategy: Strategy,
+    family: Family,
+    model: Any,
+    parts: Parts,
+    tokens: int,
+    answer_tokens: float,
+    domains: int,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    world: int = 1,
+) -> Estimate:
+    """Estimate the memory of every stage of a run in which the strategy or the run has something to do.
 
     Args:
         config, strategy: of the run.
-        model, parts: skeleton of the base, and its parts; the skeleton is no use afterwards.
+        family, model, parts: of the base; the model is its skeleton, which is no use afterwards.
         tokens: of a long record, image tokens included; answer_tokens: of those that carry loss.
         domains: learnt before and by this run.
         dtype: of the weights in memory; on_gpu: moments are float32 there, float64 on a CPU.
         world: processes that ZeRO divides over.
     """
-    layers = [model.get_submodule(name) for name in parts.target_layers]
-    options = strategy.options
-    item, train = dtype.itemsize, config.train
+    train, rank = config.train, getattr(strategy.options, "rank", 0)
+    layers = tuple((m.out_features, m.in_features) for m in map(model.get_submodule, parts.target_layers))
     stage, offloaded = _zero(config.deepspeed)
-    traced = trace(model, parts, dtype)
-    micro = train.micro_batch_size or max(1, train.batch_size // world)
-    weights = _weights(config, model, parts, item)
-    host = weights if offloaded and stage == 3 else 0.0
-    states, moved = _states(config, options, model, parts, layers, stage, world, offloaded)
+    frozen = rank * sum(d_in for _, d_in in layers) if "A" not in strategy.trains else 0
+    numbers = rank * sum(map(sum, layers)) - frozen + _trained_in_full(config, model, parts)
+    weights, past = _weights(config, model, parts, dtype.itemsize), _past(config, strategy, layers, dtype, domains)
+    whole, without = (sum(family.feature_sizes(model, pictures)) for pictures in (True, False))
+    sizes = PassSizes(
+        base=family.sizes(model, parts, dtype),
+        layers=layers,
+        rank=rank,
+        numbers=numbers,
+        tokens=tokens,
+        answer_tokens=answer_tokens,
+        item=dtype.itemsize,
+        moment=4 if on_gpu else 8,
+        micro=train.micro_batch_size or max(1, train.batch_size // world),
+        probe=train.probe_batch_size,
+        question=(whole, without),
+        checkpointing=train.gradient_checkpointing,
+    )
+    divided = {1: ADAM, 2: ADAM + GRADIENT, 3: ADAM + GRADIENT + MASTER}.get(stage, 0)
+    share = numbers * divided / world  # of the states that ZeRO divides
+    states = numbers * (ADAM + GRADIENT + MASTER - divided) + 4 * frozen
+    own = strategy.footprint(sizes)
+    always = own.get(ALWAYS, {})
+    on_host = (weights if offloaded and stage == 3 else 0.0) + (share if offloaded else 0.0)
     common = {
-        "weights": 0.0 if host else weights / (world if stage == 3 else 1),  # offloaded ones come layer by layer
-        "past domains": _past(config, strategy, layers, item, domains, world if stage == 3 else 1),
+        "weights": 0.0 if offloaded and stage == 3 else weights / (world if stage == 3 else 1),  # come layer by layer
+        "past domains": past / (world if stage == 3 and _is_merged(config, strategy, dtype) else 1),
+        **({} if on_gpu else always),  # beside a GPU it is on the host
     }
-    kept = {"kept bases": 4 * sum(layer.in_features**2 for layer in layers) // 2 if _keeps_features(options) else 0}
-    common |= {} if on_gpu else kept  # beside a GPU they are on the host
-    widest, outputs = (max(each) for each in zip(*((m.in_features, m.out_features) for m in layers), strict=True))
-    decomposition = DOUBLES * 8 * widest**2
-    forward = item * tokens * (4 * widest + 3 * outputs)  # what one record's layers hold for a moment
-    per_answer = model.get_output_embeddings().out_features * (item + 2 * 4)  # logits, in float32, their gradient
-
-    def graph(batch: int, rank: int) -> float:
-        saved = traced.saved * tokens * batch
-        if train.gradient_checkpointing and rank:
-            width = model.get_input_embeddings().embedding_dim
-            saved = saved / traced.blocks + traced.blocks * width * item * tokens * batch
-        return saved + 4 * rank * len(layers) * tokens * batch + answer_tokens * batch * per_answer
-
-    probe, asked = train.probe_batch_size, config.eval.batch_size
-    waiting = (item if _sums_exactly(options) else min(item, 2)) * tokens * probe * sum(traced.input_widths)
-    sums = {"graph": graph(probe, 0), "gradient sums": _gradient_sums(options, layers), "layer inputs": waiting}
-    moments = {"moments": _moments(options, traced.input_widths, 4 if on_gpu else 8), "forward": forward * probe}
-    seen = sums if getattr(options, "feature_source", "") == "post_gradient" else moments
-    if isinstance(strategy, EWC):  # one record after the other, over what is known and what is added up
-        seen = {"graph": graph(1, 0), "Fisher information": 3 * 4 * _trained(config, options, model, parts, layers)}
-    at_once, beside = max(micro, probe) if isinstance(strategy, AGEM) else micro, kept if _at_hand(strategy) else {}
-    cache = _cache_per_token(model, item) * (tokens + (config.eval.max_new_tokens or LONGEST_ANSWER))
+    asked = config.eval.batch_size
+    cache = sizes.base.cached * (tokens + (config.eval.max_new_tokens or LONGEST_ANSWER))
+    plain = {
+        "train": {
+            "graph": sizes.graph(sizes.micro, rank),
+            "branch and optimizer": states + (0.0 if offloaded else share),
+        },
+        "evaluate": {"keys and values": cache * asked, "forward": sizes.forward(asked)},
+    }
     stages = {
-        "prepare": {**common, "decomposition": decomposition},
-        "gradient": {**common, **sums},
-        "train": {**common, **beside, "graph": graph(at_once, _rank(options)), "branch and optimizer": states},
-        "consolidate": {**common, **seen, "decomposition": 0 if isinstance(strategy, EWC) else decomposition},
-        "evaluate": {**common, "keys and values": cache * asked, "forward": forward * asked},
-    }  # fmt: skip
-    used = {name: taken for name, taken in stages.items() if name not in _unused(strategy)}
+        name: {**common, **plain.get(name, {}), **own.get(name, {})}
+        for name in ("prepare", "gradient", "train", "consolidate", "evaluate")
+        if name in plain or has_hook(strategy, HOOKS[name])
+    }
     where = f"{'GPU' if on_gpu else 'CPU'}, {str(dtype).removeprefix('torch.')}, records of {tokens} tokens"
-    return Estimate(used, host + moved + (sum(kept.values()) if on_gpu else 0.0), where)
+    return Estimate(stages, on_host + (sum(always.values()) if on_gpu else 0.0), where)
 
 
-def _unused(strategy: Strategy) -> set[str]:
-    """Stages that a strategy has nothing to do in."""
-    unused = set() if hasattr(strategy.options, "grad_samples") else {"prepare", "gradient"}
-    return unused | (set() if _keeps_features(strategy.options) or isinstance(strategy, EWC) else {"consolidate"})
+def has_hook(strategy: Strategy, hook: str) -> bool:
+    """Whether a strategy does something in a hook."""
+    return getattr(type(strategy), hook) is not getattr(Strategy, hook)
 
 
-def _rank(options: StrategyOptions) -> int:
-    return getattr(options, "rank", 0)
-
-
-def _keeps_features(options: StrategyOptions) -> bool:
-    """Whether kept bases grow by the inputs of layers; GainLoRA does what its base method does."""
-    return hasattr(options, "feature_samples") or hasattr(options, "base_options")
-
-
-def _at_hand(strategy: Strategy) -> bool:
-    """Whether kept bases are beside the parameters while these train."""
-    return any(isinstance(each, GPM) for each in (strategy, getattr(strategy, "base", None)))
+def _is_merged(config: RunConfig, strategy: Strategy, dtype: torch.dtype) -> bool:
+    """Whether the past is merged into the weights; branches that are weighed by the question never are."""
+    by_itself = config.adapters.history == "auto" and config.base.quantization is None and dtype.itemsize == 4
+    return strategy.combine not in LIVE and (config.adapters.history == "merged" or by_itself)
 
 
 def _past(
-    config: RunConfig, strategy: Strategy, layers: list, item: int, domains: int, shares: int
-) -> float:  # fmt: skip
-    """Merged: pristine copies of the target weights, divided as they are. Factors: of all domains, or dense ones.
-
-    Branches that are weighed by the question are factors always.
-    """
-    factors = 4 * _rank(strategy.options) * domains * sum(m.in_features + m.out_features for m in layers)
-    if strategy.combine in LIVE:
-        return factors
-    numel = sum(layer.weight.numel() for layer in layers)
-    merged_by_itself = config.adapters.history == "auto" and config.base.quantization is None and item == 4
-    if config.adapters.history == "merged" or merged_by_itself:
-        return numel * item / shares
-    return min(factors, 4 * numel)
+    config: RunConfig, strategy: Strategy, layers: tuple[tuple[int, int], ...], dtype: torch.dtype, domains: int
+) -> float:
+    """Merged: pristine copies of the target weights. Factors: of all domains, or dense ones where these are smaller."""
+    numel = sum(d_out * d_in for d_out, d_in in layers)
+    if _is_merged(config, strategy, dtype):
+        return numel * dtype.itemsize
+    factors = 4 * getattr(strategy.options, "rank", 0) * domains * sum(map(sum, layers))
+    return factors if strategy.combine in LIVE else min(factors, 4 * numel)
 
 
-def _moments(options: StrategyOptions, widths: tuple[int, ...], item: int) -> float:
-    """Exact moments of every distinct input, or sketches of twice their size in rows, where they are asked for."""
-    rows = 2 * getattr(options, "feature_sketch_size", 0)
-    if getattr(options, "feature_statistic", "exact") != "sketch":
-        return item * sum(width * width for width in widths)
-    return sum(4 * rows * width if rows < width else item * width * width for width in widths)
-
-
-def _sums_exactly(options: StrategyOptions) -> bool:
-    """Whether mean gradients are asked for exactly; by themselves they are where they fit, as sketches else."""
-    return hasattr(options, "gradient_plan") and options.gradient_plan().statistic == "exact"
-
-
-def _gradient_sums(options: StrategyOptions, layers: list) -> float:
-    if _sums_exactly(options):
-        return 4 * sum(layer.in_features * layer.out_features for layer in layers)
-    width = getattr(options, "sketch_width", None) or SKETCH * _rank(options)
-    return sum(4 * width * layer.in_features + 2 * width * layer.out_features for layer in layers)
-
-
-def _states(
-    config: RunConfig, options: StrategyOptions, model: Any, parts: Parts, layers: list, stage: int, world: int,
-    offloaded: bool,
-) -> tuple[float, float]:  # fmt: skip
-    """Bytes of the branch and of what its training keeps, on a device and on its host."""
-    frozen = _inputs_of(options, layers) if getattr(options, "freeze_a", False) else 0
-    trained = _trained(config, options, model, parts, layers)
-    divided = {1: ADAM, 2: ADAM + GRADIENT, 3: ADAM + GRADIENT + MASTER}.get(stage, 0)
-    share = trained * divided / world
-    device = trained * (ADAM + GRADIENT + MASTER - divided) + 4 * frozen
-    return (device, share) if offloaded else (device + share, 0.0)
-
-
-def _inputs_of(options: StrategyOptions, layers: list) -> int:
-    """Numbers of all A."""
-    return _rank(options) * sum(layer.in_features for layer in layers)
-
-
-def _trained(config: RunConfig, options: StrategyOptions, model: Any, parts: Parts, layers: list) -> int:
-    """How many numbers train."""
-    trained = _rank(options) * sum(layer.out_features for layer in layers)
-    trained += 0 if getattr(options, "freeze_a", False) else _inputs_of(options, layers)
-    if config.adapters.projector == "full":
-        trained += sum(p.numel() for name in parts.projectors for p in model.get_submodule(name).parameters())
-    return trained
-
-
-def _cache_per_token(model: Any, item: int) -> float:
-    """Keys and values of every block; the config's own names, as all families share them."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width * item
-
-
-def trace(model: Any, parts: Parts, dtype: torch.dtype, tokens: int = 64) -> Traced:
-    """Run the language model's skeleton on shapes alone and count what its graph saves; it is no use afterwards."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    decoder = model.get_submodule(parts.language_model)
-    saved: dict[int, int] = {}
-    inputs: dict[int, int] = {}
-    kept: list[Any] = []  # held, so that no identity is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept.append(storage)
-        if storage._cdata not in weights:
-            saved[storage._cdata] = storage.nbytes()
-        return tensor
-
-    def look(module: Any, args: tuple) -> None:
-        kept.append(args[0])
-        inputs[id(args[0])] = module.in_features
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(look) for name in parts.language_layers]
-    with FakeTensorMode(allow_non_fake_inputs=True), removed_afterwards(handles):
-        decoder.to_empty(device="cpu").requires_grad_(False)
-        weights = {tensor.untyped_storage()._cdata for tensor in decoder.state_dict(keep_vars=True).values()}
-        width = model.get_input_embeddings().embedding_dim
-        embedded = torch.zeros(1, tokens, width, dtype=dtype, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            decoder(inputs_embeds=embedded, use_cache=False)
-    widths = tuple(inputs.values()) + tuple(model.get_submodule(n).in_features for n in parts.projector_layers)
-    return Traced(sum(saved.values()) / tokens, widths, len({parts.depth(n) for n in parts.language_layers}))
+def _trained_in_full(config: RunConfig, model: Any, parts: Parts) -> int:
+    """How many numbers of the projector train by themselves."""
+    projectors = parts.projectors if config.adapters.projector == "full" else ()
+    return sum(each.numel() for name in projectors for each in model.get_submodule(name).parameters())
 
 
 def _weights(config: RunConfig, model: Any, parts: Parts, item: int) -> float:

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.adapters.stored import LIVE
+from mllm_keeplora.checks.engine import refuse_divided, refuse_merged, try_training_settings, unfit_for
 from mllm_keeplora.checks.memory import Estimate, estimate
 from mllm_keeplora.checks.records import gold_faults, load_prompt, mixed_faults, token_faults
 from mllm_keeplora.config import RunConfig
@@ -19,6 +19,7 @@ from mllm_keeplora.data.media.images import image_size, unreadable_images
 from mllm_keeplora.errors import UserError, first_line, several
 from mllm_keeplora.models import ChatPrompt
 from mllm_keeplora.models.base import compute_dtype, refuse_original_llava, skeleton
+from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.causal.parts import name_parts, summary_of
 from mllm_keeplora.models.fingerprint import fingerprint
 from mllm_keeplora.models.shipped import prompt_style, resolve
@@ -27,11 +28,6 @@ from mllm_keeplora.system import distributed
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.progress import progress_bar
 from mllm_keeplora.training.deepspeed import zero_stage
-
-IN_ZERO3 = {  # what a strategy may need that it does not have there
-    "parameters": "needs its trained parameters whole, which ZeRO-3 divides",
-    "forwards": "runs the model more often in one process than in another, which ZeRO-3 does not allow",
-}
 
 
 @dataclass
@@ -102,7 +98,7 @@ def check_run(
         collect(lambda: refuse_original_llava(config.base.model, location))
     parts = (collect(lambda: _target_layers(config, location)) if location is not None else None) or []
     stage = collect(lambda: zero_stage(config.deepspeed))
-    for refuse in (_refuse_merged, partial(_refuse_divided, stage=stage), _training_settings):
+    for refuse in (refuse_merged, partial(refuse_divided, stage=stage), try_training_settings):
         collect(partial(refuse, config))
     benchmark = collect(lambda: load_benchmark(config, _drawing()))
     counts: dict[str, dict[str, int]] = {}
@@ -116,57 +112,14 @@ def check_run(
             prompt = collect(lambda: _prompt(config, location)) if location is not None else None
             new = [{n: records for n, records in sets.items() if n not in seen} for sets in (trained, graded)]
             if rank == 0:  # over all sets, whole: engines change, domains are appended, a share may be of one kind
-                faults += mixed_faults(trained, graded, prompt, stage, _joins_domains(strategy))
+                faults += mixed_faults(trained, graded, prompt, stage, strategy is not None and strategy.joins_domains)
             own = [{n: records[rank::world] for n, records in sets.items()} for sets in new]
             _look_inside(config, benchmark, prompt, *own, faults, collect)
     if strategy is not None:
-        faults += _unfit_for(config, strategy, stage)
+        faults += unfit_for(config, strategy, stage)
     if faults:
         raise several(faults, more=uncounted)
     return Checked(strategy, benchmark, location, base_fingerprint, counts, parts)
-
-
-def _unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list[str]:
-    """What a strategy cannot do under a run's DeepSpeed, or with a projector that is trained in full."""
-    faults, name = [], config.strategy.name
-    if strategy.stream == "none":
-        faults.append(f"strategy {name} trains nothing")
-    if "gradients" in strategy.needs and config.deepspeed is not None:
-        faults.append(
-            f"deepspeed {config.deepspeed!r}: strategy {name} needs the gradients between backward and step, which "
-            "DeepSpeed does not give; deepspeed may be null"
-        )
-    elif stage == 3 and strategy.needs & IN_ZERO3.keys():
-        why = " and ".join(text for need, text in IN_ZERO3.items() if need in strategy.needs)
-        faults.append(f"deepspeed {config.deepspeed!r}: strategy {name} {why}; deepspeed may be null, zero1 or zero2")
-    is_half = config.base.quantization is None and compute_dtype(config.base.dtype).itemsize == 2
-    if is_half and config.adapters.projector == "full" and config.deepspeed is None:
-        faults.append(
-            "adapters.projector is full: without DeepSpeed bfloat16 weights would be trained as they are, and most "
-            "steps be rounded off; allowed: deepspeed zero1, zero2 or zero3, or base.dtype float32"
-        )
-    if config.adapters.projector == "full" and strategy.combine in LIVE:
-        faults.append(
-            f"adapters.projector is full: strategy {name} weighs its branches by the question, which a projector "
-            "trained in full has none of; allowed: keeplora, frozen"
-        )
-    return faults
-
-
-def _refuse_merged(config: RunConfig) -> None:
-    if config.base.quantization is not None and config.adapters.history == "merged":
-        raise UserError(
-            f"adapters.history is merged, but weights quantised as {config.base.quantization} cannot be merged into; "
-            "allowed: auto, factors"
-        )
-
-
-def _refuse_divided(config: RunConfig, stage: int | None) -> None:
-    if stage == 3 and config.base.quantization is not None:
-        raise UserError(
-            f"base.quantization {config.base.quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
-            "quantised weights; deepspeed may be null, zero1 or zero2"
-        )
 
 
 def _target_layers(config: RunConfig, location: str) -> list[str]:
@@ -195,7 +148,8 @@ def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
         parts = name_parts(model, config.adapters.projector, config.adapters.target)
         long, answers = _lengths(prompt, checked.benchmark)
         shape = (long, answers, len(checked.benchmark.domains), dtype, torch.cuda.is_available())
-        return estimate(config, checked.strategy, model, parts, *shape, distributed.world_size())
+        family = CausalFamily(prompt)
+        return estimate(config, checked.strategy, family, model, parts, *shape, distributed.world_size())
     except (OSError, RuntimeError, AttributeError, ValueError) as error:
         log.info("memory is not estimated: %s", first_line(error))
         return None
@@ -215,11 +169,6 @@ def _prompt(config: RunConfig, location: str) -> ChatPrompt | None:
     return prompt
 
 
-def _joins_domains(strategy: Strategy | None) -> bool:
-    """Whether batches may hold records of several domains."""
-    return strategy is not None and (strategy.stream == "union" or hasattr(strategy.options, "buffer"))
-
-
 def _token_faults(config: RunConfig, prompt: ChatPrompt, trained: dict[str, Sequence[Record]]) -> list[str]:
     """Training records that train nothing or are too long, of every domain, as its own settings have it."""
     faults: list[str] = []
@@ -227,14 +176,6 @@ def _token_faults(config: RunConfig, prompt: ChatPrompt, trained: dict[str, Sequ
         with progress_bar(f"check tokens: {name}", len(records)) as advance:
             faults += token_faults(prompt, records, config.train_of(name).max_length, advance)
     return faults
-
-
-def _training_settings(config: RunConfig) -> None:
-    """Let the Trainer look at the arguments of every domain, which may differ."""
-    from mllm_keeplora.training.arguments import training_arguments
-
-    for settings in {repr(each): each for each in [config.train, *map(config.train_of, config.per_domain)]}.values():
-        training_arguments(settings, settings.epochs or 1.0, Path(config.output_dir), 0, None, bf16=False)
 
 
 def _read_all(

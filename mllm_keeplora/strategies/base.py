@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters import Branch
+    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 __all__ = ["Context", "DomainInfo", "Need", "Samples", "Step", "Strategy", "StrategyOptions"]
 
@@ -60,6 +61,7 @@ class Strategy:
     start_from: ClassVar[Literal["previous", "base"]] = "previous"
     combine: ClassVar[Literal["merge", "sum", "gate", "route", "oracle"]] = "merge"
     needs_domain_id: ClassVar[bool] = False
+    joins_domains: ClassVar[bool] = False  # whether a batch may hold records of several domains
 
     def __init__(self, options: StrategyOptions):
         self.options = options
@@ -73,6 +75,19 @@ class Strategy:
         ZeRO-3).
         """
         return frozenset()
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Name the factors of a branch that train."""
+        return ("A", "B")
+
+    def footprint(self, sizes: PassSizes) -> Footprint:
+        """Estimate what the hooks take beside base, branch and past: stage -> what -> bytes on a device.
+
+        Stages are `prepare`, `gradient` (before_domain), `train`, `consolidate` (after_domain), and `always`. What is
+        named in `train` stands in place of what a plain training takes by that name.
+        """
+        return {}
 
     def prepare(self, context: Context) -> None:
         """Once, before the first domain, with the untouched base; `context.domain` has index -1."""

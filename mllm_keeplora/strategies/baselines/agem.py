@@ -11,10 +11,13 @@ there are no classes to take equally many of; both means are over answer tokens;
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mllm_keeplora.strategies.base import Context, Need, Step, StrategyOptions
 from mllm_keeplora.strategies.baselines.buffered import Buffered, BufferOptions
+
+if TYPE_CHECKING:
+    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 
 class AGEMOptions(BufferOptions):
@@ -29,11 +32,16 @@ class AGEM(Buffered):
     """Stores what `Buffered` does."""
 
     Options: ClassVar[type[StrategyOptions]] = AGEMOptions
+    joins_domains: ClassVar[bool] = True
     options: AGEMOptions
 
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"gradients"})
+
+    def footprint(self, sizes: PassSizes) -> Footprint:
+        """The reference gradient is taken by so many records at a time as a data pass has."""
+        return {"train": {"graph": sizes.graph(max(sizes.micro, sizes.probe), sizes.rank)}}
 
     def around_step(self, context: Context, phase: Literal["grad", "post"], step: Step) -> None:
         """Project the gradient where it would raise the buffered records' loss."""

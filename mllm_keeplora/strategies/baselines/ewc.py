@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters import Branch
+    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
     ByName = dict[str, Tensor]  # a tensor for each trained parameter
 
@@ -59,6 +60,10 @@ class EWC(Strategy):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"parameters"})  # the penalty reads them outside of the model's forward
+
+    def footprint(self, sizes: PassSizes) -> Footprint:
+        """Gradients of one record after the other, over what is known and what is added up."""
+        return {"consolidate": {"graph": sizes.graph(1, sizes.rank), "Fisher information": 3 * 4 * sizes.numbers}}
 
     def before_domain(self, context: Context) -> Branch:
         return carried_branch(context, self.options)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 class Joint(Strategy):
     stream: ClassVar[Literal["union"]] = "union"
+    joins_domains: ClassVar[bool] = True
 
     def before_domain(self, context: Context) -> Branch:
         return fresh_branch(context, self.options)

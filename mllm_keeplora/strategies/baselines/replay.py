@@ -28,6 +28,7 @@ class Replay(Buffered):
     """Stores what `Buffered` does."""
 
     Options: ClassVar[type[StrategyOptions]] = ReplayOptions
+    joins_domains: ClassVar[bool] = True
     options: ReplayOptions
 
     def batch(self, context: Context, batch: dict[str, Any], step: Step) -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mllm_keeplora.adapters import Branch
     from mllm_keeplora.adapters.mixers.gates import Gates
     from mllm_keeplora.linalg import Basis, MomentAccumulator
+    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 OF_BASE, OF_MEMORY = "base|", "memory|"
 
@@ -49,6 +50,14 @@ class GainLoRA(Strategy):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"parameters"}) | self.base.needs
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        return self.base.trains
+
+    def footprint(self, sizes: PassSizes) -> Footprint:
+        """What its base method takes; gates are small."""
+        return self.base.footprint(sizes)
 
     def prepare(self, context: Context) -> None:
         self.base.prepare(context)

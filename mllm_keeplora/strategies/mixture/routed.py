@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.adapters import Branch
     from mllm_keeplora.adapters.mixers.router import Router
+    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 HELD_OUT = 4  # one question in so many is not fitted to: it measures how far a domain's own questions lie
+MATRICES = 7  # float64 (d, d) alive at once: scatter of before and now, covariance, mixed, factor, whitening
 FLOOR = 1e-8  # share of the mean variance that a feature has at least, if it never varied
 
 
@@ -64,6 +66,12 @@ class Routed(Strategy):
     def __init__(self, options: StrategyOptions):
         super().__init__(options)
         self.seen: dict[str, Tensor] = {}  # statistics of all domains so far: see `_add`
+
+    def footprint(self, sizes: PassSizes) -> Footprint:
+        """Statistics of questions of d features: float64 matrices of (d, d), and the questions twice."""
+        d = sizes.question[0 if self.options.pictures else 1]
+        statistics = MATRICES * 8 * d * d + (4 + 8) * self.options.samples * d
+        return {"consolidate": {"question statistics": statistics, "forward": sizes.forward(sizes.probe)}}
 
     def before_domain(self, context: Context) -> Branch:
         count = len(context.data.records)

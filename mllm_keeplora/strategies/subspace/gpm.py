@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.adapters import Branch
     from mllm_keeplora.linalg import Basis
+    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 A_PARAMETER = ".lora_A.domain.weight"
 
@@ -47,6 +48,10 @@ class GPM(Strategy):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"gradients"}) if self.options.mode == "grad" else frozenset()
+
+    def footprint(self, sizes: PassSizes) -> Footprint:
+        """Kept bases are beside the parameters while these train."""
+        return {**self.options.footprint(sizes), "train": {"kept bases": sizes.kept_bases()}}
 
     def prepare(self, context: Context) -> None:
         begin_kept(context)

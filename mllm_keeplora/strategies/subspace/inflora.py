@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes, feature_pass
 from mllm_keeplora.strategies.subspace.deciding import decided_features
 from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, branch_outside, grow_kept
 
@@ -55,6 +56,17 @@ class InfLoRA(Strategy):
     }
     options: InfLoRAOptions
 
+    @property
+    def trains(self) -> tuple[str, ...]:
+        return ("B",)
+
+    def footprint(self, sizes: PassSizes) -> Footprint:
+        """A feature pass before the domain, and one behind it."""
+        after = self.options.footprint(sizes)
+        exact = self.options.directions == "moments" or self.options.feature_statistic != "sketch"
+        before = feature_pass(sizes, "exact" if exact else "sketch", self.options.feature_sketch_size)
+        return {**after, "gradient": before}
+
     def prepare(self, context: Context) -> None:
         begin_kept(context)
 
@@ -73,7 +85,7 @@ class InfLoRA(Strategy):
         A: dict[str, Tensor] = {}
         for features in decided_features(context, options.feature_samples, plan, lambda layer, sketch: True):
             A |= context.processes.dealt(features.get, begin, features)
-        return branch_outside(context, options, {layer: A[layer] for layer in context.layers.names}, train=("B",))
+        return branch_outside(context, options, {layer: A[layer] for layer in context.layers.names}, self.trains)
 
     def after_domain(self, context: Context) -> None:
         grow_kept(context, self.options)

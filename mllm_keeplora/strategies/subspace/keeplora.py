@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.footprint import ALWAYS, Footprint, PassSizes, feature_pass, gradient_pass
 from mllm_keeplora.strategies.subspace.deciding import decided_features
 from mllm_keeplora.strategies.subspace.keeplora_options import PRESETS, KeepLoRAOptions
 from mllm_keeplora.system.log import log
@@ -36,6 +37,25 @@ class KeepLoRA(Strategy):
     def __init__(self, options: StrategyOptions):
         super().__init__(options)
         self.use: dict[str, Tensor] = {}  # layer -> summed energy share of past domains along each feature direction
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        return ("B",) if self.options.freeze_a else ("A", "B")
+
+    def footprint(self, sizes: PassSizes) -> Footprint:
+        """Decompositions of the weights, a gradient pass before the domain, a feature pass behind it."""
+        options, decomposition = self.options, sizes.decomposition()
+        if options.feature_source == "activations":
+            after = feature_pass(sizes, options.feature_statistic, options.feature_sketch_size)
+        else:
+            after = {**gradient_pass(sizes, exact=True), "decomposition": decomposition}
+        exact = options.gradient_plan().statistic == "exact"
+        return {
+            ALWAYS: {"kept bases": sizes.kept_bases()},
+            "prepare": {"decomposition": decomposition},
+            "gradient": gradient_pass(sizes, exact, options.sketch_width),
+            "consolidate": after,
+        }
 
     def prepare(self, context: Context) -> None:
         """Kept basis of every layer: principal input subspace of its weight, Eq. (1); then what the anchors add."""
@@ -86,8 +106,7 @@ class KeepLoRA(Strategy):
         scales = options.layer_scales({layer: context.layers.depth(layer) for layer in context.layers.names})
         alpha = {layer: scaling * scales[layer] * directions.shape[0] for layer, directions in A.items()}
         context.log({"gradient": facts, "layer_scale": scales})
-        train = ("B",) if options.freeze_a else ("A", "B")
-        return Branch(A, alpha, train, B)
+        return Branch(A, alpha, self.trains, B)
 
     def after_domain(self, context: Context) -> None:
         """Grow every kept basis by the domain's dominant feature directions, Eqs. (8)-(10)."""

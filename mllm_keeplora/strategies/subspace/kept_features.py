@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.probes.plans import FeaturePlan, Statistic
 from mllm_keeplora.strategies.base import Context, Samples, StrategyOptions
+from mllm_keeplora.strategies.footprint import ALWAYS, Footprint, PassSizes, feature_pass
 from mllm_keeplora.strategies.subspace.deciding import decided_features
 from mllm_keeplora.system.log import log
 
@@ -51,6 +52,12 @@ class KeptFeatureOptions(StrategyOptions):
     def energy_at(self, index: int, total: int) -> float:
         """Share of energy to keep at a domain: energy + (energy_end - energy) t / T, t from 0 of T."""
         return self.energy + (self.energy_end - self.energy) * index / total
+
+    def footprint(self, sizes: PassSizes) -> Footprint:
+        """What it takes to keep, and to grow what is kept after a domain."""
+        exact = self.energy_measure == "sigma4" or self.feature_statistic != "sketch"
+        grown = feature_pass(sizes, "exact" if exact else "sketch", self.feature_sketch_size)
+        return {ALWAYS: {"kept bases": sizes.kept_bases()}, "consolidate": grown}
 
     def feature_plan(self, exact: bool = False) -> FeaturePlan:
         statistic = "exact" if exact else self.feature_statistic

@@ -4,7 +4,7 @@ import pytest
 
 from mllm_keeplora import load_config
 from mllm_keeplora.adapters.stored import LIVE
-from mllm_keeplora.checks.run import _unfit_for
+from mllm_keeplora.checks.engine import unfit_for
 from mllm_keeplora.config import shipped
 from mllm_keeplora.strategies import STRATEGIES, build_strategy, summary_of
 from mllm_keeplora.strategies.baselines.ewc import EWC
@@ -13,7 +13,7 @@ from mllm_keeplora.sweeps.plan import load_sweep, tune_cell
 
 def faults_of(name, stage, *overrides):
     config = load_config("mini_dcl_finetune", [f"strategy.name={name}", *overrides])
-    return _unfit_for(config, build_strategy(config.strategy), stage)
+    return unfit_for(config, build_strategy(config.strategy), stage)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -26,7 +26,7 @@ def test_each_has_a_sentence_about_it_and_runs_with_its_defaults(name):
 def test_a_shipped_run_is_of_the_strategy_that_it_is_named_for(run):
     config = load_config(run)
     assert run == f"mini_dcl_{config.strategy.name}"
-    assert _unfit_for(config, build_strategy(config.strategy), None) == []
+    assert unfit_for(config, build_strategy(config.strategy), None) == []
 
 
 def test_every_strategy_of_the_comparison_has_a_run():

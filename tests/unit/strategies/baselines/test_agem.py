@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Adapters
-from mllm_keeplora.checks.run import _unfit_for
+from mllm_keeplora.checks.engine import unfit_for
 from mllm_keeplora.config import load_config
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.strategies import build_strategy
@@ -236,7 +236,7 @@ def test_the_buffer_is_filled_after_a_domain_and_survives_a_restart(base, tiny_r
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_deepspeed_is_refused_in_a_sentence(engine):
     config = load_config("mini_dcl_agem", [f"deepspeed={engine}"])
-    faults = _unfit_for(config, build_strategy(config.strategy), int(engine[-1]))
+    faults = unfit_for(config, build_strategy(config.strategy), int(engine[-1]))
     assert len(faults) == 1 and "agem needs the gradients between backward and step" in faults[0]
     config = load_config("mini_dcl_agem")
-    assert _unfit_for(config, build_strategy(config.strategy), None) == []
+    assert unfit_for(config, build_strategy(config.strategy), None) == []

@@ -1,0 +1,67 @@
+"""What a run's engine cannot do: settings of DeepSpeed, quantisation and the Trainer that do not fit together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mllm_keeplora.adapters.stored import LIVE
+from mllm_keeplora.config import RunConfig
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.models.base import compute_dtype
+from mllm_keeplora.strategies import Strategy
+
+IN_ZERO3 = {  # what a strategy may need that it does not have there
+    "parameters": "needs its trained parameters whole, which ZeRO-3 divides",
+    "forwards": "runs the model more often in one process than in another, which ZeRO-3 does not allow",
+}
+
+
+def unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list[str]:
+    """What a strategy cannot do under a run's DeepSpeed, or with a projector that is trained in full."""
+    faults, name = [], config.strategy.name
+    if strategy.stream == "none":
+        faults.append(f"strategy {name} trains nothing")
+    if "gradients" in strategy.needs and config.deepspeed is not None:
+        faults.append(
+            f"deepspeed {config.deepspeed!r}: strategy {name} needs the gradients between backward and step, which "
+            "DeepSpeed does not give; deepspeed may be null"
+        )
+    elif stage == 3 and strategy.needs & IN_ZERO3.keys():
+        why = " and ".join(text for need, text in IN_ZERO3.items() if need in strategy.needs)
+        faults.append(f"deepspeed {config.deepspeed!r}: strategy {name} {why}; deepspeed may be null, zero1 or zero2")
+    is_half = config.base.quantization is None and compute_dtype(config.base.dtype).itemsize == 2
+    if is_half and config.adapters.projector == "full" and config.deepspeed is None:
+        faults.append(
+            "adapters.projector is full: without DeepSpeed bfloat16 weights would be trained as they are, and most "
+            "steps be rounded off; allowed: deepspeed zero1, zero2 or zero3, or base.dtype float32"
+        )
+    if config.adapters.projector == "full" and strategy.combine in LIVE:
+        faults.append(
+            f"adapters.projector is full: strategy {name} weighs its branches by the question, which a projector "
+            "trained in full has none of; allowed: keeplora, frozen"
+        )
+    return faults
+
+
+def refuse_merged(config: RunConfig) -> None:
+    if config.base.quantization is not None and config.adapters.history == "merged":
+        raise UserError(
+            f"adapters.history is merged, but weights quantised as {config.base.quantization} cannot be merged into; "
+            "allowed: auto, factors"
+        )
+
+
+def refuse_divided(config: RunConfig, stage: int | None) -> None:
+    if stage == 3 and config.base.quantization is not None:
+        raise UserError(
+            f"base.quantization {config.base.quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
+            "quantised weights; deepspeed may be null, zero1 or zero2"
+        )
+
+
+def try_training_settings(config: RunConfig) -> None:
+    """Let the Trainer look at the arguments of every domain, which may differ."""
+    from mllm_keeplora.training.arguments import training_arguments
+
+    for settings in {repr(each): each for each in [config.train, *map(config.train_of, config.per_domain)]}.values():
+        training_arguments(settings, settings.epochs or 1.0, Path(config.output_dir), 0, None, bf16=False)
