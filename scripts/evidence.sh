@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make the README's tables and pictures again: every strategy, rate and seed on the mini benchmark, two runs side by side.
+# Make tables and pictures of docs/results.md again: every strategy, rate and seed on the mini benchmark, two at a time.
 # Usage: bash scripts/evidence.sh [SWEEP]...      default: mini_dcl; also: mini_dcl_variants, mini_all
 # On two CPU cores an hour and a quarter, four hours, five and a half. Run it again to continue after an interruption.
-# Runs go to runs/sweeps/SWEEP; what the README shows, and every run's results, to docs/evidence/SWEEP.
+# Runs go to runs/sweeps/SWEEP; what that page shows, and every run's results, to docs/evidence/SWEEP.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,6 +1,6 @@
 """Settings for common machines and the memory that each stage of a run takes there, computed as `check` does.
 
-    python scripts/memory_presets.py            the README's table, as Markdown
+    python scripts/memory_presets.py            the table of docs/cluster.md, as Markdown
 
 Nothing is downloaded or loaded: the models are skeletons of LLaVA-1.5's published sizes. docs/memory.md has the
 formulae and how they compare with measured peaks.

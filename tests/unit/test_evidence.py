@@ -1,4 +1,4 @@
-"""The README's table is what the stored results say, and they are of the shipped sweep."""
+"""What docs/results.md and the README show is what the stored results say, and those are of the shipped sweeps."""
 
 import json
 import re
@@ -17,10 +17,11 @@ from mllm_keeplora.sweeps.plan import final_cell, load_sweep, tune_cell
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 HEADINGS = {
-    "mini_dcl": "# mllm_keeplora",
-    "mini_dcl_variants": "### Variants, and one part left out at a time",
-    "mini_all": "### Every method side by side",
+    "mini_dcl": "## KeepLoRA against sequential LoRA",
+    "mini_dcl_variants": "## Variants, and one part left out at a time",
+    "mini_all": "## Every method side by side",
 }
 ROWS = {
     ("mini_dcl", "joint"): "joint training",
@@ -63,11 +64,20 @@ COST_RUNS = sorted(path.parent for path in EVIDENCE.glob("mini_all_costs/*/resul
 FINAL_RUNS = {path.parent.name: path for path in EVIDENCE.glob("mini_all*/final/*/results.json")}
 BEYOND = {"gainlora": 0.016}  # better than what was chosen, at the next rate that the sweep does not try
 COSTS = ("trained", "stored", "training", "answering")
+IN_README = [  # sweep, strategy, metric
+    ("mini_dcl", "keeplora", "Last"),
+    ("mini_dcl", "finetune", "Last"),
+    ("mini_dcl", "joint", "Last"),
+    ("mini_dcl", "keeplora", "General kept"),
+    ("mini_dcl_variants", "anchored", "General kept"),
+    ("mini_dcl_variants", "anchored", "Last"),
+    ("mini_all", "routed", "Last"),
+]
 
 
-def table_under(heading: str) -> list[list[str]]:
-    """Cells of the README's first table below a heading, its first row the heads."""
-    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+def table_under(heading: str, page: Path = PAGE) -> list[list[str]]:
+    """Cells of a page's first table below a heading, its first row the heads."""
+    lines = page.read_text("utf-8").splitlines()
     lines = lines[lines.index(heading) :]
     first = next(number for number, line in enumerate(lines) if line.startswith("|"))
     rows = takewhile(lambda line: line.startswith("|"), lines[first:])
@@ -84,7 +94,7 @@ def numbers(cell: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("sweep", "strategy"), ROWS)
-def test_the_readme_says_what_the_stored_runs_say(sweep, strategy):
+def test_the_page_says_what_the_stored_runs_say(sweep, strategy):
     groups = {group.family: group for group in group_runs(load_results([EVIDENCE / sweep]))}
     row = row_of(sweep, ROWS[sweep, strategy])
     for head in METRICS.keys() & row.keys():
@@ -96,8 +106,31 @@ def test_the_readme_says_what_the_stored_runs_say(sweep, strategy):
     assert float(row["learning rate"]) == chosen
 
 
+def test_the_readme_says_what_the_stored_runs_say():
+    """Mean and deviation of every score in its results, in the order of its sentences, and no others."""
+    expected = []
+    for sweep, strategy, head in IN_README:
+        [group] = [group for group in group_runs(load_results([EVIDENCE / sweep])) if group.family == strategy]
+        key, factor = METRICS[head]
+        mean, sd = mean_and_sd(group.metric(key))
+        expected.append((f"{factor * mean:.1f}", f"{factor * sd:.1f}"))
+    section = README.read_text("utf-8").split("## Results")[1].split("\n## ")[0]
+    assert re.findall(r"(\d+\.\d)(?: %)? ±(\d+\.\d)", section) == expected
+
+
+def test_the_readme_shows_the_table_of_the_stored_demonstration():
+    results = Results.load(EVIDENCE / "demo" / "results.json")
+    heads, _, *rows = table_under("## Five minutes", README)
+    [suite] = results.general
+    scores = [results.zero_shot, *results.score_matrix]
+    expected = [[*row, general] for row, general in zip(scores, results.general[suite], strict=True)]
+    assert heads[1:] == [*results.domains, suite] and results.complete
+    shown = [[cell.strip("*") for cell in cells] for _, *cells in rows]
+    assert shown == [[f"{score:.1f}" for score in row] for row in expected]
+
+
 @pytest.mark.parametrize("strategy", COMPARED)
-def test_the_readme_says_what_each_method_costs(strategy):
+def test_the_page_says_what_each_method_costs(strategy):
     """Millions of parameters; megabytes to answer, and those beside them to go on; times of sequential LoRA.
 
     Times are of runs that were made one after the other on one machine.
@@ -113,7 +146,7 @@ def test_the_readme_says_what_each_method_costs(strategy):
 
 
 def test_runs_made_again_on_another_machine_end_within_a_point():
-    """As the README says, 12 of 18 with the same scores. Settings may have keys that the first runs' had not yet."""
+    """As the page says, 12 of 18 with the same scores. Settings may have keys that the first runs' had not yet."""
     same, worst = 0, 0.0
     for folder in COST_RUNS:
         again, first = Results.load(folder / "results.json"), Results.load(FINAL_RUNS[folder.name])
@@ -136,7 +169,7 @@ def test_stored_runs_are_those_of_the_shipped_sweep(name, monkeypatch):
             assert final_cell(sweep, label, record["chosen"], seed).results() is not None, (label, seed)
 
 
-def test_one_rate_further_is_better_for_those_alone_that_the_readme_names():
+def test_one_rate_further_is_better_for_those_alone_that_the_page_names():
     tuning = json.loads((EVIDENCE / "mini_all" / "sweep.json").read_text("utf-8"))["tuning"]
     better, tried = set(), set()
     for path in EVIDENCE.glob("mini_all_beyond/tune/*/results.json"):
@@ -147,7 +180,7 @@ def test_one_rate_further_is_better_for_those_alone_that_the_readme_names():
     assert tried == {label for label, record in tuning.items() if record["at_edge"]} and better == set(BEYOND)
     [group] = group_runs(load_results([EVIDENCE / "mini_all_beyond"]))
     mean, sd = mean_and_sd(group.metric("last"))
-    assert f"whose Last is {mean:.1f} ±{sd:.1f} at 1.6e-2" in (ROOT / "README.md").read_text("utf-8")
+    assert f"whose Last is {mean:.1f} ±{sd:.1f} at 1.6e-2" in " ".join(PAGE.read_text("utf-8").split())
 
 
 @pytest.mark.parametrize("strategy", [name for name in COMPARED if name in STRATEGIES and name != "keeplora"])
