@@ -38,59 +38,34 @@ class Unit:
 BASE_UNIT = Unit(0, "base", ())
 
 
+class Within:
+    """A path below the folder of the object that has it as an attribute."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, folder: Any, owner: type | None = None) -> Any:
+        return self if folder is None else folder.path / self.name
+
+
 @dataclass(frozen=True)
 class DomainDir:
     """Paths of what one trained unit of the sequence leaves; `00_base` stands for the untouched base model."""
 
     path: Path
 
-    @property
-    def init(self) -> Path:
-        return self.path / "init.safetensors"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def projector(self) -> Path:
-        return self.path / "projector.safetensors"
-
-    @property
-    def strategy(self) -> Path:
-        return self.path / "strategy.safetensors"
-
-    @property
-    def mixer(self) -> Path:
-        return self.path / "mixer.safetensors"
-
-    @property
-    def trained_mixer(self) -> Path:
-        return self.adapter / "mixer.safetensors"
-
-    @property
-    def manifest(self) -> Path:
-        return self.path / "manifest.json"
-
-    @property
-    def basis(self) -> Path:
-        return self.path / "basis.safetensors"
-
-    @property
-    def gradient(self) -> Path:
-        return self.path / "gradient.json"
-
-    @property
-    def diagnostics(self) -> Path:
-        return self.path / "diagnostics.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def training_state(self) -> Path:
-        return self.checkpoints / "finished.safetensors"
+    init = Within("init.safetensors")
+    adapter = Within("adapter")
+    projector = Within("projector.safetensors")
+    strategy = Within("strategy.safetensors")
+    mixer = Within("mixer.safetensors")
+    trained_mixer = Within("adapter/mixer.safetensors")
+    manifest = Within("manifest.json")
+    basis = Within("basis.safetensors")
+    gradient = Within("gradient.json")
+    diagnostics = Within("diagnostics.json")
+    checkpoints = Within("checkpoints")
+    training_state = Within("checkpoints/finished.safetensors")
 
     def predictions(self, domain: str) -> Path:
         return self.path / "predictions" / f"{domain}.jsonl"
@@ -99,33 +74,16 @@ class DomainDir:
 class RunDir:
     """A run's folder and its ledger."""
 
+    ledger = Within("run.json")
+    config = Within("config.yaml")
+    log = Within("log.txt")
+    results = Within("results.json")
+    report = Within("report.html")
+    kept_by_prepare = Within("prepare/basis.safetensors")
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.record: dict[str, Any] = {}
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def kept_by_prepare(self) -> Path:
-        return self.path / "prepare" / "basis.safetensors"
 
     def folder(self, unit: Unit) -> DomainDir:
         return DomainDir(self.path / "domains" / unit.key)

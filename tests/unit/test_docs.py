@@ -14,7 +14,7 @@ from urllib.parse import urljoin
 import pytest
 
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.runs import DomainDir, RunDir, Unit
+from mllm_keeplora.runs import DomainDir, RunDir, Unit, Within
 from mllm_keeplora.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -111,17 +111,7 @@ def test_every_file_of_a_run_is_told():
     """Those that the run directory has paths for; of answers and of a training's own folder by example."""
     run, told = RunDir("run"), (ROOT / "docs/run-directory.md").read_text(encoding="utf-8")
     folder = run.folder(Unit(1, "RS", ("RS",)))
-    paths = [
-        getattr(run, name).relative_to(run.path) for name, each in vars(RunDir).items() if _is_path(run, name, each)
-    ]
-    own = [getattr(folder, name) for name, each in vars(DomainDir).items() if _is_path(folder, name, each)]
+    paths = [Path(each.name) for each in vars(RunDir).values() if isinstance(each, Within)]
+    own = [getattr(folder, name) for name, each in vars(DomainDir).items() if isinstance(each, Within)]
     paths += [path.relative_to(folder.path) for path in own if folder.checkpoints not in path.parents]
     assert len(paths) >= 15 and not [path for path in paths if f"`{path}`" not in told and f"`{path}/`" not in told]
-
-
-def _is_path(owner: object, name: str, each: object) -> bool:
-    return (
-        isinstance(each, property)
-        and name not in {"units", "finished_units"}
-        and isinstance(getattr(owner, name), Path)
-    )
