@@ -1,14 +1,14 @@
 """Read a data file of any known shape into records. All faults of a file are told, each with its record and its fix.
 
-JSON, JSON lines, parquet, and folders saved by Hugging Face `datasets`; a LLaMA-Factory `dataset_info.json` beside the
-file names its columns. A file is read record by record and never held as a whole.
+JSON, JSON lines, parquet, what plugins read, and folders saved by Hugging Face `datasets`; a LLaMA-Factory
+`dataset_info.json` beside the file names its columns. A file is read record by record and never held as a whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from mllm_keeplora.data.store import VERSION, Records, open_rows, rows_of, write
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
+from mllm_keeplora.system.plugins import ENTERED, version_of
 
 INFO = "dataset_info.json"
 CHUNK = 1 << 16  # characters of a JSON array read at once
@@ -76,8 +77,11 @@ def _stored(path: Path, parse: Callable[[Any, Layout], Draft]) -> Sequence[dict[
     layout = _layout(path)
     if path.is_file() and path.suffix != PARQUET and path.stat().st_size < SMALL:
         return rows_of(_drafts(path, layout, parse))
-    told = json.dumps([digest(path), parse.__name__, VERSION, layout.formatting, layout.columns, layout.tags])
-    names = (hashlib.sha256(text.encode()).hexdigest() for text in (f"{path.resolve()} {parse.__name__}", told))
+    told = [digest(path), parse.__name__, VERSION, layout.formatting, layout.columns, layout.tags]
+    if (reader := ENTERED.get(("READERS", path.suffix))) is not None:
+        told.append(version_of(reader))
+    texts = (f"{path.resolve()} {parse.__name__}", json.dumps(told))
+    names = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
     arrow = files.cache_folder() / "records" / f"{'-'.join(name[:16] for name in names)}.arrow"
     if not arrow.is_file():
         log.info("reading %s once; its records are kept in %s", path, arrow.parent)
@@ -115,12 +119,10 @@ def _drafts(path: Path, layout: Layout, parse: Callable[[Any, Layout], Draft]) -
         raise several(faults, SHOWN, more)
 
 
-def _rows(path: Path) -> Iterator[Any]:
+def _rows(path: Path) -> Iterable[Any]:
     if path.is_dir():
         return _saved_rows(path)
-    if path.suffix == PARQUET:
-        return _parquet_rows(path)
-    return _json_rows(path)
+    return READERS.get(path.suffix, _json_rows)(path)
 
 
 def _saved_rows(path: Path) -> Iterator[dict]:
@@ -167,6 +169,13 @@ def _json_rows(path: Path) -> Iterator[Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         why = getattr(error, "msg", error)
         raise UserError(f"data file {path} is neither one JSON array nor one JSON object a line: {why}") from None
+
+
+READERS: dict[str, Callable[[Path], Iterable[Any]]] = {  # ending of a file -> its rows, one after the other
+    ".json": _json_rows,
+    ".jsonl": _json_rows,
+    PARQUET: _parquet_rows,
+}
 
 
 def _line(line: str, number: int) -> Any:

@@ -19,6 +19,7 @@ from mllm_keeplora.identity import (
     environment,
     graded_record,
     part_differences,
+    plugin_versions,
     recorded,
 )
 from mllm_keeplora.runs import BASE_UNIT, RunDir, now
@@ -87,6 +88,7 @@ def _record(config: RunConfig, checked: Checked, source: RunDir | None, after: i
         "seed": config.seed,
         "parent": {"run": str(source.path), "after": after} if source is not None else None,
         "config": comparable(config),
+        **({"plugins": plugins} if (plugins := plugin_versions(config)) else {}),
         "domains": [*inherited, *(domain_record(config, checked.benchmark, name) for name in names[after:])],
         "units": [asdict(unit) for unit in plan_units(names, checked.strategy.stream)],
         "suites": [graded_record(checked.benchmark, name) for name in checked.benchmark.suites],
@@ -121,6 +123,12 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked) -> None:
         run.note(f"domain {name} appended")
         log.info("domain %s appended to %s", name, origin)
     record["units"] = [asdict(unit) for unit in plan_units(new, checked.strategy.stream)]
+    plugins, before = plugin_versions(config), record.get("plugins", {})
+    for line in differences(before, plugins, "before"):
+        run.note(f"plugin changed: {line}")
+        log.warning("plugin changed: %s", line)
+    if plugins != before:
+        record["plugins"] = plugins
     _forget_lost_answers(run)
     run.save()
     _note_runtime_changes(run, config)
