@@ -17,17 +17,26 @@ from mllm_keeplora.system.plugins import ENTERED
 
 @contextmanager
 def plugin(name: str, **entries: Any) -> Iterator[None]:
-    """Let a module of that content be importable; afterwards it is gone, and so is what plugins have entered."""
+    """Let a module of that content be importable; afterwards it is gone, and so is what it has entered."""
     module = ModuleType(name)
     module.__file__, module.__package__ = __file__, ""
     vars(module).update(entries)
+    sys.modules[name] = module
+    try:
+        with registries_restored():
+            yield
+    finally:
+        del sys.modules[name]
+
+
+@contextmanager
+def registries_restored() -> Iterator[None]:
+    """Forget afterwards what plugins have entered."""
     registries = (STRATEGIES, SCORERS, READERS, benchmarks(), ENTERED)
     before = [dict(registry) for registry in registries]
-    sys.modules[name] = module
     try:
         yield
     finally:
-        del sys.modules[name]
         for registry, content in zip(registries, before, strict=True):
             registry.clear()
             registry.update(content)

@@ -115,7 +115,7 @@ def test_a_module_that_cannot_be_imported_is_told_with_what_to_do(tmp_path, monk
     )
     (tmp_path / "half_a_lab.py").write_text("from torch import no_such_thing")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="half_a_lab cannot be imported .*no_such_thing"):
+    with pytest.raises(UserError, match=r"half_a_lab cannot be imported .*no_such_thing"):
         config(plugins=["half_a_lab"])
 
 
