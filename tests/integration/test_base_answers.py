@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora import sequence
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.sequence import run_sequence
+from mllm_keeplora.stages import evaluate as evaluating
 from mllm_keeplora.system import files
 from tests.integration.processes import run_on_two
 from tests.support.tiny import tiny_benchmark
@@ -21,14 +21,14 @@ BASE = "domains/00_base/predictions"
 @pytest.fixture
 def base_asked(monkeypatch) -> list[str]:
     """Sets that the base was asked, in order."""
-    asked, evaluate = [], sequence.evaluate_named
+    asked, evaluate = [], evaluating.evaluate_named
 
     def counted(base, model, benchmark, name, config, folder):
         if folder.path.name == "00_base":
             asked.append(name)
         return evaluate(base, model, benchmark, name, config, folder)
 
-    monkeypatch.setattr(sequence, "evaluate_named", counted)
+    monkeypatch.setattr(evaluating, "evaluate_named", counted)
     return asked
 
 

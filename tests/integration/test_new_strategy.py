@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mllm_keeplora import sequence
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.sequence import run_sequence
-from mllm_keeplora.stages.learner import Learner
 from mllm_keeplora.strategies.baselines.finetune import Finetune
 from mllm_keeplora.system import files
 from mllm_keeplora.training.fit import Reporter
@@ -81,8 +81,8 @@ def raise_at(call: int, method, before: bool):
 PLACES = {  # six steps a domain, a checkpoint after every second
     "inside a training": (Reporter, "on_step_end", 9, False),
     "after the last step": (Reporter, "on_step_end", 12, False),
-    "after a training": (Learner, "consolidate", 2, True),
-    "before its end is entered": (Learner, "consolidate", 2, False),
+    "after a training": (sequence, "consolidate", 2, True),
+    "before its end is entered": (sequence, "consolidate", 2, False),
 }
 PLACES_OFTEN = ("inside a training", "after a training")
 

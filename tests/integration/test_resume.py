@@ -53,7 +53,7 @@ MORE_KILLS = {
         "01_Alpha/consolidate",
     ),
     "consolidate_before_it_is_entered": (
-        ("+mllm_keeplora.stages.learner:Learner.consolidate", 1),
+        ("+mllm_keeplora.sequence:consolidate", 1),
         "01_Alpha/train",
         "01_Alpha/consolidate",
     ),

@@ -152,7 +152,7 @@ def test_what_is_stored_of_a_training_in_half_precision_is_what_was_trained(stra
         assert len(gates) == 3 and all(torch.equal(gate, later[name]) for name, gate in gates.items())
         assert all((gate.bfloat16().float() != gate).float().mean() > 0.9 for gate in gates.values())
     again = {**values, "output": str(tmp_path / "again")}
-    assert run_in_child(again, kill=("mllm_keeplora.stages.learner:Learner.consolidate", 2)) < 0
+    assert run_in_child(again, kill=("mllm_keeplora.sequence:consolidate", 2)) < 0
     assert run_in_child(again) == 0
     assert differing(tmp_path / "run", tmp_path / "again") == []
 

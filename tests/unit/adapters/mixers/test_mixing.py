@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Branch, mixers
-from mllm_keeplora.adapters.mixers.mixing import look_at, mixer_of
+from mllm_keeplora.adapters.mixers.mixing import keep_rows, look_at, mixer_of
 from mllm_keeplora.models.causal.decoding import greedy
 from tests.support.mixing import Given
 from tests.unit.adapters.conftest import ABSENT, HISTORIES, adapt, branch_of, random_branch, random_factors, same
@@ -103,7 +103,7 @@ def test_answers_in_a_batch_are_those_of_each_question_alone(base, batch):
         asked["attention_mask"] = torch.ones_like(asked["attention_mask"])
         look_at(adapters.base, asked)
         with torch.inference_mode():
-            return greedy(adapters.model, asked, 8, range(0, 8), 0).tokens
+            return greedy(adapters.model, asked, 8, range(0, 8), 0, keep_rows(adapters.base)).tokens
 
     together = answers(one_hot(*chosen), [0, 1, 2, 3])
     for row, part in enumerate(chosen):

@@ -10,8 +10,12 @@ from mllm_keeplora.adapters.stored import past_of, updates_of
 from mllm_keeplora.checks.run import check_everywhere
 from mllm_keeplora.config import StrategyConfig, parse_config
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.stages.consolidate import consolidate
+from mllm_keeplora.stages.gradient import gradient
 from mllm_keeplora.stages.learner import Learner
 from mllm_keeplora.stages.opening import open_run
+from mllm_keeplora.stages.prepare import prepare
+from mllm_keeplora.stages.train import train
 from mllm_keeplora.strategies import build_strategy
 from tests.support.tiny import tiny_config, write_tiny_data
 
@@ -53,11 +57,11 @@ def run(tiny_folder, tmp_path_factory):
         checked = check_everywhere(config)
         opened = open_run(config, checked, None, None)
         learner = Learner(config, opened, checked.benchmark, checked.strategy)
-        learner.prepare()
+        prepare(learner)
         for unit in opened.units:
-            for stage in ("gradient", "train", "consolidate"):
-                getattr(learner, stage)(unit)
-                if (unit.index, stage) in stops:
+            for stage in (gradient, train, consolidate):
+                stage(learner, unit)
+                if (unit.index, stage.__name__) in stops:
                     learner = Learner(config, opened, checked.benchmark, build_strategy(config.strategy))
         return opened, learner
 
