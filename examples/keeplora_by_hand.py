@@ -75,7 +75,7 @@ def token_losses(inputs, labels):
     return torch.nn.functional.cross_entropy(logits, labels[rows, before + 1], reduction="none"), rows
 
 
-def add_branch(A, B, layer, inputs, output):
+def add_branch(A, B, layer, inputs, output):  # y + alpha / r B A x
     return output + inputs[0] @ A.T @ B.T * scale
 
 

@@ -53,16 +53,19 @@ def test_plugins_may_be_named_by_an_override():
         assert loaded.plugins == ["lab"] and isinstance(build_strategy(loaded.strategy), Mine)
 
 
-def test_a_benchmark_is_found_by_name_with_its_data_beside_its_file(tmp_path):
+def test_a_benchmark_is_found_by_name_with_its_data_beside_its_file(tmp_path, monkeypatch):
     (tmp_path / "train.json").write_text("[]")
     domains = {"Birds": {"train": "train.json", "test": "test.json", "scorer": "yes"}}
     (tmp_path / "birds.yaml").write_text(yaml.safe_dump({"name": "birds", "domains": domains}))
     with plugin("lab", BENCHMARKS={"birds": tmp_path / "birds.yaml"}, SCORERS={"yes": answers_yes}):
+        monkeypatch.setenv("MLLM_KEEPLORA_DATA", "/of/shipped/ones")
         found = load_benchmark(config(benchmark="birds", plugins=["lab"]))
         assert found.has_training("Birds") and found.root == tmp_path
         assert "birds" in shipped("benchmarks") and find_config("benchmarks", "birds") == tmp_path / "birds.yaml"
         moved = load_benchmark(config(benchmark="birds", plugins=["lab"], data_root="/elsewhere"))
         assert moved.root == Path("/elsewhere")
+        (tmp_path / "train.json").unlink()
+        assert load_benchmark(config(benchmark="birds", plugins=["lab"])).root == Path("/of/shipped/ones")
 
 
 def rows_of_table(path):
