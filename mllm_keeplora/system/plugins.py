@@ -30,7 +30,7 @@ def load_plugins(names: Iterable[str], origin: str) -> None:
         origin: where they are named, for faults.
 
     Raises:
-        UserError: a module that cannot be imported, or a name that something else has already.
+        UserError: a module that cannot be imported or states nothing, or a name that something else has already.
     """
     for plugin in names:
         try:
@@ -40,6 +40,8 @@ def load_plugins(names: Iterable[str], origin: str) -> None:
                 f"plugins: {plugin} cannot be imported ({first_line(error)}); install it, or put the folder that it "
                 f"lies in on PYTHONPATH ({origin})"
             ) from None
+        if not any(hasattr(module, kind) for kind in REGISTRIES):
+            raise UserError(f"plugins: {plugin} has none of {', '.join(REGISTRIES)}; name a module that has ({origin})")
         for kind, home in REGISTRIES.items():
             entries = getattr(module, kind, {})
             if not isinstance(entries, dict):

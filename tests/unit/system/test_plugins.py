@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
+import pydantic
 import pytest
 import yaml
 
@@ -96,6 +98,7 @@ def test_a_reader_gives_rows_of_files_of_its_ending(tmp_path, monkeypatch):
         ({"BENCHMARKS": {"ucit": Path("ucit.yaml")}}, r"lab\.BENCHMARKS has 'ucit', which this package has"),
         ({"READERS": {".json": rows_of_table}}, r"lab\.READERS has '\.json', which this package has"),
         ({"STRATEGIES": [Mine]}, r"lab\.STRATEGIES must be a dictionary, got list"),
+        ({"strategies": {"mine": Mine}}, r"lab has none of STRATEGIES, SCORERS, BENCHMARKS, READERS; name a module"),
     ],
 )
 def test_what_a_plugin_may_not_state(entries, told):
@@ -130,7 +133,7 @@ def test_a_plugin_is_the_name_of_a_module(given):
 
 def test_a_run_without_plugins_records_none_and_no_result_hangs_on_the_key():
     assert "plugins" not in config().resolved()
-    with plugin("lab"):
+    with plugin("lab", SCORERS={}):
         own = config(plugins=["lab"])
         assert own.resolved()["plugins"] == ["lab"] and "plugins" not in own.result_defining()
 
@@ -141,12 +144,9 @@ def test_the_version_of_a_plugin_changes_with_any_file_of_its_package(tmp_path, 
     for name in ("__init__.py", "methods.py", "helpers.py"):
         (folder / name).write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    config(plugins=["versioned_lab.methods"])
+    import_module("versioned_lab.methods")
     before = version_of("versioned_lab.methods")
     assert re.fullmatch("sha256:[0-9a-f]{16}", before) and version_of("versioned_lab.methods") == before
     (folder / "helpers.py").write_text("# changed")
     assert version_of("versioned_lab.methods") != before
-    config(plugins=["pydantic.main"])
-    import pydantic
-
     assert re.fullmatch(f"{re.escape(pydantic.VERSION)} sha256:[0-9a-f]{{16}}", version_of("pydantic.main"))
