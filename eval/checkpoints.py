@@ -21,6 +21,7 @@ from mllm_keeplora.runs import DomainDir, RunDir
 from mllm_keeplora.system import distributed, files
 
 ADAPTER = "adapter_config.json"
+ASKED = ("benchmark", "data_root", "domains", "eval", "plugins")  # keys of a run's YAML
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _asked(benchmark: str) -> dict[str, Any]:
     if Path(benchmark).suffix in (".yaml", ".yml") and Path(benchmark).is_file():
         values = read_yaml(Path(benchmark))
         if "strategy" in values:
-            return {key: values[key] for key in ("benchmark", "data_root", "domains", "eval") if key in values}
+            return {key: values[key] for key in ASKED if key in values}
     return {"benchmark": benchmark}
 
 

@@ -13,7 +13,7 @@ from mllm_keeplora.adapters.placed import PlacedModel
 from mllm_keeplora.adapters.stored import is_oracle, past_of
 from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
-from mllm_keeplora.data.readers import digest
+from mllm_keeplora.data.readers import READERS, digest
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.grading import answers_to, regrade, stored_percent
 from mllm_keeplora.eval.harness import forget_journals
@@ -234,7 +234,7 @@ def _refuse_other_questions(saved: SavedRun, benchmark: Benchmark, name: str, an
 
 def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | None) -> tuple[Benchmark, list[str]]:
     benchmark = saved.benchmark
-    if suite is not None and Path(suite).suffix in (".json", ".jsonl", ".parquet"):
+    if suite is not None and Path(suite).suffix in READERS:
         name = Path(suite).stem
         if not Path(suite).is_file():
             raise UserError(f"--suite: {suite} does not exist")

@@ -6,17 +6,20 @@ Knows no strategy's own options (those are a pydantic model beside the strategy;
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mllm_keeplora.errors import UserError, known, several, validation_faults
+from mllm_keeplora.system.plugins import load_plugins
 
 SHARED_OPTIONS = {"name", "rank", "alpha"}  # of every strategy: they stay when an override names another one
 RUNTIME = {"runtime": True}  # a key that cannot change results: it may differ when a run is continued
+ModuleName = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$")]
 
 
 def runtime(default: Any, **constraints: Any) -> Any:
@@ -130,6 +133,7 @@ class RunConfig(Section):
     threads: int | None = runtime(None, ge=1)
     distributed_timeout_s: int = runtime(600, ge=1, description="longest wait for other processes in a training")
     output: str | None = runtime(None)
+    plugins: list[ModuleName] = runtime([], description="modules of one's own strategies, scorers, benchmarks, readers")
 
     @property
     def output_dir(self) -> Path:
@@ -141,7 +145,7 @@ class RunConfig(Section):
         return TrainConfig.model_validate({**self.train.model_dump(), **own.train}) if own else self.train
 
     def resolved(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude=None if self.plugins else {"plugins"})
 
     def result_defining(self) -> dict[str, Any]:
         """The resolved config without its runtime keys, flattened to dotted names, for comparison with a run's own."""
@@ -164,7 +168,7 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
 
 
 def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
-    """Validate a config given as a dictionary; `origin` is named in every fault."""
+    """Validate a config given as a dictionary and load its plugins; `origin` is named in every fault."""
     faults = []
     try:
         config = RunConfig.model_validate(values)
@@ -177,6 +181,7 @@ def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
             faults += validation_faults(error, origin, TrainConfig, prefix=f"per_domain.{domain}.train.")
     if faults:
         raise several(faults)
+    load_plugins(config.plugins, origin)
     return config
 
 
@@ -186,23 +191,33 @@ def result_defining(section: BaseModel) -> dict[str, Any]:
 
 
 def find_config(kind: str, source: str | Path) -> Path:
-    """A config file by path, or by its shipped name within configs/<kind>."""
+    """A config file by path, or by its name: within configs/<kind>, or of a plugin's benchmark."""
     path = Path(source)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise UserError(f"no config file {path}; shipped {kind}: {known(shipped(kind))}")
         return path
-    if str(source) not in shipped(kind):
+    if str(source) not in _named(kind):
         raise UserError(
             f"unknown name {str(source)!r} in configs/{kind}; known: {known(shipped(kind))}, or a .yaml path"
         )
-    return Path(str(resources.files("mllm_keeplora.configs") / kind / f"{source}.yaml"))
+    return Path(_named(kind)[str(source)])
 
 
 def shipped(kind: str) -> list[str]:
-    """Names of the shipped configs of a kind: runs, models, benchmarks or sweeps."""
+    """Names of the configs of a kind: runs, models, benchmarks (those of loaded plugins, too) or sweeps."""
+    return sorted(_named(kind))
+
+
+def benchmarks() -> dict[str, str | Path]:
+    """Benchmarks by name: YAML files, to which plugins add theirs."""
+    return _named("benchmarks")
+
+
+@cache
+def _named(kind: str) -> dict[str, str | Path]:
     folder = resources.files("mllm_keeplora.configs") / kind
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return {entry.name.removesuffix(".yaml"): str(entry) for entry in folder.iterdir() if entry.name.endswith(".yaml")}
 
 
 class StrictLoader(yaml.SafeLoader):

@@ -211,14 +211,19 @@ def _show_record(config: RunConfig, which: str) -> None:
 
 
 @app.command(name="list")
-def list_names(kind: Annotated[str, typer.Argument(help="strategies, models, benchmarks, runs or sweeps")]) -> None:
+def list_names(
+    kind: Annotated[str, typer.Argument(help="strategies, models, benchmarks, runs or sweeps")],
+    plugins: Annotated[str | None, typer.Option(help="comma-separated modules of your own, as in a config")] = None,
+) -> None:
     """List what can be named in a config.
 
     Example: mllm-keeplora list strategies
     """
     from mllm_keeplora.config import shipped
     from mllm_keeplora.errors import UserError
+    from mllm_keeplora.system.plugins import load_plugins
 
+    load_plugins([name.strip() for name in (plugins or "").split(",") if name.strip()], origin="--plugins")
     if kind == "strategies":
         from mllm_keeplora.strategies import STRATEGIES, summary_of
 

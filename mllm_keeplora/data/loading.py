@@ -17,6 +17,7 @@ from mllm_keeplora.config import DomainOverride, RunConfig, find_config, read_ya
 from mllm_keeplora.data.benchmarks import Benchmark, Suite
 from mllm_keeplora.errors import UserError, known, several, validation_faults
 from mllm_keeplora.metrics import SCORERS, UNGRADED
+from mllm_keeplora.system.plugins import ENTERED
 
 DATA_ROOT = "MLLM_KEEPLORA_DATA"
 SHIPPED = "mini_dcl"  # one whose folder is that of all shipped ones
@@ -67,7 +68,7 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
         benchmark.suites = {}
     if benchmark.generator is not None:
         benchmark.root = _generate(benchmark.generator, origin, progress)
-    elif config.data_root or os.environ.get(DATA_ROOT):
+    elif config.data_root or (os.environ.get(DATA_ROOT) and not _lies_beside(config, benchmark)):
         benchmark.root = Path(config.data_root or os.environ[DATA_ROOT])
     elif benchmark.root == find_config("benchmarks", SHIPPED).parent:
         first = next(iter(benchmark.domains.values()))
@@ -75,6 +76,12 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
             f"benchmark {benchmark.name} needs its data: data_root, or {DATA_ROOT}, must be the folder of {first.train}"
         )
     return benchmark
+
+
+def _lies_beside(config: RunConfig, benchmark: Benchmark) -> bool:
+    """Whether the data of a plugin's benchmark lie beside its YAML, wherever those of the shipped ones are."""
+    is_plugged = isinstance(config.benchmark, str) and ("BENCHMARKS", config.benchmark) in ENTERED
+    return is_plugged and any(map(benchmark.has_training, benchmark.domains))
 
 
 def with_published_epochs(config: RunConfig, benchmark: Benchmark) -> RunConfig:

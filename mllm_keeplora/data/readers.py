@@ -1,14 +1,14 @@
 """Read a data file of any known shape into records. All faults of a file are told, each with its record and its fix.
 
-JSON, JSON lines, parquet, and folders saved by Hugging Face `datasets`; a LLaMA-Factory `dataset_info.json` beside the
-file names its columns. A file is read record by record and never held as a whole.
+JSON, JSON lines, parquet, what plugins read, and folders saved by Hugging Face `datasets`; a LLaMA-Factory
+`dataset_info.json` beside the file names its columns. A file is read record by record and never held as a whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from mllm_keeplora.data.store import VERSION, Source, StoredRecords, write_recor
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
+from mllm_keeplora.system.plugins import ENTERED, version_of
 
 INFO = "dataset_info.json"
 CHUNK = 1 << 16  # characters of a JSON array read at once
@@ -79,8 +80,11 @@ def _records(source: Source, parse: Callable[[Any, Layout], Record]) -> Sequence
     if path.is_file() and path.suffix != PARQUET and path.stat().st_size < SMALL:
         found = enumerate(_understood(path, layout, parse))
         return [source.placed(record, index, [media.data for media in record.media]) for index, record in found]
-    told = json.dumps([digest(path), parse.__name__, VERSION, layout.formatting, layout.columns, layout.tags])
-    names = (hashlib.sha256(text.encode()).hexdigest() for text in (f"{path.resolve()} {parse.__name__}", told))
+    told = [digest(path), parse.__name__, VERSION, layout.formatting, layout.columns, layout.tags]
+    if (reader := ENTERED.get(("READERS", path.suffix))) is not None:
+        told.append(version_of(reader))
+    texts = (f"{path.resolve()} {parse.__name__}", json.dumps(told))
+    names = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
     arrow = files.cache_folder() / "records" / f"{'-'.join(name[:16] for name in names)}.arrow"
     if not arrow.is_file():
         log.info("reading %s once; its records are kept in %s", path, arrow.parent)
@@ -95,8 +99,7 @@ def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Recor
     """Every record understood; at the end one error with every fault, if there was any."""
     faults, more, count = [], 0, 0
     seen: set[str] = set()
-    read = _saved_rows if path.is_dir() else _parquet_rows if path.suffix == PARQUET else _json_rows
-    for index, row in enumerate(read(path)):
+    for index, row in enumerate(_rows(path)):
         count += 1
         try:
             record = parse(row, layout)
@@ -118,6 +121,12 @@ def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Recor
         raise UserError(f"data file {path} is empty: it holds no record")
     if faults:
         raise several(faults, SHOWN, more)
+
+
+def _rows(path: Path) -> Iterable[Any]:
+    if path.is_dir():
+        return _saved_rows(path)
+    return READERS.get(path.suffix, _json_rows)(path)
 
 
 def _saved_rows(path: Path) -> Iterator[dict]:
@@ -163,6 +172,13 @@ def _json_rows(path: Path) -> Iterator[Any]:
         if number and isinstance(error, json.JSONDecodeError):
             why = f"line {number}: {why}"
         raise UserError(f"data file {path} is neither one JSON array nor one JSON object a line: {why}") from None
+
+
+READERS: dict[str, Callable[[Path], Iterable[Any]]] = {  # ending of a file -> its rows, one after the other
+    ".json": _json_rows,
+    ".jsonl": _json_rows,
+    PARQUET: _parquet_rows,
+}
 
 
 def _array_rows(handle: TextIO) -> Iterator[Any]:

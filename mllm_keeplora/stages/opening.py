@@ -12,7 +12,7 @@ from mllm_keeplora.checks.run import Checked
 from mllm_keeplora.config import RunConfig, as_yaml, flatten, read_yaml
 from mllm_keeplora.data import Benchmark, Domain
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.identity import Identity, comparable, differences, environment
+from mllm_keeplora.identity import Identity, comparable, differences, environment, plugin_versions
 from mllm_keeplora.runs import BASE_UNIT, RunDir, now
 from mllm_keeplora.stages.units import plan_units
 from mllm_keeplora.system import distributed, files
@@ -81,6 +81,7 @@ def _record(
         "seed": config.seed,
         "parent": {"run": str(source.path), "after": after} if source is not None else None,
         "config": dict(identity.config),
+        **({"plugins": plugins} if (plugins := plugin_versions(config)) else {}),
         "domains": [*inherited, *identity.domains[after:]],
         "units": [asdict(unit) for unit in plan_units(list(checked.benchmark.domains), checked.strategy.stream)],
         "suites": list(identity.suites),
@@ -104,6 +105,12 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
         run.note(f"domain {domain['name']} appended")
         log.info("domain %s appended to %s", domain["name"], origin)
     record["units"] = [asdict(unit) for unit in plan_units(new, checked.strategy.stream)]
+    plugins, before = plugin_versions(config), record.get("plugins", {})
+    for line in differences(before, plugins, "before"):
+        run.note(f"plugin changed: {line}")
+        log.warning("plugin changed: %s", line)
+    if plugins != before:
+        record["plugins"] = plugins
     _forget_lost_answers(run)
     run.save()
     _note_runtime_changes(run, config)

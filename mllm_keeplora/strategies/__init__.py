@@ -27,6 +27,7 @@ from mllm_keeplora.strategies.subspace.gpm import GPM
 from mllm_keeplora.strategies.subspace.inflora import InfLoRA
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA
 from mllm_keeplora.strategies.subspace.olora import OLoRA
+from mllm_keeplora.system.plugins import ENTERED
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "agem": AGEM,
@@ -70,8 +71,10 @@ def build_strategy(config: StrategyConfig, origin: str = "config") -> Strategy:
 
 
 def summary_of(name: str) -> str:
-    """The idea of a strategy in one sentence: the first line of its file."""
-    return (sys.modules[STRATEGIES[name].__module__].__doc__ or "").splitlines()[0]
+    """The idea of a strategy in one sentence: the first line of its file, or of a plugin's class."""
+    strategy = STRATEGIES[name]
+    told = strategy if ("STRATEGIES", name) in ENTERED else sys.modules[strategy.__module__]
+    return (told.__doc__ or "").strip().partition("\n")[0]
 
 
 __all__ = ["STRATEGIES", "Context", "DomainInfo", "Strategy", "StrategyOptions", "build_strategy", "summary_of"]

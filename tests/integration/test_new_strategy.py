@@ -8,11 +8,11 @@ import torch
 from mllm_keeplora import sequence
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.sequence import run_sequence
-from mllm_keeplora.strategies import STRATEGIES
 from mllm_keeplora.strategies.baselines.finetune import Finetune
 from mllm_keeplora.system import files
 from mllm_keeplora.training.fit import Reporter
 from tests.integration.processes import differing
+from tests.support.plugins import plugin
 
 
 class Path(Finetune):
@@ -46,27 +46,19 @@ class Interrupted(Exception):
     pass
 
 
-def begin(settings, output, **changes) -> None:
-    with pytest.MonkeyPatch.context() as patch:
+def begin(settings, output, strategy=Path, **changes) -> None:
+    with pytest.MonkeyPatch.context() as patch, plugin("lab", STRATEGIES={"path": strategy}):
         patch.setattr("mllm_keeplora.report.page.render_html", lambda *args, **keywords: "left out")
         values = settings(output, **changes)
-        values["strategy"] = {"name": "path", "rank": 4, "alpha": 8}
+        values |= {"strategy": {"name": "path", "rank": 4, "alpha": 8}, "plugins": ["lab"]}
         run_sequence(parse_config(values, origin="test"))
-
-
-@pytest.fixture
-def register(monkeypatch):
-    """Function (class) -> it is `strategy.name: path` for the time of the test."""
-    return lambda strategy: monkeypatch.setitem(STRATEGIES, "path", strategy)
 
 
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory):
     """A run that nobody interrupted."""
     output = tmp_path_factory.mktemp("path") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STRATEGIES, "path", Path)
-        begin(settings, output)
+    begin(settings, output)
     return output
 
 
@@ -99,8 +91,7 @@ PLACES_OFTEN = ("inside a training", "after a training")
     "place",
     [pytest.param(name, marks=() if name in PLACES_OFTEN else pytest.mark.slow) for name in PLACES],
 )
-def test_what_a_training_adds_up_survives_an_interruption(place, register, whole, settings, tmp_path):
-    register(Path)
+def test_what_a_training_adds_up_survives_an_interruption(place, whole, settings, tmp_path):
     owner, name, call, before = PLACES[place]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(owner, name, raise_at(call, getattr(owner, name), before))
@@ -117,18 +108,17 @@ def test_what_is_logged_in_a_training_is_in_the_records(whole):
         assert files.read_json(whole / "domains" / domain / "gradient.json")["length"] > 0
 
 
-def test_what_is_logged_before_the_first_domain_is_in_the_ledger(register, settings, tmp_path):
+def test_what_is_logged_before_the_first_domain_is_in_the_ledger(settings, tmp_path):
     class Preparing(Path):
         def prepare(self, context):
             context.log({"seen": 7})
 
-    register(Preparing)
-    begin(settings, tmp_path / "run", domains=("Alpha",))
+    begin(settings, tmp_path / "run", Preparing, domains=("Alpha",))
     assert files.read_json(tmp_path / "run/run.json")["stages"]["prepare"]["logged"] == {"seen": 7}
 
 
 @pytest.mark.parametrize("micro", [4, 2])
-def test_a_draw_is_dealt_out_to_micro_batches_alike_in_batch_and_extra_loss(micro, register, settings, tmp_path):
+def test_a_draw_is_dealt_out_to_micro_batches_alike_in_batch_and_extra_loss(micro, settings, tmp_path):
     drawn = {"batch": [], "extra_loss": [], "whole": []}
 
     class Drawing(Path):
@@ -145,8 +135,7 @@ def test_a_draw_is_dealt_out_to_micro_batches_alike_in_batch_and_extra_loss(micr
             if phase == "grad":
                 drawn["whole"].append(step.drawn(100, 6))
 
-    register(Drawing)
-    begin(settings, tmp_path / "run", domains=("Alpha",), train={"micro_batch_size": micro, "epochs": 1})
+    begin(settings, tmp_path / "run", Drawing, domains=("Alpha",), train={"micro_batch_size": micro, "epochs": 1})
     parts = 4 // micro
     assert drawn["batch"] == drawn["extra_loss"]
     assert all(len(part) == 6 // parts for part in drawn["batch"])
@@ -155,7 +144,7 @@ def test_a_draw_is_dealt_out_to_micro_batches_alike_in_batch_and_extra_loss(micr
         assert sorted(dealt) == sorted(everything)
 
 
-def test_answer_logits_are_those_of_the_training_in_evaluation_mode(register, settings, tmp_path):
+def test_answer_logits_are_those_of_the_training_in_evaluation_mode(settings, tmp_path):
     compared = []
 
     class Comparing(Path):
@@ -167,8 +156,7 @@ def test_answer_logits_are_those_of_the_training_in_evaluation_mode(register, se
                 compared.append(torch.allclose(torch.cat(one_by_one), together, atol=1e-4))
             return 0.0
 
-    register(Comparing)
-    begin(settings, tmp_path / "run", domains=("Alpha",), train={"epochs": 1})
+    begin(settings, tmp_path / "run", Comparing, domains=("Alpha",), train={"epochs": 1})
     assert compared == [True]
 
 
@@ -179,11 +167,10 @@ def test_answer_logits_are_those_of_the_training_in_evaluation_mode(register, se
         (torch.ones(3), r"Mistaken.extra_loss must give one number, got shape \(3,\) in domain Alpha"),
     ],
 )
-def test_a_loss_that_is_no_finite_number_is_blamed_on_the_strategy(extra, told, register, settings, tmp_path):
+def test_a_loss_that_is_no_finite_number_is_blamed_on_the_strategy(extra, told, settings, tmp_path):
     class Mistaken(Path):
         def extra_loss(self, context, batch, outputs, step):
             return extra
 
-    register(Mistaken)
     with pytest.raises(RuntimeError, match=told):
-        begin(settings, tmp_path / "run", domains=("Alpha",), train={"epochs": 1})
+        begin(settings, tmp_path / "run", Mistaken, domains=("Alpha",), train={"epochs": 1})
