@@ -19,8 +19,8 @@ from typing import NoReturn
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.system import distributed
-from mllm_keeplora.system.watch import peers
 from mllm_keeplora.system.watch.signals import Stopped, ignore_endings, once_for_forks
+from mllm_keeplora.system.watch.store import SharedStore
 from mllm_keeplora.system.watch.watcher import MISTAKE_S, Watcher, name_of, short
 
 __all__ = [
@@ -50,7 +50,7 @@ def watched() -> Iterator[None]:
         Stopped: from `stop_here` inside of the block; it is a SystemExit.
     """
     several = distributed.world_size() > 1
-    watcher = _begin(Watcher(peers.connect() if several else None))
+    watcher = _begin(Watcher(SharedStore() if several else None))
     try:
         yield
         distributed.barrier()
@@ -110,7 +110,7 @@ def stop_saved() -> NoReturn:
 
 def tell_failure(error: Exception) -> int:
     """Say what went wrong in this process, with its traceback, and end the others; returns the exit code."""
-    if _watcher is not None and _watcher.peers is not None:
+    if _watcher is not None and _watcher.store is not None:
         return _watcher.fail(error)
     if distributed.world_size() > 1:
         print(f"{name_of(distributed.rank(), socket.gethostname())} failed: {short(error)}", file=sys.stderr)
@@ -120,7 +120,7 @@ def tell_failure(error: Exception) -> int:
 
 def tell_mistake(error: UserError) -> int:
     """Say what the user can mend: once, however many processes have found it; returns the exit code."""
-    if _watcher is not None and _watcher.peers is not None:
+    if _watcher is not None and _watcher.store is not None:
         return _watcher.refuse(error)
     if distributed.is_main():
         print(f"error: {error}", file=sys.stderr)
@@ -146,7 +146,7 @@ def _end(watcher: Watcher) -> None:
 
 
 def _forget_in_child() -> None:
-    """A forked process, such as a data loader's worker, is not the run: it answers no signal, holds no connection."""
+    """A forked process, such as a data loader's worker, is not the run: it answers no signal."""
     global _watcher
     watcher, _watcher = _watcher, None
     if watcher is not None:

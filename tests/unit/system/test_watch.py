@@ -18,8 +18,8 @@ from mllm_keeplora.system.watch.signals import ENDING
 SENTENCE = "stopped on SIGTERM; the same command continues the run\n"
 HEAD = """
 import os, signal, sys, time
-from mllm_keeplora import watch
-from mllm_keeplora.watch import watcher
+from mllm_keeplora.system import watch
+from mllm_keeplora.system.watch import watcher
 """
 STUCK = """
 with watch.watched():
