@@ -15,8 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.system import distributed
@@ -33,8 +32,7 @@ AGAIN_S = 3  # earlier, a second signal is the same one: launchers pass on what 
 MISTAKE_S = 5  # how long the main process may take to find the mistake that another one has found
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """What ended a run: the process that failed, a sentence that names it, and the exit code of all."""
 
     rank: int
@@ -60,36 +58,28 @@ class Watcher:
         self._state: dict[str, Any] = {"heartbeat": 0}  # of this process, for the others
         self._found: Failure | None = None  # for the others, if it is the first
         self._first: Failure | None = None  # the first failure of the run
-        self._mistake: tuple[Failure, float] | None = None  # found by another process, not yet by the main one
         self._left: dict[int, float] = {}  # ranks that are about to end, and since when
         self._patience = SILENCE_S
         self._silence = 0.0  # seconds for which the store has not answered
         self._closed = False
         self._ending = threading.Lock()  # the thread that takes it ends this process, and says why
         self._news = threading.Event()
-        self._signals = Signals()
-        self._watching = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._polling = threading.Thread(target=self._poll, name="poll", daemon=True)
 
     def start(self) -> None:
-        self._signals.catch()
-        self._watching.start()
+        self._signals = Signals()
         if self.store is not None:
             self._polling.start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def close(self) -> None:
         """End in good order; signals do again what they did before."""
+        self._ending.acquire(blocking=False)  # from now on the watching thread does not end this process
         self._closed = True
         self._signals.release()
-        self._signals.wake()
-        self._watching.join(1)
+        self._news.set()
         if self.store is not None:
-            self._news.set()
             self._polling.join(1)
-
-    def forget(self) -> None:
-        """In a forked process: take part no more. The parent's threads are not here."""
-        self._signals.release()
 
     # -- the main thread -----------------------------------------------------------------------------------------
 
@@ -110,32 +100,31 @@ class Watcher:
 
     def fail(self, error: Exception) -> int:
         """Tell the others of an error, and the user if it is the first; returns the exit code."""
-        if _may_be_an_echo(error):  # a thread ends this process as soon as it hears of the failure behind it
+        if self.store is not None and _may_be_an_echo(error):
             self._patience = ECHO_S
             _until(lambda: self._first is not None, CAUSE_S)
-        self._ending.acquire()
-        own = Failure(distributed.rank(), f"{self._who()} failed {self._where()}: {short(error)}", 1)
-        self._settle(own)
-        if self._first in (None, own):
-            print(own.sentence, file=sys.stderr)
+        own = Failure(distributed.rank(), f"{self._who()} failed{self._where()}: {_short(error)}", 1)
+        first = self._settle(own)
+        if first == own:
+            if distributed.world_size() > 1:
+                print(own.sentence, file=sys.stderr)
             traceback.print_exception(error)
         else:
-            self._say(self._first)
+            self._say(first)
         self._part()
-        return 1
+        return first.code
 
     def refuse(self, error: UserError) -> int:
         """Tell of a mistake that the user can mend, in the main process alone if all find it; returns the exit code."""
-        self._ending.acquire()
-        sentence = f"{self._who()}: {error}"
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr)
-            self._settle(Failure(0, sentence, 2))
-        else:
-            self._post(mistake=sentence)
-            _until(lambda: self._first is not None, 2 * MISTAKE_S)
+        who = ""
+        if not distributed.is_main():
+            who = f"{self._who()}: "
+            # The main process may find the same; outside of a watch, a launcher then ends this process.
+            _until(lambda: self._first is not None, MISTAKE_S)
+        first = self._settle(Failure(distributed.rank(), f"error: {who}{error}", 2))
+        self._say(first)
         self._part()
-        return 2
+        return first.code
 
     # -- any thread ----------------------------------------------------------------------------------------------
 
@@ -149,11 +138,15 @@ class Watcher:
         self._state |= news
         self._news.set()
 
-    def _settle(self, failure: Failure) -> None:
-        """Offer a failure as the run's, and wait for word of which one was the first."""
+    def _settle(self, failure: Failure) -> Failure:
+        """Offer a failure as the run's, return the run's first one; the calling thread is now to end this process."""
+        if self.store is None:
+            return failure
+        self._ending.acquire()
         self._found = failure
         self._news.set()
         _until(lambda: self._first is not None, LEFT_S)
+        return self._first or failure
 
     def _part(self, seconds: float = LEFT_S) -> None:
         """Wait until all are about to end: with the first one may go the store, or all others by a launcher's hand."""
@@ -168,34 +161,24 @@ class Watcher:
         while not self._closed:
             self._state["heartbeat"] += 1
             try:
-                *states, first = self.store.exchange(self._state.copy(), self._found and asdict(self._found))
+                *states, first = self.store.exchange(self._state.copy(), self._found)
             except RuntimeError:  # torch's, whatever has become of the connection
-                self._lose_store()
                 return
             self._silence = 0.0
             for rank, state in enumerate(states):
-                self._hear(rank, state)
+                if "told" in state:
+                    self.tell(state["told"])
+                if "left" in state:
+                    self._left.setdefault(rank, time.monotonic())
                 # Counted in polls, not by the clock: this process may have been paused itself.
                 still[rank] = still[rank] + POLL_S if state == before[rank] else 0.0
                 if still[rank] > self._patience and rank not in self._left:
                     self._found = self._found or self._dead(rank)
             if first is not None:
-                self._first = self._first or Failure(**first)
+                self._first = self._first or Failure(*first)
             before = states
             self._news.wait(POLL_S)
             self._news.clear()
-
-    def _hear(self, rank: int, state: dict[str, Any]) -> None:
-        if "told" in state:
-            self.tell(state["told"])
-        if "left" in state:
-            self._left.setdefault(rank, time.monotonic())
-        if "mistake" in state and distributed.is_main() and self._mistake is None:
-            self._mistake = Failure(rank, state["mistake"], 2), time.monotonic()  # the main thread may find it, too
-
-    def _lose_store(self) -> None:
-        if 0 not in self._left:  # the main process, or its launcher, hosts it
-            self._first = self._first or self._dead(0)
 
     # -- the watching thread -------------------------------------------------------------------------------------
 
@@ -207,8 +190,10 @@ class Watcher:
                     self._on_signal(number)
             except TimeoutError:
                 self._silence += POLL_S
-            if self.store is not None and self._silence > self._patience:  # a call to a paused store does not return
-                self._lose_store()
+            # The main process, or its launcher, hosts the store; from a paused one a call does not return.
+            lost = self._silence > self._patience or not self._polling.is_alive()
+            if self.store is not None and lost and 0 not in self._left:
+                self._first = self._first or self._dead(0)
             self._end_if_due()
 
     def _on_signal(self, number: int) -> None:
@@ -223,19 +208,14 @@ class Watcher:
     def _end_if_due(self) -> None:
         """End this process, whatever its main thread waits for, unless that is about to do so."""
         now = time.monotonic()
-        mistaken = self._mistake is not None and now - self._mistake[1] > MISTAKE_S
         others_left = any(now - since > LEFT_S for since in self._left.values())
         overdue = self._told_again or others_left or (now - self._told_at > GRACE_S and not self.keeping)
         stopped = self.told is not None and overdue
-        if not (self._first or mistaken or stopped) or not self._ending.acquire(blocking=False):
+        if not (self._first or stopped) or not self._ending.acquire(blocking=False):
             return
         if self._first is not None:
             self._say(self._first)
             code = self._first.code
-        elif mistaken:
-            print(f"error: {self._mistake[0].sentence}", file=sys.stderr)
-            self._settle(self._mistake[0])
-            code = 2
         else:
             self._say_stopped(self.told)
             code = Stopped(self.told).code
@@ -247,32 +227,41 @@ class Watcher:
     # -- words ---------------------------------------------------------------------------------------------------
 
     def _who(self) -> str:
-        return name_of(distributed.rank(), socket.gethostname())
+        return _name_of(distributed.rank(), socket.gethostname())
 
     def _where(self) -> str:
-        return f"in stage {self.stage}" if self.stage else "before the first stage"
+        return f" in stage {self.stage}" if self.stage else ""
 
     def _dead(self, rank: int) -> Failure:
-        what = f"{name_of(rank, self.store.hosts[rank])} ended without a word {self._where()}"
-        return Failure(rank, f"{what}: it was killed, or its machine or launcher is gone", 1)
+        who = _name_of(rank, self.store.hosts[rank])
+        why = "it was killed, or its machine or launcher is gone"
+        return Failure(rank, f"{who} ended without a word{self._where()}: {why}", 1)
 
     def _say(self, failure: Failure) -> None:
-        """One sentence on another process's failure, by the main process, or by one on each machine without it."""
-        hosts, own = self.store.hosts, distributed.rank()
-        here = (rank for rank, host in enumerate(hosts) if host == hosts[own] and rank != 0)
-        if failure.code == 1 and own == (min(here) if failure.rank == 0 else 0):
-            print(f"{failure.sentence} (all other processes end too; the same command continues)", file=sys.stderr)
+        """Print a failure in the main process, or, where that has failed, in one process on each other machine."""
+        own = distributed.rank()
+        if self.store is None:  # nobody knows what the main process has found
+            speaks = own == 0 or os.environ.get("LOCAL_RANK") == "0"
+        elif failure.rank == 0 and failure.code == 1:
+            hosts = self.store.hosts
+            here = (rank for rank, host in enumerate(hosts) if rank > 0 and host == hosts[own])
+            speaks = own == min(here, default=None)
+        else:
+            speaks = own == 0
+        if speaks:
+            end = " (all other processes end too; the same command continues)" if failure.code == 1 else ""
+            print(f"{failure.sentence}{end}", file=sys.stderr)
 
     def _say_stopped(self, number: int) -> None:
         if distributed.is_main() and number != signal.SIGINT:  # Ctrl-C has a sentence already
             print(f"stopped on {signal.Signals(number).name}; the same command continues the run", file=sys.stderr)
 
 
-def name_of(rank: int, host: str) -> str:
+def _name_of(rank: int, host: str) -> str:
     return f"rank {rank} of {distributed.world_size()} on {host}"
 
 
-def short(error: Exception) -> str:
+def _short(error: Exception) -> str:
     """An error's kind and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
