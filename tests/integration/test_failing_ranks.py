@@ -14,13 +14,13 @@ import pytest
 
 from tests.integration.processes import killed, launched, leftovers, paused, run_on_two, stages
 
-FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes.passes", "mllm_keeplora.linalg"
+FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes.gradients", "mllm_keeplora.linalg"
 CALLS = {  # stage -> what both processes call in it
     "prepare": (f"{LINALG}:principal_subspace", 2),
     "01_Alpha/gradient": (f"{PROBES}:per_sample_loss", 1),
     "01_Alpha/train": (f"{FIT}:Reporter.on_step_end", 3),
     "01_Alpha/consolidate": (f"{LINALG}:Basis.missing", 1),
-    "01_Alpha/diagnose": ("mllm_keeplora.stages.learner:changes_of", 1),
+    "01_Alpha/diagnose": ("mllm_keeplora.stages.diagnose:changes_of", 1),
     "01_Alpha/evaluate/Alpha": ("mllm_keeplora.eval.harness:Journal.add", 1),
 }
 LAST = "01_Alpha/evaluate/general"

@@ -17,7 +17,7 @@ import yaml
 from tests.integration.processes import differing, leftovers, results, run_in_child, run_on_two, stages, told
 from tests.support.tiny import tiny_benchmark, write_tiny_data
 
-FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes.passes", "mllm_keeplora.linalg"
+FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes.gradients", "mllm_keeplora.linalg"
 ADD = "mllm_keeplora.eval.harness:Journal.add"
 SENTENCE = "stopped on {}; the same command continues the run"
 
@@ -32,7 +32,7 @@ MORE_PLACES = {
     "gradient": ((f"{PROBES}:per_sample_loss", 4), "02_Beta/gradient"),
     "train_at_its_end": ((f"{FIT}:Reporter.on_step_end", 12), "02_Beta/train"),
     "consolidate": ((f"{LINALG}:Basis.missing", 3), "01_Alpha/diagnose"),
-    "diagnose": (("mllm_keeplora.stages.learner:changes_of", 2), "02_Beta/diagnose"),
+    "diagnose": (("mllm_keeplora.stages.diagnose:changes_of", 2), "02_Beta/diagnose"),
 }
 
 

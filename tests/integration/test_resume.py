@@ -12,7 +12,7 @@ from mllm_keeplora.config import parse_config
 from mllm_keeplora.sequence import run_sequence
 from tests.integration.processes import artefacts, differing, leftovers, results, run_in_child, stages
 
-FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes.passes", "mllm_keeplora.linalg"
+FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes.gradients", "mllm_keeplora.linalg"
 HARNESS = "mllm_keeplora.eval.harness"
 
 # what is killed -> (at which call, the last stage that is done, the stage that is not)
