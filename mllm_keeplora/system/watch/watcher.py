@@ -208,7 +208,7 @@ class Watcher:
     def _end_if_due(self) -> None:
         """End this process, whatever its main thread waits for, unless that is about to do so."""
         now = time.monotonic()
-        others_left = any(now - since > LEFT_S for since in self._left.values())
+        others_left = any(now - since > LEFT_S for since in list(self._left.values()))
         overdue = self._told_again or others_left or (now - self._told_at > GRACE_S and not self.keeping)
         stopped = self.told is not None and overdue
         if not (self._first or stopped) or not self._ending.acquire(blocking=False):
