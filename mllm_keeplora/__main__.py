@@ -13,6 +13,7 @@ def main() -> None:
     """Run the command line; exits 0 when done, 2 on a user's mistake, 75 and 130 when stopped, 1 on a fault of ours."""
     if "RANK" in os.environ:  # the deepspeed launcher tells the local rank as an option, too
         sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost store is a page of C++ calls, too
     code = _run()
     if "RANK" in os.environ:
         # Interpreter shutdown after a distributed run can abort although all work is done (seen with ZeRO-3 and gloo).

@@ -48,6 +48,12 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def paused() -> None:
+    """As if the machine had vanished: connections stay open, and nothing answers. Ends after a minute."""
+    subprocess.Popen(["sh", "-c", f"sleep 60; kill -KILL {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def told(number: int) -> None:
     """A signal from outside, which this process has noticed."""
     from mllm_keeplora.system import watch

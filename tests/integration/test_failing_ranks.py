@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.processes import killed, leftovers, run_on_two, stages
+from tests.integration.processes import killed, launched, leftovers, paused, run_on_two, stages
 
 FIT, PROBES, LINALG = "mllm_keeplora.training.fit", "mllm_keeplora.probes.gradients", "mllm_keeplora.linalg"
 CALLS = {  # stage -> what both processes call in it
@@ -20,7 +20,7 @@ CALLS = {  # stage -> what both processes call in it
     "01_Alpha/gradient": (f"{PROBES}:mean_by_row", 1),
     "01_Alpha/train": (f"{FIT}:Reporter.on_step_end", 3),
     "01_Alpha/consolidate": (f"{LINALG}:Basis.missing", 1),
-    "01_Alpha/diagnose": ("mllm_keeplora.stages.learner:changes_of", 1),
+    "01_Alpha/diagnose": ("mllm_keeplora.stages.diagnose:changes_of", 1),
     "01_Alpha/evaluate/Alpha": ("mllm_keeplora.eval.harness:Journal.add", 1),
 }
 LAST = "01_Alpha/evaluate/general"
@@ -92,13 +92,14 @@ def _checked(stage: str, failing: int, act: Callable, alone, before, whole, tmp_
     values = alone(run)
     ended = run_on_two(values, tmp_path / "told", {failing: (*CALLS[stage], act)})
     name = f"rank {failing} of 2 on {socket.gethostname()}"
-    how = "ended without a word in" if act is killed else "failed in"
+    how = "failed in" if act is fails else "ended without a word in"
     sentence = re.compile(rf"^{re.escape(name)} {how} stage {stage}: .*$", re.MULTILINE)
     assert ended[other].code == 1 and ended[other].after < 60, ended[other]
     assert len(sentence.findall(ended[other].err)) == 1, ended[other].err
     assert "Traceback" not in ended[other].err
-    if act is killed:
+    if act is not fails:
         assert ended[failing].code == -9
+        assert act is killed or ended[other].after == 0, "the other process waited for one that gave no sign of life"
     else:
         assert ended[failing].code == 1
         said = sentence.search(ended[failing].err)
@@ -122,6 +123,28 @@ def test_a_failing_process_ends_the_other_one(stage, failing, act, alone, before
 @pytest.mark.parametrize("stage", CALLS)
 def test_a_failing_process_ends_the_other_one_in_any_stage(stage, failing, act, alone, before, whole, tmp_path):
     _checked(stage, failing, act, alone, before, whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "failing"), [("01_Alpha/train", 1), ("01_Alpha/evaluate/Alpha", 0)])
+def test_a_process_that_gives_no_sign_of_life_ends_the_other_one(stage, failing, alone, before, whole, tmp_path):
+    _checked(stage, failing, paused, alone, before, whole, tmp_path)
+
+
+WATCHED = """
+import sys
+from mllm_keeplora.system import watch
+from mllm_keeplora.system.distributed import process_group
+bound = []
+with process_group():
+    sys.addaudithook(lambda event, what: bound.append(what) if event == "socket.bind" else None)
+    with watch.watched():
+        assert bound == [], f"the watch listens at {bound}"
+"""
+
+
+def test_processes_that_watch_each_other_open_no_port(tmp_path):
+    launched(WATCHED, tmp_path)
 
 
 @pytest.mark.slow

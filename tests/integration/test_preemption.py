@@ -32,7 +32,7 @@ MORE_PLACES = {
     "gradient": ((f"{PROBES}:mean_by_row", 4), "02_Beta/gradient"),
     "train_at_its_end": ((f"{FIT}:Reporter.on_step_end", 12), "02_Beta/train"),
     "consolidate": ((f"{LINALG}:Basis.missing", 3), "01_Alpha/diagnose"),
-    "diagnose": (("mllm_keeplora.stages.learner:changes_of", 2), "02_Beta/diagnose"),
+    "diagnose": (("mllm_keeplora.stages.diagnose:changes_of", 2), "02_Beta/diagnose"),
 }
 
 

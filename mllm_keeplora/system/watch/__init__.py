@@ -7,21 +7,16 @@ whole at any moment and such a stage is repeated. A failure ends the other proce
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import sys
-import time
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NoReturn
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.system import distributed
-from mllm_keeplora.system.watch import peers
-from mllm_keeplora.system.watch.signals import Stopped, ignore_endings, once_for_forks
-from mllm_keeplora.system.watch.watcher import MISTAKE_S, Watcher, name_of, short
+from mllm_keeplora.system.watch.signals import Stopped, ignore_endings
+from mllm_keeplora.system.watch.store import SharedStore
+from mllm_keeplora.system.watch.watcher import Watcher
 
 __all__ = [
     "Stopped",
@@ -36,7 +31,7 @@ __all__ = [
     "watched",
 ]
 
-_watcher: Watcher | None = None  # signals belong to the whole process, and so does who answers them
+_watcher = Watcher(None)  # signals belong to the whole process, and so does who answers them
 
 
 @contextmanager
@@ -49,27 +44,28 @@ def watched() -> Iterator[None]:
     Raises:
         Stopped: from `stop_here` inside of the block; it is a SystemExit.
     """
-    several = distributed.world_size() > 1
-    watcher = _begin(Watcher(peers.connect() if several else None))
+    global _watcher
+    watcher = _watcher = Watcher(SharedStore() if distributed.world_size() > 1 else None)
+    watcher.start()
+    over = True
     try:
         yield
         distributed.barrier()
     except (Stopped, KeyboardInterrupt) as stop:
         watcher.leave(stop.number if isinstance(stop, Stopped) else signal.SIGINT)
-        _end(watcher)
         raise
     except BaseException:
-        if not several:
-            _end(watcher)
+        over = watcher.store is None
         raise
-    else:
-        _end(watcher)
+    finally:
+        if over:
+            watcher.close()
+            _watcher = Watcher(None)
 
 
 def enter(stage: str) -> None:
     """Say what is done next, for messages; a run that is to end does so here."""
-    if _watcher is not None:
-        _watcher.stage = stage
+    _watcher.stage = stage
     stop_here()
 
 
@@ -79,24 +75,17 @@ def stop_here() -> None:
     Raises:
         Stopped: it has.
     """
-    if _watcher is not None and _watcher.told is not None and not _watcher.keeping:
-        raise Stopped(_watcher.told)
+    if _watcher.told is not None and not _watcher.keeping:
+        stop_saved()
 
 
-@contextmanager
-def until_saved() -> Iterator[None]:
+def until_saved() -> AbstractContextManager[None]:
     """For a block that is not to end half-way: it asks `stop_agreed`, writes a checkpoint, and calls `stop_saved`."""
-    if _watcher is None:
-        yield
-        return
-    with _watcher.until_saved():
-        yield
+    return _watcher.until_saved()
 
 
 def stop_agreed() -> bool:
     """Whether the run is to end, the same in all processes, which have to ask at the same time."""
-    if _watcher is None:
-        return False
     number = distributed.largest(_watcher.told or 0)
     if number:
         _watcher.tell(number)
@@ -110,44 +99,9 @@ def stop_saved() -> NoReturn:
 
 def tell_failure(error: Exception) -> int:
     """Say what went wrong in this process, with its traceback, and end the others; returns the exit code."""
-    if _watcher is not None and _watcher.peers is not None:
-        return _watcher.fail(error)
-    if distributed.world_size() > 1:
-        print(f"{name_of(distributed.rank(), socket.gethostname())} failed: {short(error)}", file=sys.stderr)
-    traceback.print_exception(error)
-    return 1
+    return _watcher.fail(error)
 
 
 def tell_mistake(error: UserError) -> int:
     """Say what the user can mend: once, however many processes have found it; returns the exit code."""
-    if _watcher is not None and _watcher.peers is not None:
-        return _watcher.refuse(error)
-    if distributed.is_main():
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    time.sleep(MISTAKE_S)  # a launcher ends this process meanwhile if the main one has found the same
-    if os.environ.get("LOCAL_RANK") == "0":
-        print(f"error: {name_of(distributed.rank(), socket.gethostname())}: {error}", file=sys.stderr)
-    return 2
-
-
-def _begin(watcher: Watcher) -> Watcher:
-    global _watcher
-    once_for_forks(_forget_in_child)
-    _watcher = watcher
-    watcher.start()
-    return watcher
-
-
-def _end(watcher: Watcher) -> None:
-    global _watcher
-    _watcher = None
-    watcher.close()
-
-
-def _forget_in_child() -> None:
-    """A forked process, such as a data loader's worker, is not the run: it answers no signal, holds no connection."""
-    global _watcher
-    watcher, _watcher = _watcher, None
-    if watcher is not None:
-        watcher.forget()
+    return _watcher.refuse(error)

@@ -6,8 +6,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from mllm_keeplora.errors import INTERRUPTED, STOPPED
@@ -24,38 +22,31 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """Catches `ENDING`; every signal that Python handles, Ctrl-C too, is then a byte in `received`."""
+    """Catches `ENDING`; every signal that Python handles, Ctrl-C too, is then a byte in `received`.
+
+    A forked process, such as a data loader's worker, is not the run: there, signals do again what they did before.
+    """
 
     def __init__(self):
         self.received, self._sent = socket.socketpair()
         self._sent.setblocking(False)
         self._before: dict[int, Any] = {}
-        self._descriptor_before = -1
-
-    def catch(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread do it
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread catch signals
             self._before = {number: signal.signal(number, lambda *_: None) for number in ENDING}
             self._descriptor_before = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
+            os.register_at_fork(after_in_child=self.release)
 
     def release(self) -> None:
-        """Let signals do again what they did before."""
+        """Let signals do again what they did before; whoever waits for `received` wakes."""
         if self._before:
             signal.set_wakeup_fd(self._descriptor_before)
-            for number, handler in self._before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
-    def wake(self) -> None:
-        """Send a byte that is no signal."""
-        self._sent.send(b"\0")
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._sent.close()
 
 
 def ignore_endings() -> None:
     """Let the signals that end a run pass this process by: it ends with the run, or when that has died."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
-
-
-@cache
-def once_for_forks(forget: Callable[[], None]) -> None:
-    """Have `forget` called in every process that is forked from now on."""
-    os.register_at_fork(after_in_child=forget)

@@ -18,7 +18,7 @@ from mllm_keeplora.system.watch.signals import ENDING
 SENTENCE = "stopped on SIGTERM; the same command continues the run\n"
 HEAD = """
 import os, signal, sys, time
-from mllm_keeplora import watch
+from mllm_keeplora.system import watch
 from mllm_keeplora.system.watch import watcher
 """
 STUCK = """
