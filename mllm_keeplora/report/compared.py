@@ -9,22 +9,10 @@ from typing import Any
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.report.render import (
-    Group,
-    as_markdown,
-    costs,
-    exported,
-    finals,
-    group_runs,
-    heat_maps,
-    paired,
-    render_comparison,
-    save_png,
-    split_of,
-    summary,
-    trade_off_curves,
-    trade_off_figure,
-)
+from mllm_keeplora.report.render.comparison import comparison_tables, heat_maps, render_comparison
+from mllm_keeplora.report.render.export import as_markdown, exported
+from mllm_keeplora.report.render.groups import group_runs, split_of, trade_off_curves
+from mllm_keeplora.report.render.trade_off import trade_off_figure
 from mllm_keeplora.system import files
 
 PAGE, TABLES, MATRICES, TRADE_OFF = "report.html", "tables.md", "score_matrices.png", "trade_off.png"
@@ -75,10 +63,10 @@ def write_comparison(
     Raises:
         UserError: the runs cannot be compared.
     """
-    groups = _grouped(results_list)
+    groups = group_runs(results_list)
     choice = choice or Choice("", {}, results_list, ([], []), ())
     settings = {label: f"{choice.key.split('.')[-1]} {value:g}" for label, value in choice.values.items()}
-    tried = _grouped(choice.tried)
+    tried = group_runs(choice.tried)
     curves = trade_off_curves(tried)
     chosen = [
         (group.family, group.setting)
@@ -86,27 +74,18 @@ def write_comparison(
         if choice.values and choice.values.get(group.family) == group.runs[0]["settings"].get(choice.key)
     ]
     tuning = choice.table if choice.table[0] else None
-    page = render_comparison(title, groups, tried, settings, chosen, choice.notes, tuning)
-    folder.mkdir(parents=True, exist_ok=True)
+    tables = comparison_tables(groups, settings)
+    page = render_comparison(title, groups, tables, tried, chosen, choice.notes, tuning)
     files.write_text(folder / PAGE, page)
-    tables = [("Comparison", summary(groups, settings)), ("Final score by domain", finals(groups))]
-    if (spent := costs(groups)) is not None:
-        tables.append(("Cost", spent))
-    if (differences := paired(groups)) is not None:
-        tables.append(("Difference to sequential LoRA, seed by seed", differences))
     if tuning is not None:
-        tables.append((f"{choice.key} that was tried, Last on the {split_of(tried)} questions", tuning))
-    files.write_text(folder / TABLES, "\n".join(f"{title}\n\n{as_markdown(table)}" for title, table in tables))
-    for name, text in exported({"Comparison": tables[0][1], "Final scores": tables[1][1]}).items():
+        tables = {**tables, f"{choice.key} that was tried, Last on the {split_of(tried)} questions": tuning}
+    written = "\n".join(f"{title}\n\n{as_markdown(table)}" for title, table in tables.items())
+    files.write_text(folder / TABLES, written)
+    for name, text in exported(
+        {"Comparison": tables["Comparison"], "Final scores": tables["Final score by domain"]}
+    ).items():
         if not name.endswith(".md"):  # those are in tables.md
             files.write_text(folder / name, text)
-    save_png(heat_maps(groups), folder / MATRICES)
+    (folder / MATRICES).write_bytes(heat_maps(groups))
     if any(len(points) > 1 for points in curves.values()):
-        save_png(trade_off_figure(curves, chosen), folder / TRADE_OFF)
-
-
-def _grouped(results_list: Sequence[Mapping[str, Any]]) -> list[Group]:
-    try:
-        return group_runs(results_list)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        (folder / TRADE_OFF).write_bytes(trade_off_figure(curves, chosen))

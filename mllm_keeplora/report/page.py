@@ -6,7 +6,8 @@ from mllm_keeplora.data import Benchmark, Media
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.saved import SavedRun
 from mllm_keeplora.report.published import published_table
-from mllm_keeplora.report.render import UnitFacts, WrongAnswer, inspection_sections, render_html
+from mllm_keeplora.report.render.diagnostics import UnitFacts, inspection_figures
+from mllm_keeplora.report.render.html import WrongAnswer, render_html
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.system import distributed, files
 
@@ -16,9 +17,8 @@ SAMPLES = 3
 def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
     """Write report.html, one self-contained file."""
     values = {**results.to_dict(), "config": run.config.read_text(encoding="utf-8")}
-    sections = inspection_sections(unit_facts(run))
-    wrong = wrong_answers(run, benchmark)
-    page = render_html(values, wrong_answers=wrong, more=sections, published=published_table(results))
+    diagnosed = inspection_figures(unit_facts(run))
+    page = render_html(values, wrong_answers(run, benchmark), diagnosed, published_table(results))
     files.write_text(run.report, page)
 
 

@@ -19,14 +19,15 @@ LATEX_SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{"
 def run_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     """The tables of one run by title: scores, metrics, forms of error, and how each set was asked and graded."""
     sheet = score_sheet(results)
-    rows = [*sheet.references, *(row for row in sheet.stages if row.is_measured)]
-    tables = {"Scores": (["", *sheet.columns], [[row.label, *map(score_text, row.scores)] for row in rows])}
+    scores = [[row.label, *map(score_text, row.scores)] for row in sheet.measured]
     values = [[metric.label, metric_text(metric, results["metrics"].get(metric.key))] for metric in METRICS]
-    tables["Metrics"] = (["metric", "value"], values)
-    for title, table in (("Wrong answers", errors_table(results)), ("How it was asked", grading_table(results))):
-        if table[1]:
-            tables[title] = table
-    return tables
+    tables = {
+        "Scores": (["", *sheet.columns], scores),
+        "Metrics": (["metric", "value"], values),
+        "Wrong answers": errors_table(results),
+        "How it was asked": grading_table(results),
+    }
+    return {title: table for title, table in tables.items() if table[1]}
 
 
 def errors_table(results: Mapping[str, Any]) -> Table:

@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.report.render.view import ZERO_SHOT, Sheet, run_title, score_sheet
@@ -109,11 +108,6 @@ def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
     return png_of(figure, dark)
 
 
-def save_png(png: bytes, path: str | Path) -> None:
-    """Write a figure to a file."""
-    Path(path).write_bytes(png)
-
-
 def data_uri(png: bytes) -> str:
     """Return a picture as a data URI, for a page that must stand alone."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
@@ -126,7 +120,7 @@ def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool
     for row, top in zip(rows, tops, strict=True):
         for j, (score, left) in enumerate(zip(row.scores, lefts, strict=True)):
             is_learned = row.phase(j, len(sheet.domains)) == "learned"
-            _draw_cell(axes, (left, top), score, is_learned, colours, dark, numbers)
+            draw_cell(axes, (left, top), score, colours, dark, is_learned, 9 if numbers else 0)
     axes.set_xlim(0, lefts[-1] + 1)
     axes.set_ylim(tops[-1] + 1, 0)
     columns, named = _some(len(lefts)), _some(len(tops))
@@ -141,15 +135,10 @@ def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool
     axes.set_title(title, color=INK[dark], fontsize=10.5, fontweight="bold", pad=10, parse_math=False)
 
 
-def _draw_cell(
-    axes: "Axes",
-    corner: tuple[float, float],
-    score: float | None,
-    is_learned: bool,
-    colours: Any,
-    dark: bool,
-    numbers: bool,
+def draw_cell(
+    axes: "Axes", corner: tuple[float, float], score: float | None, colours: Any, dark: bool, framed=False, size=9.0
 ) -> None:
+    """Draw a cell of a heat map: hatched where there is no score, with the score in digits of a size that may be 0."""
     from matplotlib.patches import Rectangle
 
     left, top = corner
@@ -158,13 +147,12 @@ def _draw_cell(
         axes.add_patch(Rectangle((left + 0.03, top + 0.03), 0.94, 0.94, **style))
         return
     fill = colours.to_rgba(score)
-    frame = {"edgecolor": INK[dark], "linewidth": 1.6} if is_learned else {"linewidth": 0}
+    frame = {"edgecolor": INK[dark], "linewidth": 1.6} if framed else {"linewidth": 0}
     axes.add_patch(Rectangle((left + 0.03, top + 0.03), 0.94, 0.94, facecolor=fill, **frame))
-    if not numbers:
-        return
-    brightness = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2]
-    ink = "#ffffff" if brightness < 0.5 else "#11161c"
-    axes.text(left + 0.5, top + 0.52, f"{score:.1f}", ha="center", va="center", color=ink, fontsize=9)
+    if size:
+        brightness = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2]
+        ink = "#ffffff" if brightness < 0.5 else "#11161c"
+        axes.text(left + 0.5, top + 0.52, f"{score:.1f}", ha="center", va="center", color=ink, fontsize=size)
 
 
 def _draw_curve(axes: "Axes", series: list[float], learned_at: int | None, colour: str, marker: str) -> None:

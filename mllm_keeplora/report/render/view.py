@@ -69,6 +69,11 @@ class Sheet:
     def columns(self) -> tuple[str, ...]:
         return self.domains + self.suites
 
+    @property
+    def measured(self) -> tuple[Row, ...]:
+        """References and stages that hold a score."""
+        return self.references + tuple(row for row in self.stages if row.is_measured)
+
 
 def score_sheet(results: Mapping[str, Any]) -> Sheet:
     """Lay out a results dict; a cell that was not measured is None, and a reference row without a score is left out.

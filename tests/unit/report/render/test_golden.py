@@ -18,18 +18,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from mllm_keeplora.report.compared import Choice, load_results, write_comparison
-from mllm_keeplora.report.render import (
-    UnitFacts,
-    WrongAnswer,
-    compare_table,
-    exported,
-    inspection,
-    inspection_sections,
-    memory_table,
-    render_html,
-    results_table,
-    run_tables,
-)
+from mllm_keeplora.report.render.diagnostics import UnitFacts, inspection, inspection_figures
+from mllm_keeplora.report.render.export import exported, run_tables
+from mllm_keeplora.report.render.html import WrongAnswer, render_html
+from mllm_keeplora.report.render.tables import compare_table, memory_table, results_table
 from tests.unit.report.render.conftest import RESULTS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -85,8 +77,8 @@ def written() -> dict[str, str]:
         [["this run", "59.7", "-2.7", ""], ["LoRA & co", "50.0", "–", "a <paper>"]],
     )
     pages = {
-        "page.html": render_html(told(), None, wrong, inspection_sections(units()), published),
-        "bare.html": render_html(bare, title="A <title>"),
+        "page.html": render_html(told(), wrong, inspection_figures(units()), published),
+        "bare.html": render_html(bare | {"name": "A <title>"}),
         "evidence.html": render_html(single),
     }
     tables = exported(run_tables(told()) | {f"evidence_{k}": table for k, table in run_tables(single).items()})
