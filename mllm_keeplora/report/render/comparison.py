@@ -46,7 +46,7 @@ def comparison_tables(groups: Sequence[Group], settings: Mapping[str, str]) -> d
         "Cost": costs(groups),
         "Difference to sequential LoRA, seed by seed": paired(groups),
     }
-    return {title: table for title, table in tables.items() if table is not None}
+    return {title: table for title, table in tables.items() if table}
 
 
 def summary(groups: Sequence[Group], settings: Mapping[str, str]) -> Table:

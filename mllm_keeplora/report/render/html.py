@@ -62,6 +62,7 @@ def render_html(
         title=run_title(results),
         results=results,
         sheet=sheet,
+        seconds=results.get("wall_seconds"),
         curves=in_both(lambda dark: domain_curves_figure(results, dark)) if measured > 1 else None,
         heat_map=in_both(lambda dark: score_matrix_figure([results], [""], dark)) if measured else None,
         diagnosed=diagnosed,
