@@ -66,7 +66,7 @@ def capacity(units: Sequence[UnitFacts]) -> DataFrame:
     if layers.empty:
         return layers
     kinds = ["projector" if ".layers." not in layer else layer.rsplit(".", 1)[-1] for layer in layers.index]
-    parts = pd.DataFrame(layers["parts"].tolist(), index=layers.index)
+    parts = _frame(dict(layers["parts"]))
     growth = parts.iloc[:, 1:].mean(axis=1)
     layers["domains left"] = layers["free"] / growth.where(growth > 0)
     shares = 100 * parts.cumsum(axis=1).div(layers["d_in"], axis=0)
@@ -80,54 +80,45 @@ def capacity(units: Sequence[UnitFacts]) -> DataFrame:
 
 def gradient_split(units: Sequence[UnitFacts]) -> DataFrame:
     """Average the shares of gradient energy (columns) over layers, in percent, a row a unit that measured them."""
-    import pandas as pd
-
-    means = {
-        unit.name: 100 * _by_layer(unit.gradient, "gradient").reindex(columns=list(SHARES)).mean() for unit in units
-    }
-    return pd.DataFrame(means).T.dropna().rename(columns=SHARES)
+    layers = {unit.name: _by_layer(unit.gradient, "gradient") for unit in units}
+    means = {name: 100 * each.reindex(columns=list(SHARES)).mean() for name, each in layers.items()}
+    return _frame(means).dropna().rename(columns=SHARES)
 
 
 def changes(units: Sequence[UnitFacts]) -> DataFrame:
     """Tell the median update in percent and the largest leak of a layer in each form, NaN where nothing is kept."""
-    import pandas as pd
-
     found = {}
     for name, layers in _changed(units).items():
         leaks = layers.reindex(columns=list(LEAKS)).max().rename(LEAKS)
         found[name] = {"update": 100 * layers["update"].median(), **leaks}
-    return pd.DataFrame.from_dict(found, orient="index")
+    return _frame(found)
 
 
 def update_by_depth(units: Sequence[UnitFacts]) -> DataFrame:
     """Average ||dW|| / ||W|| over the layers of a block (column), in percent; the projector has no depth."""
-    import pandas as pd
-
     found = {}
     for name, layers in _changed(units).items():
         depth = layers.index.str.extract(r".*\.layers\.(\d+)", expand=False).astype(float)
         found[name] = 100 * layers["update"].groupby(depth).mean()
-    return pd.DataFrame(found).T.dropna(how="all")
+    return _frame(found).dropna(how="all")
 
 
 def interference(units: Sequence[UnitFacts]) -> DataFrame:
     """Tell how strongly a unit's update (row) answers to a set's inputs (column), in percent of the layer's output."""
-    import pandas as pd
-
-    found = {}
-    for unit in units:
-        inputs = unit.diagnostics.get("inputs") or {}
-        found[unit.name] = {asked: 100 * _by_layer(inputs, asked)["interference"].mean() for asked in inputs}
-    return pd.DataFrame.from_dict({name: row for name, row in found.items() if row}, orient="index")
+    inputs = {unit.name: unit.diagnostics["inputs"] for unit in units if unit.diagnostics.get("inputs")}
+    return _frame(
+        {
+            name: {asked: 100 * _by_layer(sets, asked)["interference"].mean() for asked in sets}
+            for name, sets in inputs.items()
+        }
+    )
 
 
 def overlap(units: Sequence[UnitFacts]) -> DataFrame:
     """Tell the share of a set's input energy (row) inside what was kept by whom (column), in percent, at the end."""
-    import pandas as pd
-
     inputs = _last(units).get("inputs", {})
-    found = {asked: 100 * pd.DataFrame(_by_layer(inputs, asked)["covered"].tolist()).mean() for asked in inputs}
-    shares = pd.DataFrame(found).T
+    covered = {asked: _by_layer(inputs, asked)["covered"] for asked in inputs}
+    shares = _frame({asked: 100 * _frame(dict(each)).mean() for asked, each in covered.items()})
     shares.columns = _stages(units, shares)
     return shares
 
@@ -170,9 +161,13 @@ def _last(units: Sequence[UnitFacts]) -> Mapping[str, Any]:
 
 def _by_layer(facts: Mapping[str, Any], key: str) -> DataFrame:
     """A row a layer; none where the facts lack the key."""
+    return _frame(facts.get(key, {}))
+
+
+def _frame(rows: Mapping[str, Any]) -> DataFrame:
     import pandas as pd
 
-    return pd.DataFrame.from_dict(facts.get(key, {}), orient="index")
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _changed(units: Sequence[UnitFacts]) -> dict[str, DataFrame]:

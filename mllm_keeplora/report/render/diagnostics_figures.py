@@ -89,7 +89,6 @@ def _finished(figure: Figure, dark: bool, label: str, columns: int) -> bytes:
     axes.grid(axis="y", color=FAINT[dark], alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    legend = axes.legend(frameon=False, fontsize=8.5, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    for text in legend.get_texts():
-        text.set_color(INK[dark])
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": columns}
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK[dark], **place)
     return png_of(figure, dark)

@@ -10,10 +10,11 @@ from typing import Any
 from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, metric_text, score_sheet, score_text
 
 Table = tuple[list[str], list[list[str]]]
-LATEX_SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-                 "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
-                 "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}",
-                 "±": r"$\pm$", "−": r"$-$", "–": "--"}  # fmt: skip
+LATEX = str.maketrans({
+    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "±": r"$\pm$", "−": r"$-$",
+    "–": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+    "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}",
+})  # fmt: skip
 
 
 def run_tables(results: Mapping[str, Any]) -> dict[str, Table]:
@@ -79,11 +80,13 @@ def as_markdown(table: Table) -> str:
 
 def as_latex(table: Table) -> str:
     """A `tabular` with rules of the package booktabs: text left, numbers right."""
-    heads, rows = table
-    columns = "l" + "r" * (len(heads) - 1)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(heads), r"\midrule"]
-    lines += [_latex_row([minus(cell) for cell in row]) for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    heads, rows = (
+        [" & ".join(minus(cell).translate(LATEX) for cell in row) + r" \\" for row in part]
+        for part in ([table[0]], table[1])
+    )
+    columns = "l" + "r" * (len(table[0]) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *heads, r"\midrule", *rows, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
@@ -96,10 +99,6 @@ def exported(tables: Mapping[str, Table]) -> dict[str, str]:
         for title, table in tables.items()
         for suffix, write in FORMATS.items()
     }
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join("".join(LATEX_SPECIAL.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
 
 
 def minus(cell: str) -> str:

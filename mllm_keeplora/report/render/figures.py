@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.report.render.view import ZERO_SHOT, Sheet, run_title, score_sheet
+from mllm_keeplora.report.render.view import ZERO_SHOT, Sheet, score_sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,29 +26,19 @@ MANY = 20  # columns or rows from which on cells shrink, lose their numbers, and
 DPI = 160
 
 
-def score_matrix_figure(
-    results_list: Sequence[Results], titles: Sequence[str] | None = None, dark: bool = False
-) -> bytes:
+def score_matrix_figure(results_list: Sequence[Results], titles: Sequence[str], dark: bool = False) -> bytes:
     """Draw score matrices as heat maps side by side, in rows of four, on one colour scale.
 
     The reference rows lie on top, a frame marks the domain just learned, hatching a cell that was not measured.
 
     Args:
         results_list: results of at least one run.
-        titles: one per run; None = the runs' names.
+        titles: one per run.
         dark: draw light ink on a transparent ground, for a dark page.
 
     Returns:
         PNG.
-
-    Raises:
-        ValueError: no run was given, or the number of titles differs.
     """
-    titles = [run_title(results) for results in results_list] if titles is None else list(titles)
-    if not results_list or len(titles) != len(results_list):
-        raise ValueError(
-            f"got {len(results_list)} results and {len(titles)} titles; need one title per run, at least one"
-        )
     sheets = [score_sheet(results) for results in results_list]
     num_rows = max(len(sheet.references) + len(sheet.stages) for sheet in sheets)
     shrunk = min(1.0, MANY / max(num_rows, *(len(sheet.columns) for sheet in sheets)))
@@ -199,7 +189,7 @@ def _colour_scale(sheets: Sequence[Sheet]) -> Any:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    scores = [s for sheet in sheets for row in (*sheet.references, *sheet.stages) for s in row.scores if s is not None]
+    scores = [score for sheet in sheets for row in sheet.measured for score in row.scores if score is not None]
     return ScalarMappable(Normalize(min(0.0, *scores, 0.0), max(100.0, *scores, 100.0)), cmap="YlGnBu")
 
 

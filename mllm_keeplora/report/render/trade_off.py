@@ -34,12 +34,7 @@ def trade_off_figure(
 
     Returns:
         PNG.
-
-    Raises:
-        ValueError: there is no point to draw.
     """
-    if not any(curves.values()):
-        raise ValueError("a trade-off curve needs at least one run with plasticity and BWT")
     crowded, full = len(curves) > CROWDED, len(curves) > FULL
     figure = new_figure(9.2 if full else 7.4, 5.2) if crowded else new_figure(6.2, 4.0)
     axes = figure.subplots()
@@ -67,9 +62,7 @@ def trade_off_figure(
     axes.grid(color=FAINT[dark], alpha=0.25, linewidth=0.6)
     axes.spines[:].set_visible(False)
     place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if full else {"loc": "lower left"}
-    legend = axes.legend(frameon=False, fontsize=9, **place)
-    for text in legend.get_texts():
-        text.set_color(INK[dark])
+    legend = axes.legend(frameon=False, fontsize=9, labelcolor=INK[dark], **place)
     _place(axes, labels, [legend])
     axes.axhline(0, color=FAINT[dark], linewidth=0.8, zorder=1)
     return png_of(figure, dark)
