@@ -12,6 +12,7 @@ from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report.render.comparison import comparison_tables, heat_maps, render_comparison
 from mllm_keeplora.report.render.export import as_markdown, exported
 from mllm_keeplora.report.render.groups import group_runs, split_of, trade_off_curves
+from mllm_keeplora.report.render.html import in_both
 from mllm_keeplora.report.render.trade_off import trade_off_figure
 from mllm_keeplora.system import files
 
@@ -63,29 +64,28 @@ def write_comparison(
     Raises:
         UserError: the runs cannot be compared.
     """
-    groups = group_runs(results_list)
     choice = choice or Choice("", {}, results_list, ([], []), ())
+    groups, tried = group_runs(results_list), group_runs(choice.tried)
     settings = {label: f"{choice.key.split('.')[-1]} {value:g}" for label, value in choice.values.items()}
-    tried = group_runs(choice.tried)
-    curves = trade_off_curves(tried)
     chosen = [
         (group.family, group.setting)
         for group in tried
         if choice.values and choice.values.get(group.family) == group.runs[0]["settings"].get(choice.key)
     ]
-    tuning = choice.table if choice.table[0] else None
+    curves, trade_off = trade_off_curves(tried), None
+    if any(len(points) > 1 for points in curves.values()):
+        trade_off = in_both(lambda dark: trade_off_figure(curves, chosen, dark))
+        files.write_atomically(folder / TRADE_OFF, lambda path: path.write_bytes(trade_off[0]))
+    maps = in_both(lambda dark: heat_maps(groups, dark))
+    files.write_atomically(folder / MATRICES, lambda path: path.write_bytes(maps[0]))
     tables = comparison_tables(groups, settings)
-    page = render_comparison(title, groups, tables, tried, chosen, choice.notes, tuning)
+    page = render_comparison(title, groups, tables, maps, tried, trade_off, bool(chosen), choice.notes, choice.table)
     files.write_text(folder / PAGE, page)
-    if tuning is not None:
-        tables = {**tables, f"{choice.key} that was tried, Last on the {split_of(tried)} questions": tuning}
-    written = "\n".join(f"{title}\n\n{as_markdown(table)}" for title, table in tables.items())
-    files.write_text(folder / TABLES, written)
-    for name, text in exported(
-        {"Comparison": tables["Comparison"], "Final scores": tables["Final score by domain"]}
-    ).items():
+    finals = {"Comparison": tables["Comparison"], "Final scores": tables["Final score by domain"]}
+    for name, text in exported(finals).items():
         if not name.endswith(".md"):  # those are in tables.md
             files.write_text(folder / name, text)
-    (folder / MATRICES).write_bytes(heat_maps(groups))
-    if any(len(points) > 1 for points in curves.values()):
-        (folder / TRADE_OFF).write_bytes(trade_off_figure(curves, chosen))
+    if choice.table[1]:
+        tables[f"{choice.key} that was tried, Last on the {split_of(tried)} questions"] = choice.table
+    written = "\n".join(f"{title}\n\n{as_markdown(table)}" for title, table in tables.items())
+    files.write_text(folder / TABLES, written)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 
 from mllm_keeplora.report.render.export import Table
 from mllm_keeplora.report.render.figures import score_matrix_figure
@@ -18,11 +18,9 @@ from mllm_keeplora.report.render.groups import (
     shares_of_upper,
     split_of,
     spread_text,
-    trade_off_curves,
 )
-from mllm_keeplora.report.render.html import fill_page, in_both
+from mllm_keeplora.report.render.html import Drawn, fill_page
 from mllm_keeplora.report.render.tables import reference_rows
-from mllm_keeplora.report.render.trade_off import trade_off_figure
 from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, Metric, duration_text, score_text
 
 SHOWN = ("last", "average", "transfer", "bwt", "plasticity", "general_retention")
@@ -61,7 +59,7 @@ def summary(groups: Sequence[Group], settings: Mapping[str, str]) -> Table:
         mean, sd = mean_and_sd(shares_of_upper(group, upper))
         if mean is not None:
             known["of joint"] = f"{mean:.3f}" + (f" ±{sd:.3f}" if sd is not None else "")
-        known["wall time"] = duration_text(mean_and_sd(group.seconds())[0] or 0.0)
+        known["wall time"] = duration_text(fmean(sum(run["wall_seconds"].values()) for run in group.runs))
         rows.append([known.get(head, NOT_MEASURED) for head in heads])
     num_domains = len(groups[0].runs[0]["domains"])
     for reference in reference_rows(groups):
@@ -130,10 +128,12 @@ def render_comparison(
     title: str,
     groups: Sequence[Group],
     tables: Mapping[str, Table],
+    maps: Drawn,
     tried: Sequence[Group],
-    chosen: Sequence[tuple[str, str]] = (),
-    notes: Sequence[str] = (),
-    tuning: Table | None = None,
+    trade_off: Drawn | None,
+    has_chosen: bool,
+    notes: Sequence[str],
+    tuning: Table,
 ) -> str:
     """Render the comparison page.
 
@@ -141,10 +141,11 @@ def render_comparison(
         title: heading.
         groups: from `group_runs`, one setting each or several.
         tables: from `comparison_tables`.
-        tried: groups of every setting; their trade-off is drawn where a family has at least two.
-        chosen: (family, setting) points to mark on the curves.
+        maps: from `heat_maps`.
+        tried: groups of every setting.
+        trade_off: their curves, if any; `has_chosen`: some of their points are marked.
         notes: sentences on how the numbers came about, put above the rest.
-        tuning: a table of the settings that were tried.
+        tuning: a table of the settings that were tried; left out without rows.
 
     Returns:
         The text of the page.
@@ -161,8 +162,6 @@ def render_comparison(
         "generator": identity.get("generator"),
         "fingerprint of the data": identity.get("data"),
     }
-    curves = trade_off_curves(tried)
-    has_curve = any(len(points) > 1 for points in curves.values())
     return fill_page(
         "comparison.html",
         title=title,
@@ -171,9 +170,9 @@ def render_comparison(
         tables=tables,
         columns=COLUMNS,
         counts=[count for name, count in counts.items() if name in run["domains"]],
-        heat_maps=in_both(lambda dark: heat_maps(groups, dark)),
-        trade_off=in_both(lambda dark: trade_off_figure(curves, chosen, dark)) if has_curve else None,
-        chosen=chosen,
+        maps=maps,
+        trade_off=trade_off,
+        has_chosen=has_chosen,
         split=split_of(tried),
         seeds=sorted({seed for group in tried for seed in group.seeds}),
         tuning=tuning,

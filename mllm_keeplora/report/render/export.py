@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
-from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, metric_text, score_sheet, score_text
+from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, Results, metric_text, score_sheet, score_text
 
 Table = tuple[list[str], list[list[str]]]
 LATEX = str.maketrans({
@@ -17,7 +16,7 @@ LATEX = str.maketrans({
 })  # fmt: skip
 
 
-def run_tables(results: Mapping[str, Any]) -> dict[str, Table]:
+def run_tables(results: Results) -> dict[str, Table]:
     """The tables of one run by title: scores, metrics, forms of error, and how each set was asked and graded."""
     sheet = score_sheet(results)
     scores = [[row.label, *map(score_text, row.scores)] for row in sheet.measured]
@@ -31,7 +30,7 @@ def run_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     return {title: table for title, table in tables.items() if table[1]}
 
 
-def errors_table(results: Mapping[str, Any]) -> Table:
+def errors_table(results: Results) -> Table:
     """Per set: how many answers were asked, how many went wrong in which form, and the strict second opinion."""
     errors, counts = results.get("errors") or {}, results.get("questions") or {}
     strict = results.get("strict") or {}
@@ -47,7 +46,7 @@ def errors_table(results: Mapping[str, Any]) -> Table:
 FORMS = {"wrong": "wrong", "off_by_one": "off by one", "format": "format", "truncated": "truncated", "blank": "blank"}
 
 
-def grading_table(results: Mapping[str, Any]) -> Table:
+def grading_table(results: Results) -> Table:
     """Per set: scorer, what is appended to the question, how pictures are put, answer length, batch and precision."""
     grading = results.get("grading") or {}
     heads = ["", "scorer", "appended to the question", "pictures", "new tokens", "batch", "precision"]

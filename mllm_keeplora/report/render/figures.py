@@ -2,16 +2,15 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.report.render.view import ZERO_SHOT, Sheet, score_sheet
+from mllm_keeplora.report.render.view import ZERO_SHOT, Results, Sheet, score_sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Results = Mapping[str, Any]
 # After Okabe and Ito: told apart with every common form of colour blindness; lighter on a dark page.
 LINE_COLOURS = {
     False: ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C98500", "#56B4E9", "#6A51A3", "#7A7A1F"),

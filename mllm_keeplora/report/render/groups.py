@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.report.render.view import Metric, Score, metric_text, run_title
+from mllm_keeplora.report.render.view import Metric, Results, Score, metric_text, run_title
 
-Results = Mapping[str, Any]
 REFERENCE, UPPER = "finetune", "joint"  # strategies that others are measured against where they are there
 GRADING = ("eval.limit", "eval.suite_limit", "eval.max_new_tokens")
 
@@ -48,12 +47,11 @@ class Group:
         """Scores on a domain after the whole sequence, by ascending seed."""
         return [run["score_matrix"][-1][run["domains"].index(domain)] for run in self.runs]
 
-    def seconds(self) -> list[Score]:
-        return [sum(run["wall_seconds"].values()) for run in self.runs]
-
 
 def group_runs(results_list: Sequence[Results]) -> list[Group]:
     """Put the seeds of one setting together, groups in the order of their first run.
+
+    Results that tell no settings are known by their name.
 
     Raises:
         UserError: no run; runs of other domains, data, base or split; the same setting and seed twice.
@@ -64,7 +62,8 @@ def group_runs(results_list: Sequence[Results]) -> list[Group]:
     by_setting: dict[str, list[Results]] = {}
     strategies: dict[str, set[str]] = {}
     for results in results_list:
-        by_setting.setdefault(repr(_setting_key(results)), []).append(results)
+        settings = sorted((results.get("settings") or {}).items()) or run_title(results)
+        by_setting.setdefault(repr((results["strategy"], results["domains"], settings)), []).append(results)
         strategies.setdefault(run_title(results), set()).add(results["strategy"])
     groups = []
     for runs in by_setting.values():
@@ -170,12 +169,6 @@ def _refuse_strangers(results_list: Sequence[Results]) -> None:
 def _place(results: Results, number: int) -> str:
     """Which run is meant: several may have one name."""
     return f"{run_title(results)} (number {number}: {results['strategy']}, seed {results['seed']})"
-
-
-def _setting_key(results: Results) -> tuple:
-    """What the seeds of a group share; results that tell no settings are known by their name."""
-    settings = results.get("settings")
-    return (results["strategy"], results["domains"], sorted(settings.items()) if settings else run_title(results))
 
 
 def _told_apart(group: Group, namesakes: Sequence[Results]) -> Group:

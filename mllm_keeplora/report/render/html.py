@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from mllm_keeplora.report.render.export import Table, errors_table, grading_tabl
 from mllm_keeplora.report.render.figures import data_uri, domain_curves_figure, score_matrix_figure
 from mllm_keeplora.report.render.view import (
     METRICS,
+    Results,
     duration_text,
     memory_text,
     metric_text,
@@ -32,7 +33,7 @@ class WrongAnswer(NamedTuple):
 
 
 def render_html(
-    results: Mapping[str, Any],
+    results: Results,
     wrong_answers: Sequence[WrongAnswer] = (),
     diagnosed: Sequence[tuple[str, Drawn, str]] = (),
     published: Table | None = None,

@@ -1,7 +1,6 @@
 """Results as tables for a terminal of 80 to 100 columns."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.columns import Columns
@@ -14,6 +13,7 @@ from mllm_keeplora.report.render.groups import group_runs, mean_and_sd, spread_t
 from mllm_keeplora.report.render.view import (
     METRICS,
     Metric,
+    Results,
     Row,
     Score,
     duration_text,
@@ -24,7 +24,6 @@ from mllm_keeplora.report.render.view import (
     score_text,
 )
 
-Results = Mapping[str, Any]
 STYLES = {"reference": "italic", "general": "cyan", "learned": "bold green", "seen": "", "unseen": "dim"}
 
 
