@@ -61,12 +61,9 @@ def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = SAMPLES) -> 
         for row in wrong:
             media = pictures.get(row["id"])
             picture = _png(media[0]) if media else None
-            found.append(WrongAnswer(name, row["question"], row["prediction"], _gold(row["answer"]), picture))
+            gold = row["answer"] if isinstance(row["answer"], str) else " | ".join(dict.fromkeys(row["answer"]))
+            found.append(WrongAnswer(name, row["question"], row["prediction"], gold, picture))
     return found
-
-
-def _gold(answer: str | list[str]) -> str:
-    return answer if isinstance(answer, str) else " | ".join(dict.fromkeys(answer))
 
 
 def _png(media: Media) -> bytes:

@@ -146,9 +146,6 @@ def render_comparison(
         trade_off: their curves, if any; `has_chosen`: some of their points are marked.
         notes: sentences on how the numbers came about, put above the rest.
         tuning: a table of the settings that were tried; left out without rows.
-
-    Returns:
-        The text of the page.
     """
     run = groups[0].runs[0]
     identity, counts = run.get("identity") or {}, run.get("questions") or {}

@@ -34,9 +34,6 @@ def score_matrix_figure(results_list: Sequence[Results], titles: Sequence[str], 
         results_list: results of at least one run.
         titles: one per run.
         dark: draw light ink on a transparent ground, for a dark page.
-
-    Returns:
-        PNG.
     """
     sheets = [score_sheet(results) for results in results_list]
     num_rows = max(len(sheet.references) + len(sheet.stages) for sheet in sheets)
@@ -65,11 +62,8 @@ def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
     Dashed before the domain is learned, a large marker at the moment it is, solid after; general suites in grey.
 
     Args:
-        results: results of one run.
+        results: the content of results.json.
         dark: draw light ink on a transparent ground, for a dark page.
-
-    Returns:
-        PNG.
     """
     sheet = score_sheet(results)
     rows = [*(row for row in sheet.references if row.label == ZERO_SHOT), *sheet.stages]
@@ -113,10 +107,9 @@ def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool
     axes.set_xlim(0, lefts[-1] + 1)
     axes.set_ylim(tops[-1] + 1, 0)
     columns, named = _some(len(lefts)), _some(len(tops))
-    turned = 30 if _is_crowded(sheet) else 0
-    axes.set_xticks(
-        [lefts[j] + 0.5 for j in columns], [sheet.columns[j] for j in columns], rotation=turned, parse_math=False
-    )
+    names = [sheet.columns[j] for j in columns]
+    turned = 30 if max(map(len, sheet.columns)) > 8 else 0
+    axes.set_xticks([lefts[j] + 0.5 for j in columns], names, rotation=turned, parse_math=False)
     axes.set_yticks([tops[i] + 0.5 for i in named], [rows[i].label for i in named], parse_math=False)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, colors=INK[dark], labelsize=9)
@@ -169,18 +162,11 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]], position: int)
 
 def _spread(values: Sequence[float], distance: float) -> list[float]:
     """Move ascending values apart to at least `distance`, each crowd staying centred on its mean."""
-    crowds: list[tuple[float, int]] = []
-    for value in values:
-        centre, size = value, 1
-        while (
-            crowds
-            and centre - (size - 1) * distance / 2 - crowds[-1][0] - (crowds[-1][1] - 1) * distance / 2 < distance
-        ):
-            other_centre, other_size = crowds.pop()
-            centre = (centre * size + other_centre * other_size) / (size + other_size)
-            size += other_size
-        crowds.append((centre, size))
-    return [centre + (k - (size - 1) / 2) * distance for centre, size in crowds for k in range(size)]
+    import numpy as np
+    from scipy.optimize import isotonic_regression
+
+    steps = distance * np.arange(len(values))
+    return (isotonic_regression(np.array(values) - steps).x + steps).tolist() if values else []
 
 
 def _colour_scale(sheets: Sequence[Sheet]) -> Any:
@@ -199,17 +185,10 @@ def _some(count: int) -> list[int]:
     return sorted({round(k * (count - 1) / (MANY // 2)) for k in range(MANY // 2 + 1)})
 
 
-def _is_crowded(sheet: Sheet) -> bool:
-    return max(len(name) for name in sheet.columns) > 8
-
-
 def new_figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def png_of(figure: "Figure", dark: bool) -> bytes:

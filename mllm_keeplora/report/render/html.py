@@ -46,9 +46,6 @@ def render_html(
         wrong_answers: samples to show.
         diagnosed: heading, picture and note of each diagnostic.
         published: table of what others report on the same benchmark.
-
-    Returns:
-        The text of the page.
     """
     sheet = score_sheet(results)
     measured = sum(row.is_measured for row in sheet.stages)

@@ -32,9 +32,6 @@ def results_table(results: Results) -> RenderableType:
 
     Args:
         results: the content of results.json.
-
-    Returns:
-        Something a rich console prints.
     """
     facts = [f"{key} {results[key]}" for key in ("strategy", "base", "benchmark", "seed") if key in results]
     parts = [
@@ -56,9 +53,6 @@ def compare_table(results_list: Sequence[Results]) -> RenderableType:
 
     Args:
         results_list: results of at least one run, all on the same domains in whatever order.
-
-    Returns:
-        Something a rich console prints.
 
     Raises:
         UserError: there is no run, or the runs cannot be compared (see `group_runs`).

@@ -30,9 +30,6 @@ def trade_off_figure(
         curves: name -> (setting, plasticity, BWT) in the order of the line.
         chosen: (name, setting) of points to mark with a ring.
         dark: draw light ink on a transparent ground.
-
-    Returns:
-        PNG.
     """
     crowded, full = len(curves) > CROWDED, len(curves) > FULL
     figure = new_figure(9.2 if full else 7.4, 5.2) if crowded else new_figure(6.2, 4.0)
