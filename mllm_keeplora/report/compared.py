@@ -16,8 +16,6 @@ from mllm_keeplora.report.render.html import in_both
 from mllm_keeplora.report.render.trade_off import trade_off_figure
 from mllm_keeplora.system import files
 
-PAGE, TABLES, MATRICES, TRADE_OFF = "report.html", "tables.md", "score_matrices.png", "trade_off.png"
-
 
 def load_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Results of run folders, of results.json files, or of all final runs of sweep folders.
@@ -75,12 +73,12 @@ def write_comparison(
     curves, trade_off = trade_off_curves(tried), None
     if any(len(points) > 1 for points in curves.values()):
         trade_off = in_both(lambda dark: trade_off_figure(curves, chosen, dark))
-        files.write_atomically(folder / TRADE_OFF, lambda path: path.write_bytes(trade_off[0]))
+        files.write_atomically(folder / "trade_off.png", lambda path: path.write_bytes(trade_off[0]))
     maps = in_both(lambda dark: heat_maps(groups, dark))
-    files.write_atomically(folder / MATRICES, lambda path: path.write_bytes(maps[0]))
+    files.write_atomically(folder / "score_matrices.png", lambda path: path.write_bytes(maps[0]))
     tables = comparison_tables(groups, settings)
     page = render_comparison(title, groups, tables, maps, tried, trade_off, bool(chosen), choice.notes, choice.table)
-    files.write_text(folder / PAGE, page)
+    files.write_text(folder / "report.html", page)
     finals = {"Comparison": tables["Comparison"], "Final scores": tables["Final score by domain"]}
     for name, text in exported(finals).items():
         if not name.endswith(".md"):  # those are in tables.md
@@ -88,4 +86,4 @@ def write_comparison(
     if choice.table[1]:
         tables[f"{choice.key} that was tried, Last on the {split_of(tried)} questions"] = choice.table
     written = "\n".join(f"{title}\n\n{as_markdown(table)}" for title, table in tables.items())
-    files.write_text(folder / TABLES, written)
+    files.write_text(folder / "tables.md", written)

@@ -11,8 +11,6 @@ from mllm_keeplora.report.render.html import WrongAnswer, render_html
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.system import distributed, files
 
-SAMPLES = 3
-
 
 def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
     """Write report.html, one self-contained file."""
@@ -45,7 +43,7 @@ def unit_facts(run: RunDir) -> list[UnitFacts]:
     ]
 
 
-def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = SAMPLES) -> list[WrongAnswer]:
+def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = 3) -> list[WrongAnswer]:
     """The first few questions of each domain that the last unit's model got wrong, with their pictures."""
     found: list[WrongAnswer] = []
     if not run.finished_units:
