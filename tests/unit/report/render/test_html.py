@@ -143,3 +143,9 @@ def test_an_empty_prediction_is_shown_as_such_and_a_sample_needs_no_picture(resu
 @quick
 def test_a_config_given_as_text_is_shown_as_it_is(results):
     assert "<pre>a: 1  # why</pre>" in render_html(results | {"config": "a: 1  # why"})
+
+
+@quick
+def test_a_set_whose_questions_were_not_counted_has_an_empty_cell(results):
+    page = render_html(results | {"questions": {"RS": 7}})
+    assert "<th>questions</th><td>7</td><td></td>" in page
