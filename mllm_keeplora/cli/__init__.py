@@ -72,7 +72,7 @@ def report(
     """
     from mllm_keeplora.eval.saved import load_run
     from mllm_keeplora.report.page import refresh_results
-    from mllm_keeplora.report.render import exported, run_tables
+    from mllm_keeplora.report.render.export import exported, run_tables
     from mllm_keeplora.system import files
 
     results = refresh_results(load_run(run)).to_dict()
@@ -111,7 +111,7 @@ def inspect(run: Run) -> None:
 
     from mllm_keeplora.errors import UserError
     from mllm_keeplora.report.page import unit_facts
-    from mllm_keeplora.report.render import inspection
+    from mllm_keeplora.report.render.diagnostics import inspection
     from mllm_keeplora.runs import RunDir
 
     units = unit_facts(RunDir(run).load())
@@ -133,16 +133,11 @@ def compare(
     """
     from rich.console import Console
 
-    from mllm_keeplora.errors import UserError
     from mllm_keeplora.report.compared import load_results, write_comparison
-    from mllm_keeplora.report.render import compare_table
+    from mllm_keeplora.report.render.tables import compare_table
 
     results = load_results(runs)
-    try:
-        table = compare_table(results)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    Console().print(table)
+    Console().print(compare_table(results))
     if output is not None:
         write_comparison(output, output.name, results)
         typer.echo(f"report   {output}/report.html")
@@ -167,7 +162,7 @@ def check(
 
     from mllm_keeplora.checks.run import check_run, memory_of
     from mllm_keeplora.config import load_config
-    from mllm_keeplora.report.render import memory_table
+    from mllm_keeplora.report.render.tables import memory_table
     from mllm_keeplora.system.log import start_logging
 
     start_logging()
@@ -239,6 +234,6 @@ def list_names(
 def _print_results(results: dict) -> None:
     from rich.console import Console
 
-    from mllm_keeplora.report.render import results_table
+    from mllm_keeplora.report.render.tables import results_table
 
     Console().print(results_table(results))

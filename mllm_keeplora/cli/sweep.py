@@ -50,7 +50,7 @@ def sweep(
     from rich.console import Console
 
     from mllm_keeplora.errors import UserError
-    from mllm_keeplora.report.render import compare_table
+    from mllm_keeplora.report.render.tables import compare_table
     from mllm_keeplora.sweeps.jobs import run_part
     from mllm_keeplora.sweeps.plan import load_sweep
     from mllm_keeplora.sweeps.sweep import run_sweep

@@ -9,25 +9,12 @@ from typing import Any
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.report.render import (
-    Group,
-    as_markdown,
-    costs,
-    exported,
-    finals,
-    group_runs,
-    heat_maps,
-    paired,
-    render_comparison,
-    save_png,
-    split_of,
-    summary,
-    trade_off_curves,
-    trade_off_figure,
-)
+from mllm_keeplora.report.render.comparison import comparison_tables, heat_maps, render_comparison
+from mllm_keeplora.report.render.export import as_markdown, exported
+from mllm_keeplora.report.render.groups import group_runs, split_of, trade_off_curves
+from mllm_keeplora.report.render.html import in_both
+from mllm_keeplora.report.render.trade_off import trade_off_figure
 from mllm_keeplora.system import files
-
-PAGE, TABLES, MATRICES, TRADE_OFF = "report.html", "tables.md", "score_matrices.png", "trade_off.png"
 
 
 def load_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -75,38 +62,28 @@ def write_comparison(
     Raises:
         UserError: the runs cannot be compared.
     """
-    groups = _grouped(results_list)
     choice = choice or Choice("", {}, results_list, ([], []), ())
+    groups, tried = group_runs(results_list), group_runs(choice.tried)
     settings = {label: f"{choice.key.split('.')[-1]} {value:g}" for label, value in choice.values.items()}
-    tried = _grouped(choice.tried)
-    curves = trade_off_curves(tried)
     chosen = [
         (group.family, group.setting)
         for group in tried
         if choice.values and choice.values.get(group.family) == group.runs[0]["settings"].get(choice.key)
     ]
-    tuning = choice.table if choice.table[0] else None
-    page = render_comparison(title, groups, tried, settings, chosen, choice.notes, tuning)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / PAGE, page)
-    tables = [("Comparison", summary(groups, settings)), ("Final score by domain", finals(groups))]
-    if (spent := costs(groups)) is not None:
-        tables.append(("Cost", spent))
-    if (differences := paired(groups)) is not None:
-        tables.append(("Difference to sequential LoRA, seed by seed", differences))
-    if tuning is not None:
-        tables.append((f"{choice.key} that was tried, Last on the {split_of(tried)} questions", tuning))
-    files.write_text(folder / TABLES, "\n".join(f"{title}\n\n{as_markdown(table)}" for title, table in tables))
-    for name, text in exported({"Comparison": tables[0][1], "Final scores": tables[1][1]}).items():
+    curves, trade_off = trade_off_curves(tried), None
+    if any(len(points) > 1 for points in curves.values()):
+        trade_off = in_both(lambda dark: trade_off_figure(curves, chosen, dark))
+        files.write_atomically(folder / "trade_off.png", lambda path: path.write_bytes(trade_off[0]))
+    maps = in_both(lambda dark: heat_maps(groups, dark))
+    files.write_atomically(folder / "score_matrices.png", lambda path: path.write_bytes(maps[0]))
+    tables = comparison_tables(groups, settings)
+    page = render_comparison(title, groups, tables, maps, tried, trade_off, bool(chosen), choice.notes, choice.table)
+    files.write_text(folder / "report.html", page)
+    finals = {"Comparison": tables["Comparison"], "Final scores": tables["Final score by domain"]}
+    for name, text in exported(finals).items():
         if not name.endswith(".md"):  # those are in tables.md
             files.write_text(folder / name, text)
-    save_png(heat_maps(groups), folder / MATRICES)
-    if any(len(points) > 1 for points in curves.values()):
-        save_png(trade_off_figure(curves, chosen), folder / TRADE_OFF)
-
-
-def _grouped(results_list: Sequence[Mapping[str, Any]]) -> list[Group]:
-    try:
-        return group_runs(results_list)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    if choice.table[1]:
+        tables[f"{choice.key} that was tried, Last on the {split_of(tried)} questions"] = choice.table
+    written = "\n".join(f"{title}\n\n{as_markdown(table)}" for title, table in tables.items())
+    files.write_text(folder / "tables.md", written)

@@ -6,19 +6,17 @@ from mllm_keeplora.data import Benchmark, Media
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.saved import SavedRun
 from mllm_keeplora.report.published import published_table
-from mllm_keeplora.report.render import UnitFacts, WrongAnswer, inspection_sections, render_html
+from mllm_keeplora.report.render.diagnostics import UnitFacts, inspection_figures
+from mllm_keeplora.report.render.html import WrongAnswer, render_html
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.system import distributed, files
-
-SAMPLES = 3
 
 
 def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
     """Write report.html, one self-contained file."""
     values = {**results.to_dict(), "config": run.config.read_text(encoding="utf-8")}
-    sections = inspection_sections(unit_facts(run))
-    wrong = wrong_answers(run, benchmark)
-    page = render_html(values, wrong_answers=wrong, more=sections, published=published_table(results))
+    diagnosed = inspection_figures(unit_facts(run))
+    page = render_html(values, wrong_answers(run, benchmark), diagnosed, published_table(results))
     files.write_text(run.report, page)
 
 
@@ -45,7 +43,7 @@ def unit_facts(run: RunDir) -> list[UnitFacts]:
     ]
 
 
-def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = SAMPLES) -> list[WrongAnswer]:
+def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = 3) -> list[WrongAnswer]:
     """The first few questions of each domain that the last unit's model got wrong, with their pictures."""
     found: list[WrongAnswer] = []
     if not run.finished_units:
@@ -61,12 +59,9 @@ def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = SAMPLES) -> 
         for row in wrong:
             media = pictures.get(row["id"])
             picture = _png(media[0]) if media else None
-            found.append(WrongAnswer(name, row["question"], row["prediction"], _gold(row["answer"]), picture))
+            gold = row["answer"] if isinstance(row["answer"], str) else " | ".join(dict.fromkeys(row["answer"]))
+            found.append(WrongAnswer(name, row["question"], row["prediction"], gold, picture))
     return found
-
-
-def _gold(answer: str | list[str]) -> str:
-    return answer if isinstance(answer, str) else " | ".join(dict.fromkeys(answer))
 
 
 def _png(media: Media) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mllm_keeplora.config import find_config, read_yaml, shipped
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.report.render import Table
+from mllm_keeplora.report.render.export import Table
 from mllm_keeplora.report.render.view import score_text
 
 METRICS = ("mfn", "mft", "maa", "bwt")

@@ -11,7 +11,8 @@ import torch
 from mllm_keeplora.adapters.stored import kept_of, past_of
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.report.page import unit_facts
-from mllm_keeplora.report.render import inspection_sections
+from mllm_keeplora.report.render.diagnostics import inspection_figures
+from mllm_keeplora.report.render.html import render_html
 from mllm_keeplora.runs import RunDir
 from tests.oracles import subspace
 from tests.unit.conftest import captured_tokens, encode
@@ -78,6 +79,8 @@ def test_inspect_refuses_a_run_that_finished_nothing(two, tmp_path, command):
 
 
 def test_the_page_of_a_run_shows_the_diagnostics(two):
-    page = "".join(inspection_sections(unit_facts(RunDir(two).load())))
-    for title in ("Capacity", "Gradient", "Interference", "Overlap", "Update by depth"):
-        assert f'<img alt="{title}"' in page
+    drawn = inspection_figures(unit_facts(RunDir(two).load()))
+    titles = ["Capacity", "Gradient", "Interference", "Overlap", "Update by depth"]
+    assert [title for title, *_ in drawn] == titles
+    page = render_html(json.loads((two / "results.json").read_text()), diagnosed=drawn)
+    assert all(f'<img alt="{title}"' in page for title in titles)

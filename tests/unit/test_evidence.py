@@ -10,7 +10,7 @@ import pytest
 from mllm_keeplora.config import load_config
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report.compared import load_results
-from mllm_keeplora.report.render.costs import costs
+from mllm_keeplora.report.render.comparison import costs
 from mllm_keeplora.report.render.groups import group_runs, mean_and_sd
 from mllm_keeplora.strategies import STRATEGIES, build_strategy
 from mllm_keeplora.sweeps.plan import final_cell, load_sweep, tune_cell

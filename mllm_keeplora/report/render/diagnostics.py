@@ -1,16 +1,47 @@
-"""What the diagnostics of a run say, as numbers for tables and pictures: capacity, gradient split, leak, interference.
+"""What the diagnostics of a run say: frames of numbers, terminal tables and pictures of them for its page.
 
 Reads what each unit wrote (`gradient.json`, `diagnostics.json`); opens no run and no model.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-PROJECTOR = "projector"
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mllm_keeplora.report.render.diagnostics_figures import (
+    capacity_figure,
+    matrix_figure,
+    split_figure,
+    update_figure,
+)
+from mllm_keeplora.report.render.html import Drawn, in_both
+from mllm_keeplora.report.render.view import NOT_MEASURED
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SHARES = {  # as they are stored, and as they are shown
+    "protected": "protected",
+    "captured": "captured",
+    "discarded": "discarded",
+    "captured_of_residual": "captured of the rest",
+}
+LEAKS = {"leak": "leak", "leak_evaluated": "evaluated", "leak_bfloat16": "as bfloat16"}
+MEANING = {
+    "Capacity": "Share of input directions that are kept, median over blocks; free: the fewest left in a layer; "
+    "domains left: until the fullest layer is full, at the mean growth so far and with nothing given up.",
+    "Gradient": "Energy of a domain's mean gradient: inside what is kept, inside the adapter's A, and the rest.",
+    "Updates": "Update: median of ||dW|| / ||W||. Leak: the largest ||dW Q|| / ||dW|| of a layer; of the factors, of "
+    "the weights that are evaluated, and as a merge cast to bfloat16 would have it.",
+    "Update by depth": "Mean ||dW|| / ||W|| over the layers of a block.",
+    "Interference": "How strongly a domain's update answers to the inputs of a set, in percent of the layer's output.",
+    "Overlap": "Share of a set's input energy inside the directions kept at the start and by each domain, in percent.",
+}
 
 
 class UnitFacts(NamedTuple):
@@ -21,140 +52,140 @@ class UnitFacts(NamedTuple):
     diagnostics: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class CapacityRow:
-    """Room in the layers of one kind (q_proj, ..., projector).
+def capacity(units: Sequence[UnitFacts]) -> DataFrame:
+    """Tell the room in the layers of each kind (q_proj, ..., projector) at the last unit that was diagnosed.
 
-    Attributes:
-        d_in: input size, or the range of sizes.
-        shares: median share of directions kept, before the first unit and after each.
-        free: fewest free directions of a layer now.
-        units_left: units until the fullest layer has no direction left, at the mean growth so far; None if none grows.
+    Returns:
+        A row a kind, none where nothing is kept. Columns: input size, or the range of sizes; at the start and after
+        each unit the median share of directions kept, in percent; the fewest free directions of a layer; and units
+        until the fullest layer has none, at the mean growth so far, NaN where none grows.
     """
+    import pandas as pd
 
-    kind: str
-    d_in: str
-    shares: tuple[float, ...]
-    free: int
-    units_left: float | None
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Rows and columns by name; None where not measured."""
-
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    values: tuple[tuple[float | None, ...], ...]
-
-
-def kind_of(layer: str) -> str:
-    """The layers that are told apart: by the name within a block; all of the projector together."""
-    return PROJECTOR if ".layers." not in layer else layer.rsplit(".", 1)[-1]
+    layers = _by_layer(_last(units), "capacity")
+    if layers.empty:
+        return layers
+    kinds = ["projector" if ".layers." not in layer else layer.rsplit(".", 1)[-1] for layer in layers.index]
+    parts = _frame(dict(layers["parts"]))
+    growth = parts.iloc[:, 1:].mean(axis=1)
+    layers["domains left"] = layers["free"] / growth.where(growth > 0)
+    shares = 100 * parts.cumsum(axis=1).div(layers["d_in"], axis=0)
+    shares.columns = _stages(units, shares)
+    by_kind = layers.groupby(kinds, sort=False)
+    sizes = by_kind["d_in"].agg(["min", "max"]).astype(str)
+    sizes = sizes["min"].where(sizes["min"] == sizes["max"], sizes["min"] + "-" + sizes["max"]).rename("d_in")
+    kept = shares.groupby(kinds, sort=False).median()
+    return pd.concat([sizes, kept, by_kind[["free", "domains left"]].min()], axis=1)
 
 
-def depth_of(layer: str) -> int | None:
-    """Index of the block; None for the projector."""
-    head, found, rest = layer.rpartition(".layers.")
-    return int(rest.split(".")[0]) if found and head else None
+def gradient_split(units: Sequence[UnitFacts]) -> DataFrame:
+    """Average the shares of gradient energy (columns) over layers, in percent, a row a unit that measured them."""
+    layers = {unit.name: _by_layer(unit.gradient, "gradient") for unit in units}
+    means = {name: 100 * each.reindex(columns=list(SHARES)).mean() for name, each in layers.items()}
+    return _frame(means).dropna().rename(columns=SHARES)
 
 
-def capacity_rows(units: Sequence[UnitFacts]) -> list[CapacityRow]:
-    """A row per kind of layer, from the last unit that was diagnosed; empty if nothing is kept."""
-    capacity = _last(units).get("capacity", {})
-    rows = []
-    for kind in dict.fromkeys(map(kind_of, capacity)):
-        layers = [facts for layer, facts in capacity.items() if kind_of(layer) == kind]
-        sizes = sorted({facts["d_in"] for facts in layers})
-        steps = range(len(layers[0]["parts"]))
-        shares = tuple(
-            statistics.median(sum(facts["parts"][: step + 1]) / facts["d_in"] for facts in layers) for step in steps
-        )
-        rows.append(
-            CapacityRow(
-                kind,
-                str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}",
-                shares,
-                min(facts["free"] for facts in layers),
-                _units_left(layers),
-            )
-        )
-    return rows
-
-
-def gradient_split(units: Sequence[UnitFacts]) -> dict[str, dict[str, float]]:
-    """Unit -> mean over layers of the shares of gradient energy: protected, captured, discarded."""
-    split = {}
-    for unit in units:
-        layers = [facts for facts in unit.gradient.get("gradient", {}).values() if "protected" in facts]
-        if layers:
-            keys = ("protected", "captured", "discarded", "captured_of_residual")
-            split[unit.name] = {key: statistics.fmean(facts[key] for facts in layers) for key in keys}
-    return split
-
-
-def changes(units: Sequence[UnitFacts]) -> dict[str, dict[str, float]]:
-    """Unit -> median update size and, where something is kept, the largest leak of a layer in each form."""
+def changes(units: Sequence[UnitFacts]) -> DataFrame:
+    """Tell the median update in percent and the largest leak of a layer in each form, NaN where nothing is kept."""
     found = {}
-    for unit in units:
-        layers = list(unit.diagnostics.get("changes", {}).values())
-        if layers:
-            found[unit.name] = {"update": statistics.median(facts["update"] for facts in layers)}
-            for key in ("leak", "leak_evaluated", "leak_bfloat16"):
-                values = [facts[key] for facts in layers if key in facts]
-                if values:
-                    found[unit.name][key] = max(values)
-    return found
+    for name, layers in _changed(units).items():
+        leaks = layers.reindex(columns=list(LEAKS)).max().rename(LEAKS)
+        found[name] = {"update": 100 * layers["update"].median(), **leaks}
+    return _frame(found)
 
 
-def update_by_depth(units: Sequence[UnitFacts]) -> dict[str, dict[int, float]]:
-    """Unit -> block -> mean over its layers of ||dW|| / ||W||."""
-    found: dict[str, dict[int, float]] = {}
-    for unit in units:
-        by_depth: dict[int, list[float]] = {}
-        for layer, facts in unit.diagnostics.get("changes", {}).items():
-            depth = depth_of(layer)
-            if depth is not None:
-                by_depth.setdefault(depth, []).append(facts["update"])
-        if by_depth:
-            found[unit.name] = {depth: statistics.fmean(values) for depth, values in sorted(by_depth.items())}
-    return found
+def update_by_depth(units: Sequence[UnitFacts]) -> DataFrame:
+    """Average ||dW|| / ||W|| over the layers of a block (column), in percent; the projector has no depth."""
+    found = {}
+    for name, layers in _changed(units).items():
+        depth = layers.index.str.extract(r".*\.layers\.(\d+)", expand=False).astype(float)
+        found[name] = 100 * layers["update"].groupby(depth).mean()
+    return _frame(found).dropna(how="all")
 
 
-def interference(units: Sequence[UnitFacts]) -> Matrix:
-    """How strongly the update of a unit (row) answers to inputs of a set (column), in percent of the layer's output."""
-    units = [unit for unit in units if unit.diagnostics.get("inputs")]
-    columns = tuple(dict.fromkeys(name for unit in units for name in unit.diagnostics["inputs"]))
-    values = tuple(
-        tuple(
-            _mean(unit.diagnostics["inputs"].get(name), lambda facts: 100 * facts["interference"]) for name in columns
-        )
-        for unit in units
+def interference(units: Sequence[UnitFacts]) -> DataFrame:
+    """Tell how strongly a unit's update (row) answers to a set's inputs (column), in percent of the layer's output."""
+    inputs = {unit.name: unit.diagnostics["inputs"] for unit in units if unit.diagnostics.get("inputs")}
+    return _frame(
+        {
+            name: {asked: 100 * _by_layer(sets, asked)["interference"].mean() for asked in sets}
+            for name, sets in inputs.items()
+        }
     )
-    return Matrix(tuple(unit.name for unit in units), columns, values)
 
 
-def overlap(units: Sequence[UnitFacts]) -> Matrix:
-    """Share of a set's input energy (row) inside what was kept by whom (column), in percent, at the last unit."""
+def overlap(units: Sequence[UnitFacts]) -> DataFrame:
+    """Tell the share of a set's input energy (row) inside what was kept by whom (column), in percent, at the end."""
     inputs = _last(units).get("inputs", {})
-    parts = max((len(facts["covered"]) for layers in inputs.values() for facts in layers.values()), default=0)
-    columns = ("start", *(unit.name for unit in units))[:parts]
-    values = tuple(
-        tuple(_mean(layers, lambda facts, part=part: 100 * facts["covered"][part]) for part in range(parts))
-        for layers in inputs.values()
+    covered = {asked: _by_layer(inputs, asked)["covered"] for asked in inputs}
+    shares = _frame({asked: 100 * _frame(dict(each)).mean() for asked, each in covered.items()})
+    shares.columns = _stages(units, shares)
+    return shares
+
+
+def inspection(units: Sequence[UnitFacts]) -> RenderableType:
+    """Show what was diagnosed as terminal tables; those without numbers are left out."""
+    room = capacity(units)
+    tables = (
+        ("Capacity", "layers", room, ["{}", *["{:.0f} %"] * (room.shape[1] - 3), "{}", "{:.1f}"]),
+        ("Gradient", "domain", gradient_split(units), ["{:.1f} %"] * len(SHARES)),
+        ("Updates", "domain", changes(units), ["{:.1f} %", *["{:.1e}"] * len(LEAKS)]),
+        ("Interference", "update of", interference(units), None),
+        ("Overlap", "inputs of", overlap(units), None),
     )
-    return Matrix(tuple(inputs), columns, values)
+    parts: list[RenderableType] = []
+    for title, corner, frame, forms in tables:
+        if not frame.empty:
+            table = _table(corner, frame, forms or ["{:.1f}"] * frame.shape[1])
+            parts += [Text(title, style="bold"), table, Text(MEANING[title], style="dim"), Text("")]
+    return Group(*parts)
+
+
+def inspection_figures(units: Sequence[UnitFacts]) -> list[tuple[str, Drawn, str]]:
+    """Draw what was diagnosed: heading, picture and meaning of each; none if nothing was."""
+    room, split, updates = capacity(units), gradient_split(units), update_by_depth(units)
+    strengths, shares = interference(units), overlap(units)
+    drawn = (
+        ("Capacity", room, lambda dark: capacity_figure(room.iloc[:, 1:-2], dark)),
+        ("Gradient", split, lambda dark: split_figure(split, dark)),
+        ("Interference", strengths, lambda dark: matrix_figure(strengths, "update of", "inputs of", dark)),
+        ("Overlap", shares, lambda dark: matrix_figure(shares, "inputs of", "kept by", dark)),
+        ("Update by depth", updates, lambda dark: update_figure(updates, dark)),
+    )
+    return [(title, in_both(draw), MEANING[title]) for title, frame, draw in drawn if not frame.empty]
 
 
 def _last(units: Sequence[UnitFacts]) -> Mapping[str, Any]:
     return next((unit.diagnostics for unit in reversed(units) if unit.diagnostics), {})
 
 
-def _mean(layers: Mapping[str, Any] | None, value: Callable[[Mapping[str, Any]], float]) -> float | None:
-    return statistics.fmean(value(facts) for facts in layers.values()) if layers else None
+def _by_layer(facts: Mapping[str, Any], key: str) -> DataFrame:
+    """A row a layer; none where the facts lack the key."""
+    return _frame(facts.get(key, {}))
 
 
-def _units_left(layers: Sequence[Mapping[str, Any]]) -> float | None:
-    growth = [(facts["free"], statistics.fmean(facts["parts"][1:])) for facts in layers if len(facts["parts"]) > 1]
-    left = [free / mean for free, mean in growth if mean > 0]
-    return min(left, default=None)
+def _frame(rows: Mapping[str, Any]) -> DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _changed(units: Sequence[UnitFacts]) -> dict[str, DataFrame]:
+    found = {unit.name: _by_layer(unit.diagnostics, "changes") for unit in units}
+    return {name: layers for name, layers in found.items() if not layers.empty}
+
+
+def _stages(units: Sequence[UnitFacts], frame: DataFrame) -> list[str]:
+    """Who kept what the columns of a frame count: what was there at the start, then the units."""
+    return ["start", *(unit.name for unit in units)][: frame.shape[1]]
+
+
+def _table(corner: str, frame: DataFrame, forms: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(corner)
+    for name in frame.columns:
+        table.add_column(name, justify="right")
+    for name, *row in frame.itertuples():
+        cells = (NOT_MEASURED if cell != cell else form.format(cell) for form, cell in zip(forms, row, strict=True))
+        table.add_row(name, *cells)
+    return table

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
-from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, metric_text, score_sheet, score_text
+from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, Results, metric_text, score_sheet, score_text
 
 Table = tuple[list[str], list[list[str]]]
-LATEX_SPECIAL = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-                 "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
-                 "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}",
-                 "±": r"$\pm$", "−": r"$-$", "–": "--"}  # fmt: skip
+LATEX = str.maketrans({
+    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "±": r"$\pm$", "−": r"$-$",
+    "–": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+    "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}",
+})  # fmt: skip
 
 
-def run_tables(results: Mapping[str, Any]) -> dict[str, Table]:
+def run_tables(results: Results) -> dict[str, Table]:
     """The tables of one run by title: scores, metrics, forms of error, and how each set was asked and graded."""
     sheet = score_sheet(results)
-    rows = [*sheet.references, *(row for row in sheet.stages if row.is_measured)]
-    tables = {"Scores": (["", *sheet.columns], [[row.label, *map(score_text, row.scores)] for row in rows])}
+    scores = [[row.label, *map(score_text, row.scores)] for row in sheet.measured]
     values = [[metric.label, metric_text(metric, results["metrics"].get(metric.key))] for metric in METRICS]
-    tables["Metrics"] = (["metric", "value"], values)
-    for title, table in (("Wrong answers", errors_table(results)), ("How it was asked", grading_table(results))):
-        if table[1]:
-            tables[title] = table
-    return tables
+    tables = {
+        "Scores": (["", *sheet.columns], scores),
+        "Metrics": (["metric", "value"], values),
+        "Wrong answers": errors_table(results),
+        "How it was asked": grading_table(results),
+    }
+    return {title: table for title, table in tables.items() if table[1]}
 
 
-def errors_table(results: Mapping[str, Any]) -> Table:
+def errors_table(results: Results) -> Table:
     """Per set: how many answers were asked, how many went wrong in which form, and the strict second opinion."""
     errors, counts = results.get("errors") or {}, results.get("questions") or {}
     strict = results.get("strict") or {}
@@ -45,7 +46,7 @@ def errors_table(results: Mapping[str, Any]) -> Table:
 FORMS = {"wrong": "wrong", "off_by_one": "off by one", "format": "format", "truncated": "truncated", "blank": "blank"}
 
 
-def grading_table(results: Mapping[str, Any]) -> Table:
+def grading_table(results: Results) -> Table:
     """Per set: scorer, what is appended to the question, how pictures are put, answer length, batch and precision."""
     grading = results.get("grading") or {}
     heads = ["", "scorer", "appended to the question", "pictures", "new tokens", "batch", "precision"]
@@ -78,11 +79,13 @@ def as_markdown(table: Table) -> str:
 
 def as_latex(table: Table) -> str:
     """A `tabular` with rules of the package booktabs: text left, numbers right."""
-    heads, rows = table
-    columns = "l" + "r" * (len(heads) - 1)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _latex_row(heads), r"\midrule"]
-    lines += [_latex_row([minus(cell) for cell in row]) for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    heads, rows = (
+        [" & ".join(minus(cell).translate(LATEX) for cell in row) + r" \\" for row in part]
+        for part in ([table[0]], table[1])
+    )
+    columns = "l" + "r" * (len(table[0]) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *heads, r"\midrule", *rows, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
@@ -95,10 +98,6 @@ def exported(tables: Mapping[str, Table]) -> dict[str, str]:
         for title, table in tables.items()
         for suffix, write in FORMATS.items()
     }
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join("".join(LATEX_SPECIAL.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
 
 
 def minus(cell: str) -> str:

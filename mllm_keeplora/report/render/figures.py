@@ -2,17 +2,15 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.report.render.view import ZERO_SHOT, Sheet, run_title, score_sheet
+from mllm_keeplora.report.render.view import ZERO_SHOT, Results, Sheet, score_sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Results = Mapping[str, Any]
 # After Okabe and Ito: told apart with every common form of colour blindness; lighter on a dark page.
 LINE_COLOURS = {
     False: ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C98500", "#56B4E9", "#6A51A3", "#7A7A1F"),
@@ -27,29 +25,16 @@ MANY = 20  # columns or rows from which on cells shrink, lose their numbers, and
 DPI = 160
 
 
-def score_matrix_figure(
-    results_list: Sequence[Results], titles: Sequence[str] | None = None, dark: bool = False
-) -> bytes:
+def score_matrix_figure(results_list: Sequence[Results], titles: Sequence[str], dark: bool = False) -> bytes:
     """Draw score matrices as heat maps side by side, in rows of four, on one colour scale.
 
     The reference rows lie on top, a frame marks the domain just learned, hatching a cell that was not measured.
 
     Args:
         results_list: results of at least one run.
-        titles: one per run; None = the runs' names.
+        titles: one per run.
         dark: draw light ink on a transparent ground, for a dark page.
-
-    Returns:
-        PNG.
-
-    Raises:
-        ValueError: no run was given, or the number of titles differs.
     """
-    titles = [run_title(results) for results in results_list] if titles is None else list(titles)
-    if not results_list or len(titles) != len(results_list):
-        raise ValueError(
-            f"got {len(results_list)} results and {len(titles)} titles; need one title per run, at least one"
-        )
     sheets = [score_sheet(results) for results in results_list]
     num_rows = max(len(sheet.references) + len(sheet.stages) for sheet in sheets)
     shrunk = min(1.0, MANY / max(num_rows, *(len(sheet.columns) for sheet in sheets)))
@@ -77,11 +62,8 @@ def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
     Dashed before the domain is learned, a large marker at the moment it is, solid after; general suites in grey.
 
     Args:
-        results: results of one run.
+        results: the content of results.json.
         dark: draw light ink on a transparent ground, for a dark page.
-
-    Returns:
-        PNG.
     """
     sheet = score_sheet(results)
     rows = [*(row for row in sheet.references if row.label == ZERO_SHOT), *sheet.stages]
@@ -109,11 +91,6 @@ def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
     return png_of(figure, dark)
 
 
-def save_png(png: bytes, path: str | Path) -> None:
-    """Write a figure to a file."""
-    Path(path).write_bytes(png)
-
-
 def data_uri(png: bytes) -> str:
     """Return a picture as a data URI, for a page that must stand alone."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
@@ -126,14 +103,13 @@ def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool
     for row, top in zip(rows, tops, strict=True):
         for j, (score, left) in enumerate(zip(row.scores, lefts, strict=True)):
             is_learned = row.phase(j, len(sheet.domains)) == "learned"
-            _draw_cell(axes, (left, top), score, is_learned, colours, dark, numbers)
+            draw_cell(axes, (left, top), score, colours, dark, is_learned, 9 if numbers else 0)
     axes.set_xlim(0, lefts[-1] + 1)
     axes.set_ylim(tops[-1] + 1, 0)
     columns, named = _some(len(lefts)), _some(len(tops))
-    turned = 30 if _is_crowded(sheet) else 0
-    axes.set_xticks(
-        [lefts[j] + 0.5 for j in columns], [sheet.columns[j] for j in columns], rotation=turned, parse_math=False
-    )
+    names = [sheet.columns[j] for j in columns]
+    turned = 30 if max(map(len, sheet.columns)) > 8 else 0
+    axes.set_xticks([lefts[j] + 0.5 for j in columns], names, rotation=turned, parse_math=False)
     axes.set_yticks([tops[i] + 0.5 for i in named], [rows[i].label for i in named], parse_math=False)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, colors=INK[dark], labelsize=9)
@@ -141,15 +117,10 @@ def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool
     axes.set_title(title, color=INK[dark], fontsize=10.5, fontweight="bold", pad=10, parse_math=False)
 
 
-def _draw_cell(
-    axes: "Axes",
-    corner: tuple[float, float],
-    score: float | None,
-    is_learned: bool,
-    colours: Any,
-    dark: bool,
-    numbers: bool,
+def draw_cell(
+    axes: "Axes", corner: tuple[float, float], score: float | None, colours: Any, dark: bool, framed=False, size=9.0
 ) -> None:
+    """Draw a cell of a heat map: hatched where there is no score, with the score in digits of a size that may be 0."""
     from matplotlib.patches import Rectangle
 
     left, top = corner
@@ -158,13 +129,12 @@ def _draw_cell(
         axes.add_patch(Rectangle((left + 0.03, top + 0.03), 0.94, 0.94, **style))
         return
     fill = colours.to_rgba(score)
-    frame = {"edgecolor": INK[dark], "linewidth": 1.6} if is_learned else {"linewidth": 0}
+    frame = {"edgecolor": INK[dark], "linewidth": 1.6} if framed else {"linewidth": 0}
     axes.add_patch(Rectangle((left + 0.03, top + 0.03), 0.94, 0.94, facecolor=fill, **frame))
-    if not numbers:
-        return
-    brightness = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2]
-    ink = "#ffffff" if brightness < 0.5 else "#11161c"
-    axes.text(left + 0.5, top + 0.52, f"{score:.1f}", ha="center", va="center", color=ink, fontsize=9)
+    if size:
+        brightness = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2]
+        ink = "#ffffff" if brightness < 0.5 else "#11161c"
+        axes.text(left + 0.5, top + 0.52, f"{score:.1f}", ha="center", va="center", color=ink, fontsize=size)
 
 
 def _draw_curve(axes: "Axes", series: list[float], learned_at: int | None, colour: str, marker: str) -> None:
@@ -192,18 +162,11 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]], position: int)
 
 def _spread(values: Sequence[float], distance: float) -> list[float]:
     """Move ascending values apart to at least `distance`, each crowd staying centred on its mean."""
-    crowds: list[tuple[float, int]] = []
-    for value in values:
-        centre, size = value, 1
-        while (
-            crowds
-            and centre - (size - 1) * distance / 2 - crowds[-1][0] - (crowds[-1][1] - 1) * distance / 2 < distance
-        ):
-            other_centre, other_size = crowds.pop()
-            centre = (centre * size + other_centre * other_size) / (size + other_size)
-            size += other_size
-        crowds.append((centre, size))
-    return [centre + (k - (size - 1) / 2) * distance for centre, size in crowds for k in range(size)]
+    import numpy as np
+    from scipy.optimize import isotonic_regression
+
+    steps = distance * np.arange(len(values))
+    return (isotonic_regression(np.array(values) - steps).x + steps).tolist() if values else []
 
 
 def _colour_scale(sheets: Sequence[Sheet]) -> Any:
@@ -211,7 +174,7 @@ def _colour_scale(sheets: Sequence[Sheet]) -> Any:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    scores = [s for sheet in sheets for row in (*sheet.references, *sheet.stages) for s in row.scores if s is not None]
+    scores = [score for sheet in sheets for row in sheet.measured for score in row.scores if score is not None]
     return ScalarMappable(Normalize(min(0.0, *scores, 0.0), max(100.0, *scores, 100.0)), cmap="YlGnBu")
 
 
@@ -222,17 +185,10 @@ def _some(count: int) -> list[int]:
     return sorted({round(k * (count - 1) / (MANY // 2)) for k in range(MANY // 2 + 1)})
 
 
-def _is_crowded(sheet: Sheet) -> bool:
-    return max(len(name) for name in sheet.columns) > 8
-
-
 def new_figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def png_of(figure: "Figure", dark: bool) -> bytes:

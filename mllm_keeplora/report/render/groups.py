@@ -1,15 +1,15 @@
-"""Runs put together for comparison: the seeds of one setting are a group with a mean and a spread. Pure of files."""
+"""Runs put together for comparison: the seeds of one setting are a group with a mean and a spread."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mllm_keeplora.report.render.view import Metric, Score, metric_text, run_title
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.report.render.view import Metric, Results, Score, metric_text, run_title
 
-Results = Mapping[str, Any]
 REFERENCE, UPPER = "finetune", "joint"  # strategies that others are measured against where they are there
 GRADING = ("eval.limit", "eval.suite_limit", "eval.max_new_tokens")
 
@@ -47,38 +47,35 @@ class Group:
         """Scores on a domain after the whole sequence, by ascending seed."""
         return [run["score_matrix"][-1][run["domains"].index(domain)] for run in self.runs]
 
-    def seconds(self) -> list[Score]:
-        return [sum(run["wall_seconds"].values()) for run in self.runs]
-
 
 def group_runs(results_list: Sequence[Results]) -> list[Group]:
     """Put the seeds of one setting together, groups in the order of their first run.
 
+    Results that tell no settings are known by their name.
+
     Raises:
-        ValueError: no run; runs of other domains, data, base or split; the same setting and seed twice.
+        UserError: no run; runs of other domains, data, base or split; the same setting and seed twice.
     """
     if not results_list:
-        raise ValueError("nothing to compare: no results given")
+        raise UserError("nothing to compare: no results given")
     _refuse_strangers(results_list)
     by_setting: dict[str, list[Results]] = {}
-    for results in results_list:
-        by_setting.setdefault(repr(_setting_key(results)), []).append(results)
     strategies: dict[str, set[str]] = {}
     for results in results_list:
+        settings = sorted((results.get("settings") or {}).items()) or run_title(results)
+        by_setting.setdefault(repr((results["strategy"], results["domains"], settings)), []).append(results)
         strategies.setdefault(run_title(results), set()).add(results["strategy"])
     groups = []
     for runs in by_setting.values():
         runs = sorted(runs, key=lambda run: run["seed"])
         names = {run_title(run) for run in runs}
-        family = runs[0]["strategy"]
-        if len(names) == 1 and len(strategies[min(names)]) == 1:
-            family = names.pop()
-        if len({run["seed"] for run in runs}) < len(runs):
-            raise ValueError(
-                f"{family}: the same settings and seed were given twice (seeds {[r['seed'] for r in runs]})"
-            )
+        is_own = len(names) == 1 and len(strategies[min(names)]) == 1
+        family = min(names) if is_own else runs[0]["strategy"]
+        seeds = [run["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{family}: the same settings and seed were given twice (seeds {seeds})")
         groups.append(Group(family, family, "", tuple(runs)))
-    return _told_apart(groups)
+    return [_told_apart(group, [each.runs[0] for each in groups if each.family == group.family]) for group in groups]
 
 
 def mean_and_sd(values: Sequence[Score]) -> tuple[Score, Score]:
@@ -119,20 +116,16 @@ def shares_of_upper(group: Group, upper: Group | None) -> list[Score]:
 
 
 def mean_results(group: Group) -> Results:
-    """A results dict whose cells are means over the group's seeds; None where any seed did not measure."""
+    """A results dict whose cells are means over the group's seeds; NaN where any seed did not measure."""
+    import numpy as np
 
-    def mean(values: Sequence[Score]) -> Score:
-        return mean_and_sd(values)[0]
+    def mean(of: Callable[[Results], Any]) -> list:
+        return np.mean([np.array(of(run), dtype=float) for run in group.runs], axis=0).tolist()
 
-    rows = zip(*(run["score_matrix"] for run in group.runs), strict=True)
-    matrix = [[mean(cells) for cells in zip(*row, strict=True)] for row in rows]
-    suites = group.runs[0].get("general") or {}
-    general = {
-        name: [mean(cells) for cells in zip(*(run["general"][name] for run in group.runs), strict=True)]
-        for name in suites
-    }
-    zero_shot = [mean(cells) for cells in zip(*(run["zero_shot"] for run in group.runs), strict=True)]
-    return {**group.runs[0], "name": group.label, "score_matrix": matrix, "general": general, "zero_shot": zero_shot}
+    first = group.runs[0]
+    general = {name: mean(lambda run, name=name: run["general"][name]) for name in first.get("general") or {}}
+    means = {key: mean(lambda run, key=key: run[key]) for key in ("score_matrix", "zero_shot")}
+    return {**first, "name": group.label, "general": general, **means}
 
 
 def split_of(groups: Sequence[Group]) -> str:
@@ -155,22 +148,22 @@ def _refuse_strangers(results_list: Sequence[Results]) -> None:
     for number, results in enumerate(results_list[1:], start=2):
         other = _place(results, number)
         if sorted(results["domains"]) != sorted(first["domains"]):
-            raise ValueError(f"{other} learned {results['domains']}, {one} {first['domains']}")
+            raise UserError(f"{other} learned {results['domains']}, {one} {first['domains']}")
         ours, theirs = results.get("identity") or {}, first.get("identity") or {}
         if bool(ours) != bool(theirs):
-            raise ValueError(
+            raise UserError(
                 f"{other if theirs else one} does not tell what it was measured on; let this version write its results "
                 "again (mllm-keeplora report RUN)"
             )
-        for key in GRADING:
-            limits = [(each.get("settings") or {}).get(key) for each in (results, first)]
-            if limits[0] != limits[1]:
-                raise ValueError(f"{other} and {one} cannot be compared: {key} is {limits[0]} and {limits[1]}")
-        for key in ("split", "generator", "data", "base"):
-            if ours.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"{other} and {one} cannot be compared: their {key} differs ({ours.get(key)} and {theirs.get(key)})"
-                )
+        limits = [[(each.get("settings") or {}).get(key) for key in GRADING] for each in (results, first)]
+        told = [f"{key} is {mine} and {his}" for key, mine, his in zip(GRADING, *limits, strict=True) if mine != his]
+        told += [
+            f"their {key} differs ({ours.get(key)} and {theirs.get(key)})"
+            for key in ("split", "generator", "data", "base")
+            if ours.get(key) != theirs.get(key)
+        ]
+        if told:
+            raise UserError(f"{other} and {one} cannot be compared: {told[0]}")
 
 
 def _place(results: Results, number: int) -> str:
@@ -178,34 +171,16 @@ def _place(results: Results, number: int) -> str:
     return f"{run_title(results)} (number {number}: {results['strategy']}, seed {results['seed']})"
 
 
-def _setting_key(results: Results) -> tuple:
-    """What the seeds of a group share; results that tell no settings are known by their name."""
-    settings = results.get("settings")
-    return (results["strategy"], results["domains"], sorted(settings.items()) if settings else run_title(results))
-
-
-def _told_apart(groups: list[Group]) -> list[Group]:
-    """Add the settings that differ to the labels of groups of the same name."""
-    labelled = []
-    for group in groups:
-        namesakes = [other for other in groups if other.family == group.family]
-        if len(namesakes) > 1:
-            setting = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in _differing(group, namesakes))
-            group = replace(group, label=f"{group.family}, {setting}", setting=setting)
-        labelled.append(group)
-    return labelled
-
-
-def _differing(group: Group, namesakes: Sequence[Group]) -> list[tuple[str, Any]]:
-    """The group's settings that are not the same in all groups of its name; the order of domains where it differs."""
-    tables = [other.runs[0].get("settings") or {} for other in namesakes]
-    keys = {key: None for table in tables for key in table}
-    found = [key for key in keys if len({repr(table.get(key)) for table in tables}) > 1]
-    own = group.runs[0].get("settings") or {}
-    told = [(key, own.get(key)) for key in found]
-    if len({tuple(other.runs[0]["domains"]) for other in namesakes}) > 1:
-        told.append(("order", "-".join(group.runs[0]["domains"])))
-    return told
+def _told_apart(group: Group, namesakes: Sequence[Results]) -> Group:
+    """Add the settings that differ among first runs of one name to the group's label, and the order of domains."""
+    tables = [{**(run.get("settings") or {}), "order": "-".join(run["domains"])} for run in namesakes]
+    own = tables[namesakes.index(group.runs[0])]
+    keys = [*dict.fromkeys(key for table in tables for key in table if key != "order"), "order"]
+    differing = [key for key in keys if len({repr(table.get(key)) for table in tables}) > 1]
+    if not differing:
+        return group
+    setting = ", ".join(f"{key.split('.')[-1]} {own.get(key)}" for key in differing)
+    return replace(group, label=f"{group.family}, {setting}", setting=setting)
 
 
 def _natural(setting: str) -> tuple[float, str]:

@@ -1,7 +1,6 @@
 """Results as tables for a terminal of 80 to 100 columns."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.columns import Columns
@@ -14,7 +13,9 @@ from mllm_keeplora.report.render.groups import group_runs, mean_and_sd, spread_t
 from mllm_keeplora.report.render.view import (
     METRICS,
     Metric,
+    Results,
     Row,
+    Score,
     duration_text,
     memory_text,
     metric_text,
@@ -23,7 +24,6 @@ from mllm_keeplora.report.render.view import (
     score_text,
 )
 
-Results = Mapping[str, Any]
 STYLES = {"reference": "italic", "general": "cyan", "learned": "bold green", "seen": "", "unseen": "dim"}
 
 
@@ -32,9 +32,6 @@ def results_table(results: Results) -> RenderableType:
 
     Args:
         results: the content of results.json.
-
-    Returns:
-        Something a rich console prints.
     """
     facts = [f"{key} {results[key]}" for key in ("strategy", "base", "benchmark", "seed") if key in results]
     parts = [
@@ -57,21 +54,20 @@ def compare_table(results_list: Sequence[Results]) -> RenderableType:
     Args:
         results_list: results of at least one run, all on the same domains in whatever order.
 
-    Returns:
-        Something a rich console prints.
-
     Raises:
-        ValueError: there is no run, or the runs cannot be compared (see `group_runs`).
+        UserError: there is no run, or the runs cannot be compared (see `group_runs`).
     """
     groups = group_runs(results_list)
     domains = list(results_list[0]["domains"])
-    metrics = [[group.metric(metric.key) for metric in METRICS] for group in groups]
-    finals = [[group.finals(domain) for domain in domains] for group in groups]
     return Group(
         Text("Metrics", style="bold"),
-        _ranked_table(groups, METRICS, metrics),
+        _ranked_table(groups, {metric: [group.metric(metric.key) for group in groups] for metric in METRICS}),
         Text("Final score", style="bold"),
-        _ranked_table(groups, [Metric(domain, domain, "") for domain in domains], finals, reference_rows(groups)),
+        _ranked_table(
+            groups,
+            {Metric(domain, domain, ""): [group.finals(domain) for group in groups] for domain in domains},
+            reference_rows(groups),
+        ),
     )
 
 
@@ -89,16 +85,19 @@ def reference_rows(groups: Sequence[RunGroup]) -> list[Row]:
 
 
 def _ranked_table(
-    groups: Sequence[RunGroup], columns: Sequence[Metric], values: Sequence[Sequence], references: Sequence[Row] = ()
+    groups: Sequence[RunGroup], columns: Mapping[Metric, Sequence[Sequence[Score]]], references: Sequence[Row] = ()
 ) -> Table:
+    """A row a group, mean over spread; the best mean of a column is marked where there is something to choose from."""
     table = _plain_table("run", [column.label for column in columns])
-    means = [[mean_and_sd(cell)[0] for cell in row] for row in values]
-    best = _best_rows(means, [column.higher_is_better for column in columns])
-    for i, (group, row) in enumerate(zip(groups, values, strict=True)):
-        texts = [spread_text(column, cell, joint="\n") for column, cell in zip(columns, row, strict=True)]
-        table.add_row(
-            Text(group.label), *(Text(text, "bold green" if i in best[k] else "") for k, text in enumerate(texts))
-        )
+    texts = [[Text(group.label) for group in groups]]
+    for column, cells in columns.items():
+        means = [mean_and_sd(cell)[0] for cell in cells]
+        measured = [mean for mean in means if mean is not None]
+        best = (max if column.higher_is_better else min)(measured) if len(measured) > 1 else "none"
+        styles = ["bold green" if mean == best else "" for mean in means]
+        texts.append([Text(spread_text(column, cell, "\n"), style) for cell, style in zip(cells, styles, strict=True)])
+    for row in zip(*texts, strict=True):
+        table.add_row(*row)
     for row in references:
         scores = row.scores[: len(columns)]
         table.add_row(Text(row.label), *(Text(score_text(score)) for score in scores), style=STYLES["reference"])
@@ -114,15 +113,12 @@ def _sheet_table(results: Results) -> Table:
     counts = results.get("questions") or {}
     if counts:
         table.add_row(Text("questions"), *(Text(str(counts.get(name, ""))) for name in sheet.columns), style="dim")
-    stages = [row for row in sheet.stages if row.is_measured]
-    rows = [*sheet.references, *stages]
-    for row in rows:
+    for i, row in enumerate(sheet.measured, start=1):
         cells = [
             Text(score_text(score), style=STYLES[row.phase(j, len(sheet.domains))] if score is not None else "dim")
             for j, score in enumerate(row.scores)
         ]
-        ends_block = row is rows[len(sheet.references) - 1] and bool(sheet.references)
-        table.add_row(Text(row.label), *cells, end_section=ends_block)
+        table.add_row(Text(row.label), *cells, end_section=i == len(sheet.references))
     return table
 
 
@@ -130,8 +126,7 @@ def _metrics_line(results: Results) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     for metric in METRICS:
         table.add_column(metric.label, justify="right")
-    values = [Text(metric_text(metric, results["metrics"].get(metric.key)), style="bold") for metric in METRICS]
-    table.add_row(*values)
+    table.add_row(*(Text(metric_text(each, results["metrics"].get(each.key)), style="bold") for each in METRICS))
     return table
 
 
@@ -151,16 +146,6 @@ def _plain_table(corner: str, columns: Sequence[str], gap: int = 2) -> Table:
         longest_word = max((len(word) for word in column.split()), default=1)
         table.add_column(Text(column), justify="right", overflow="fold", min_width=min(longest_word, 12))
     return table
-
-
-def _best_rows(values: Sequence[Sequence[float | None]], higher_is_better: Sequence[bool]) -> list[set[int]]:
-    """Return for each column the rows that hold its best value; none where there is nothing to choose from."""
-    best = []
-    for column, is_higher in zip(zip(*values, strict=True), higher_is_better, strict=True):
-        measured = [value for value in column if value is not None]
-        top = (max if is_higher else min)(measured) if len(measured) > 1 else None
-        best.append({i for i, value in enumerate(column) if top is not None and value == top})
-    return best
 
 
 def memory_table(stages: Mapping[str, Mapping[str, float]], host: float, where: str) -> RenderableType:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from mllm_keeplora.report.render.figures import FAINT, INK, LINE_COLOURS, MARKERS, new_figure, png_of
@@ -31,15 +30,7 @@ def trade_off_figure(
         curves: name -> (setting, plasticity, BWT) in the order of the line.
         chosen: (name, setting) of points to mark with a ring.
         dark: draw light ink on a transparent ground.
-
-    Returns:
-        PNG.
-
-    Raises:
-        ValueError: there is no point to draw.
     """
-    if not any(curves.values()):
-        raise ValueError("a trade-off curve needs at least one run with plasticity and BWT")
     crowded, full = len(curves) > CROWDED, len(curves) > FULL
     figure = new_figure(9.2 if full else 7.4, 5.2) if crowded else new_figure(6.2, 4.0)
     axes = figure.subplots()
@@ -67,9 +58,7 @@ def trade_off_figure(
     axes.grid(color=FAINT[dark], alpha=0.25, linewidth=0.6)
     axes.spines[:].set_visible(False)
     place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if full else {"loc": "lower left"}
-    legend = axes.legend(frameon=False, fontsize=9, **place)
-    for text in legend.get_texts():
-        text.set_color(INK[dark])
+    legend = axes.legend(frameon=False, fontsize=9, labelcolor=INK[dark], **place)
     _place(axes, labels, [legend])
     axes.axhline(0, color=FAINT[dark], linewidth=0.8, zorder=1)
     return png_of(figure, dark)
@@ -87,10 +76,14 @@ def curve_style(i: int, dark: bool = False) -> dict[str, Any]:
 
 def _place(axes: Any, labels: Sequence[tuple[str, float, float, str]], taken: Sequence[Any]) -> None:
     """Write each label beside its point, where it covers least of the lines and labels that are there already."""
-    figure = axes.figure
-    figure.draw_without_rendering()
+    import numpy as np
+
+    axes.figure.draw_without_rendering()
     boxes = [artist.get_window_extent() for artist in taken]
-    dots = [dot for line in axes.lines for dot in _along(axes.transData.transform(line.get_xydata()))]
+    dots: list[Any] = []  # of every line its points and some between them, in pixels
+    for line in axes.lines:
+        points = axes.transData.transform(line.get_xydata())
+        dots += [*np.linspace(points[:-1], points[1:], 25).reshape(-1, 2), *points]
     for text, x, y, colour in labels:
         tried = []
         for place, (dx, dy, horizontal, vertical) in enumerate(PLACES):
@@ -106,11 +99,3 @@ def _place(axes: Any, labels: Sequence[tuple[str, float, float, str]], taken: Se
         for *_, label, _ in tried[1:]:
             label.remove()
         boxes.append(tried[0][3])
-
-
-def _along(points: Any) -> list[tuple[float, float]]:
-    """Points of a line and some between them, in pixels."""
-    steps = [i / 24 for i in range(25)]
-    return [(x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for (x0, y0), (x1, y1) in pairwise(points) for t in steps] + [
-        tuple(point) for point in points
-    ]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+Results = Mapping[str, Any]  # the content of results.json
 Score = float | None
 NOT_MEASURED = "–"
 ZERO_SHOT = "zero-shot"
@@ -69,8 +70,13 @@ class Sheet:
     def columns(self) -> tuple[str, ...]:
         return self.domains + self.suites
 
+    @property
+    def measured(self) -> tuple[Row, ...]:
+        """References and stages that hold a score."""
+        return self.references + tuple(row for row in self.stages if row.is_measured)
 
-def score_sheet(results: Mapping[str, Any]) -> Sheet:
+
+def score_sheet(results: Results) -> Sheet:
     """Lay out a results dict; a cell that was not measured is None, and a reference row without a score is left out.
 
     Raises:
@@ -102,7 +108,7 @@ def score_sheet(results: Mapping[str, Any]) -> Sheet:
     return Sheet(domains, tuple(suites), tuple(row for row in references if row.is_measured), stages)
 
 
-def run_title(results: Mapping[str, Any]) -> str:
+def run_title(results: Results) -> str:
     """Name a run: its own name where it has one, else its strategy."""
     return str(results.get("name") or results["strategy"])
 

@@ -40,7 +40,7 @@ RESULTS = {
     "peak_memory_bytes": 1_420_000_000,
     "questions": {"RS": 400, "Med": 400, "AD": 400, "Sci": 400, "Fin": 400, "general": 500},
     "environment": {"torch": "2.6.0", "transformers": "5.0.0", "device": "cpu, 2 threads"},
-    "config": {"name": "mini-keeplora", "strategy": {"name": "keeplora", "rank": 16}, "seed": 0},
+    "config": "name: mini-keeplora\nstrategy:\n  name: keeplora\n  rank: 16\nseed: 0\n",
     "per_type": {"RS": {"count": 41.2, "yes/no": 78.0}, "Fin": {"trend": 71.6}},
 }
 

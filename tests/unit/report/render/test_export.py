@@ -5,8 +5,8 @@ import io
 
 import pytest
 
-from mllm_keeplora.report.render import exported, render_html, run_tables
-from mllm_keeplora.report.render.export import as_csv, as_latex, as_markdown
+from mllm_keeplora.report.render.export import as_csv, as_latex, as_markdown, exported, run_tables
+from mllm_keeplora.report.render.html import render_html
 
 TABLE = (["", "Last", "BWT"], [["KeepLoRA_v1 & co", "86.0 ±0.1", "-2.5"], ["50 % | {x}", "–", "+0.3, -1.0"]])
 

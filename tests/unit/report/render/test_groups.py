@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from mllm_keeplora.report.render.costs import costs
+from mllm_keeplora.report.render.comparison import costs
 from mllm_keeplora.report.render.groups import (
     find_group,
     group_runs,
@@ -18,7 +18,7 @@ from mllm_keeplora.report.render.groups import (
     spread_text,
     trade_off_curves,
 )
-from mllm_keeplora.report.render.view import METRICS
+from mllm_keeplora.report.render.view import METRICS, score_sheet
 
 LAST = next(metric for metric in METRICS if metric.key == "last")
 BWT = next(metric for metric in METRICS if metric.key == "bwt")
@@ -139,7 +139,7 @@ def test_mean_results_average_cell_by_cell_and_keep_what_was_not_measured(make):
     one["score_matrix"][2][3] = None
     mean = mean_results(group_runs([one, other])[0])
     assert mean["score_matrix"][0][1] == pytest.approx(one["score_matrix"][0][1] + 1)
-    assert mean["score_matrix"][2][3] is None
+    assert score_sheet(mean).stages[2].scores[3] is None
 
 
 def test_curves_follow_the_setting_and_leave_out_joint_training(make):

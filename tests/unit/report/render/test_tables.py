@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from mllm_keeplora.report.render import compare_table, results_table
+from mllm_keeplora.report.render.tables import compare_table, results_table
 
 
 def printed(renderable, width=80, color=False):
