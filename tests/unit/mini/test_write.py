@@ -1,5 +1,6 @@
 """The folder writer: layout, formats, balance, split hygiene, the cache."""
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 
@@ -113,3 +114,24 @@ def test_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
 
 def test_hash_depends_on_sizes():
     assert generator_hash(TINY) != generator_hash({**TINY, "train": 61})
+
+
+DRAWN_DATA = "ef9cfda293f4"  # of all pictures' pixels and all records of the shipped sizes
+
+
+def digest_of_data(root):
+    """Digest of what is drawn: records as they are, pictures by their pixels, whatever their files are packed with."""
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix == ".json":
+            total.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+        elif path.suffix == ".png":
+            total.update(path.relative_to(root).as_posix().encode() + Image.open(path).convert("RGB").tobytes())
+    return total.hexdigest()[:12]
+
+
+@pytest.mark.slow
+def test_the_shipped_data_are_those_that_their_pinned_name_stands_for(tmp_path):
+    """Where this fails, what is drawn has changed: pin another name in `mini.write.DRAWN`, and this digest with it."""
+    write_mini_dcl(tmp_path / "drawn")
+    assert (generator_hash(), digest_of_data(tmp_path / "drawn")) == ("6036a136d0a5", DRAWN_DATA)
