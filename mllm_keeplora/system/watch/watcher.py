@@ -103,7 +103,8 @@ class Watcher:
         if self.store is not None and _may_be_an_echo(error):
             self._patience = ECHO_S
             _until(lambda: self._first is not None, CAUSE_S)
-        own = Failure(distributed.rank(), f"{self._who()} failed{self._where()}: {_short(error)}", 1)
+        what = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        own = Failure(distributed.rank(), f"{self._who()} failed{self._where()}: {what}", 1)
         first = self._settle(own)
         if first == own:
             if distributed.world_size() > 1:
@@ -259,12 +260,6 @@ class Watcher:
 
 def _name_of(rank: int, host: str) -> str:
     return f"rank {rank} of {distributed.world_size()} on {host}"
-
-
-def _short(error: Exception) -> str:
-    """An error's kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _may_be_an_echo(error: Exception) -> bool:
