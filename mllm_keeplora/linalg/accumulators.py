@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .checks import as_count, as_matrix, full_precision
+from .checks import Device, as_count, as_matrix, full_precision
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64)
 class _Sum:
     """A sum of products, and beside it counts in float64, of which the last is that of rows or samples."""
 
-    def __init__(self, shape: tuple[int, int], counts: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, shape: tuple[int, int], counts: int, dtype: torch.dtype, device: Device) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype of a running sum must be torch.float32 or torch.float64, got {dtype}")
         self._sum = torch.zeros(shape, dtype=dtype, device=device)
@@ -49,7 +49,7 @@ class _Sum:
 
 
 class MomentAccumulator(_Sum):
-    """Running moments X^T X of features, with their exact energy and count.
+    """Sum the moments X^T X of features, with their exact energy and count.
 
     Args:
         d_in: width of a feature row.
@@ -59,7 +59,7 @@ class MomentAccumulator(_Sum):
     Source: KeepLoRA (ICLR 2026), Eq. (8), by the Gram matrix: same left vectors, squared singular values.
     """
 
-    def __init__(self, d_in: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(self, d_in: int, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> None:
         self.d_in = as_count(d_in, "d_in", 1)
         super().__init__((d_in, d_in), 2, dtype, device)
 
@@ -95,7 +95,7 @@ class _GradientSum(_Sum):
 
 
 class GradientAccumulator(_GradientSum):
-    """Exact mean gradient of a weight, from its inputs and output gradients, summed in float32 or float64.
+    """Sum the exact mean gradient of a weight from its inputs and output gradients, in float32 or float64.
 
     Args:
         d_out: width of an output gradient row.
@@ -106,9 +106,7 @@ class GradientAccumulator(_GradientSum):
     Source: KeepLoRA (ICLR 2026), Eq. (2); the weight gradient of y = x W^T is the sum of dy^T x over rows.
     """
 
-    def __init__(
-        self, d_out: int, d_in: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, d_out: int, d_in: int, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> None:
         self.d_out, self.d_in = as_count(d_out, "d_out", 1), as_count(d_in, "d_in", 1)
         super().__init__((d_out, d_in), 1, dtype, device)
 
@@ -125,7 +123,7 @@ class GradientAccumulator(_GradientSum):
 
 
 class GradientSketch(_GradientSum):
-    """Streamed sketch Y = sum of x^T (dy Omega) of a weight gradient that is never formed.
+    """Stream a sketch Y = sum of x^T (dy Omega) of a weight gradient that is never formed.
 
     Omega is (d_out, width), standard normal, drawn on the CPU from a generator of its own, so equal seeds give
     equal matrices on every process and device; layers of the same width share it. The columns of Y span about the
@@ -146,13 +144,7 @@ class GradientSketch(_GradientSum):
     """
 
     def __init__(
-        self,
-        d_out: int,
-        d_in: int,
-        width: int,
-        seed: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, d_out: int, d_in: int, width: int, seed: int, dtype: torch.dtype = torch.float32, device: Device = "cpu"
     ) -> None:
         self.d_out, self.d_in = as_count(d_out, "d_out", 1), as_count(d_in, "d_in", 1)
         self.width, self.seed = as_count(width, "width", 1), as_count(seed, "seed", 0)

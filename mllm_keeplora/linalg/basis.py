@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import as_choice, as_count, as_matrix, as_share, full_precision
+from .checks import Device, as_choice, as_count, as_matrix, as_share, full_precision
 from .decompose import fix_signs, leading_eigenvectors, leading_right_vectors, orthonormal_complement
 from .energy import rank_for_energy
 from .frequent_directions import FrequentDirections
@@ -24,7 +24,7 @@ REPAIR_TOLERANCE = 2e-2
 
 
 class Basis:
-    """Orthonormal columns in R^d_in that grow by the directions of new features.
+    """Hold orthonormal columns in R^d_in that grow by the directions of new features.
 
     Args:
         d_in: dimension of the space.
@@ -36,7 +36,7 @@ class Basis:
     Source: KeepLoRA (ICLR 2026), the unified subspace Q_t of Eqs. (3) and (10).
     """
 
-    def __init__(self, d_in: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, d_in: int, device: Device = "cpu") -> None:
         self.columns = torch.zeros(as_count(d_in, "d_in", 1), 0, dtype=torch.float32, device=device)
 
     @classmethod
@@ -71,7 +71,7 @@ class Basis:
                 basis.columns = exact.to(torch.float32, copy=True)
         return basis
 
-    def to(self, device: torch.device | str) -> Basis:
+    def to(self, device: Device) -> Basis:
         """Give the same basis on another device."""
         moved = Basis(self.d_in, device)
         moved.columns = self.columns.to(device)
@@ -88,14 +88,14 @@ class Basis:
         return self.columns.shape[0]
 
     def project(self, X: Tensor) -> Tensor:
-        """Give the part X Q Q^T of rows X (n, d_in) inside the subspace; float64 for float64 rows, else float32."""
+        """Give the part of rows X (n, d_in) inside the subspace: X Q Q^T, float64 for float64 rows, else float32."""
         rows = as_matrix(X, "X", columns=self.d_in)
         with full_precision(rows.device):
             columns = self.columns.to(rows)
             return (rows @ columns) @ columns.mT
 
     def residual(self, X: Tensor) -> Tensor:
-        """Give the part X - X Q Q^T of rows X (n, d_in) outside the subspace, in the dtype of `project`."""
+        """Give the part of rows X (n, d_in) outside the subspace: X - X Q Q^T, in the dtype of `project`."""
         return as_matrix(X, "X", columns=self.d_in) - self.project(X)
 
     def append(self, columns: Tensor) -> None:

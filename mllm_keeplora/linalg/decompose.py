@@ -132,7 +132,7 @@ def orthonormal_complement(candidates: Tensor, columns: Tensor) -> Tensor:
 
 
 class Complement:
-    """Coordinates of the space orthogonal to given columns, by Householder reflections that are never multiplied out.
+    """Give coordinates in the space orthogonal to given columns, by Householder reflections never multiplied out.
 
     A decomposition in them is smaller than one in the whole space, and its vectors are orthogonal to the columns.
 

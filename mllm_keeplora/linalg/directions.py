@@ -18,7 +18,7 @@ Gradient = Tensor | GradientAccumulator | GradientSketch  # a mean gradient (d_o
 
 @dataclass(frozen=True)
 class RandomizedSVD:
-    """Range finder in place of an exact decomposition: width rank + `oversample`, then `power_iterations`.
+    """Find a range in place of an exact decomposition: width rank + `oversample`, then `power_iterations`.
 
     `oversample` None makes the width 4 times the rank; the published LLaVA code has oversample 0 and 2 iterations,
     its CLIP code width 4 r and 4 iterations, both without a seed. Source: Halko, Martinsson and Tropp (2011).

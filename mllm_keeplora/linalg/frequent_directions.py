@@ -7,12 +7,12 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from .checks import as_count, as_matrix, full_precision
+from .checks import Device, as_count, as_matrix, full_precision
 from .decompose import leading_eigenvectors
 
 
 class FrequentDirections:
-    """Sketch of at most `size` rows whose energy along every direction bounds that of the stream from below.
+    """Keep at most `size` rows whose energy along every direction bounds that of the stream from below.
 
     For every unit vector v and every k < size:
     0 <= ||X v||^2 - ||S v||^2 <= ||X - X_k||_F^2 / (size - k), X the rows seen, S the sketch, X_k the best
@@ -30,7 +30,7 @@ class FrequentDirections:
     Source: Ghashami, Liberty, Phillips and Woodruff (2016), Frequent Directions with a buffer of twice the size.
     """
 
-    def __init__(self, d_in: int, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, d_in: int, size: int, device: Device = "cpu") -> None:
         self.d_in = as_count(d_in, "d_in", 1)
         self.size = as_count(size, "size", 1)
         self._rows = torch.zeros(0, d_in, dtype=torch.float32, device=device)
@@ -66,7 +66,7 @@ class FrequentDirections:
         """The device that the buffer lives on."""
         return self._rows.device
 
-    def to(self, device: torch.device | str) -> FrequentDirections:
+    def to(self, device: Device) -> FrequentDirections:
         """Give the same sketch on another device."""
         moved = copy(self)
         moved._rows = self._rows.to(device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .accumulators import GradientSketch, drawn
-from .checks import full_precision
+from .checks import Device, full_precision
 
 RENEWED_AFTER = 6  # times the width, in rows since the last time: renewing costs as much as summing about so many
 FRESH = 3  # one of so many directions is given up for a new one at every update
@@ -16,13 +16,12 @@ STANDS_OUT = 0.5  # length outside the kept directions that a new one of length 
 
 
 class GradientRange(GradientSketch):
-    """Streamed form Omega Y^T of a weight gradient G; Omega (d_out, width) is about the leading range of G so far.
+    """Stream a weight gradient G in the form Omega Y^T, Omega (d_out, width) about the leading range of G so far.
 
     An update, once six times as many rows have come as there are directions, gives up the third of them along which
     least was held and takes the leading ones of the new rows outside the others instead; every update adds
-    inputs^T (grad_output Omega) to Y. What falls out of the range is lost, so the
-    energy held is at most G's. It captures more of G's leading part than fixed directions, which know a first batch at
-    best, at half their width.
+    inputs^T (grad_output Omega) to Y. What falls out of the range is lost, so the energy held is at most G's. At half
+    their width it captures more of G's leading part than fixed directions, which know a first batch at best.
 
     Held are Y (d_in, width) float32 and Omega, orthonormal up to the bfloat16 that it is kept in. Unlike a
     `GradientSketch` it is not linear; `merge` takes the range of both, as a group of processes does by `reach`, a sum
@@ -36,7 +35,7 @@ class GradientRange(GradientSketch):
     Directions of Ghashami et al. (2016), here without shrinking the others.
     """
 
-    def __init__(self, d_out: int, d_in: int, width: int, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, d_out: int, d_in: int, width: int, seed: int, device: Device = "cpu") -> None:
         super().__init__(d_out, d_in, width, seed, torch.float32, device)
         self._is_begun, self._rows_since = False, 0
         self._fresh = max(1, width // FRESH)
@@ -88,7 +87,7 @@ class GradientRange(GradientSketch):
         return _rounded(held)
 
     def reach(self) -> Tensor:
-        """(d_out, width) float32: what is held of G times the random matrix."""
+        """Give what is held of G times the random matrix: (d_out, width) float32."""
         with full_precision(self._sum.device):
             return self.test_matrix.to(self._sum) @ (self._sum.mT @ self._drawn)
 

@@ -18,7 +18,7 @@ SKETCH_ROUNDING = 1e-6  # share of its energy that a float32 sketch may lose by 
 
 @dataclass(frozen=True)
 class Leftover:
-    """Features without their part inside a basis, float64: rows (n, free), or moments (free, free) of them."""
+    """Hold features without their part inside a basis, float64: rows (n, free), or moments (free, free) of them."""
 
     matrix: Tensor
     complement: Complement  # that the rows are coordinates in

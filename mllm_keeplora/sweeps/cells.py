@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 from mllm_keeplora.config import RunConfig, load_config, parse_config, read_yaml
 from mllm_keeplora.errors import STOPPED
@@ -28,7 +27,7 @@ INTERRUPTED = {STOPPED, *(code for number in (signal.SIGINT, signal.SIGTERM) for
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep."""
+    """A cell is one run of a sweep."""
 
     run: str
     overrides: tuple[str, ...]
@@ -132,11 +131,8 @@ def _terminated_like_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    like_ctrl_c = signal.default_int_handler
+    before = {number: signal.signal(number, like_ctrl_c) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from mllm_keeplora.system.log import log
 
 
 class TuneConfig(Section):
-    """How every strategy's setting is chosen."""
+    """Say how every strategy's setting is chosen."""
 
     key: str = "train.lr"
     grid: list[float] = Field(min_length=1)
@@ -32,7 +32,7 @@ class FinalConfig(Section):
 
 
 class SweepConfig(Section):
-    """A sweep's YAML: a run that every cell varies, strategies as lists of overrides, tuning and final runs."""
+    """A sweep's YAML names a run to vary, strategies as lists of overrides, tuning and final runs."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run: str
@@ -108,7 +108,7 @@ def _cell(sweep: SweepConfig, label: str, value: float, seed: int, extra: Sequen
 
 @dataclass
 class Tuning:
-    """What was tried for one strategy: value -> score; None where the run failed."""
+    """Keep what was tried for one strategy: value -> score, None if the run failed."""
 
     scores: dict[float, float | None] = field(default_factory=dict)
 

@@ -33,7 +33,7 @@ MISTAKE_S = 5  # how long the main process may take to find the mistake that ano
 
 
 class Failure(NamedTuple):
-    """What ended a run: the process that failed, a sentence that names it, and the exit code of all."""
+    """A failure ended a run: the process that failed, a sentence that names it, and the exit code of all."""
 
     rank: int
     sentence: str
@@ -41,7 +41,7 @@ class Failure(NamedTuple):
 
 
 class Watcher:
-    """The watching threads, and what they have heard.
+    """Run the two watching threads, and keep what they have heard.
 
     Args:
         store: for word from the other processes; None where there are none.
