@@ -16,7 +16,7 @@ STANDS_OUT = 0.5  # length outside the kept directions that a new one of length 
 
 
 class GradientRange(GradientSketch):
-    """Stream a weight gradient G in the form Omega Y^T, Omega (d_out, width) about the leading range of G so far.
+    """Stream a weight gradient G as Omega Y^T; Omega (d_out, width) is about the leading range of G so far.
 
     An update, once six times as many rows have come as there are directions, gives up the third of them along which
     least was held and takes the leading ones of the new rows outside the others instead; every update adds

@@ -181,7 +181,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def interleaved(rows: Any) -> Any:
-    """Join rows (n, ...) of all processes in the order of the items, which were dealt out one to each in turn."""
+    """Join rows (n, ...) of all processes in the order of items, dealt out one to each in turn."""
     shares = gather(rows)
     whole = rows.new_zeros(sum(map(len, shares)), *rows.shape[1:])
     for place, share in enumerate(shares):
