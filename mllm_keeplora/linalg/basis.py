@@ -6,17 +6,15 @@ Knows no layer. A basis holds float32 columns; what decides about them is comput
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .accumulators import MomentAccumulator
-from .checks import as_choice, as_count, as_matrix, as_share, full_precision
+from .checks import Device, as_choice, as_count, as_matrix, as_share, full_precision
 from .decompose import fix_signs, leading_eigenvectors, leading_right_vectors, orthonormal_complement
 from .energy import rank_for_energy
 from .frequent_directions import FrequentDirections
-from .leftover import energy_of, leftover_of, source_matrix
+from .leftover import Features, Leftover, energy_of, leftover_of, source_matrix
 
 ENERGY_REFERENCES = ("total", "residual")
 # Gram matrix error of given columns: up to the first they are kept bit for bit (float32 rounding of orthonormal
@@ -25,28 +23,21 @@ KEEP_TOLERANCE = 5e-7
 REPAIR_TOLERANCE = 2e-2
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """How much of an input space is taken: `share` = rank / d_in, `free` = d_in - rank."""
-
-    rank: int
-    d_in: int
-    share: float
-    free: int
-
-
 class Basis:
-    """Orthonormal columns in R^d_in that grow by the directions of new features.
+    """Hold orthonormal columns in R^d_in that grow by the directions of new features.
 
     Args:
         d_in: dimension of the space.
         device: where the columns live.
 
+    Attributes:
+        columns: (d_in, rank) float32, orthonormal.
+
     Source: KeepLoRA (ICLR 2026), the unified subspace Q_t of Eqs. (3) and (10).
     """
 
-    def __init__(self, d_in: int, device: torch.device | str = "cpu") -> None:
-        self._columns = torch.zeros(as_count(d_in, "d_in", 1), 0, dtype=torch.float32, device=device)
+    def __init__(self, d_in: int, device: Device = "cpu") -> None:
+        self.columns = torch.zeros(as_count(d_in, "d_in", 1), 0, dtype=torch.float32, device=device)
 
     @classmethod
     def from_columns(cls, Q: Tensor) -> Basis:
@@ -77,76 +68,55 @@ class Basis:
                     exact = orthonormal_complement(exact, exact[:, :0])
                 if exact.shape[1] != rank:
                     raise ValueError(f"columns of a basis must be independent, got rank {exact.shape[1]} of {rank}")
-                basis._columns = exact.to(torch.float32, copy=True)
+                basis.columns = exact.to(torch.float32, copy=True)
         return basis
 
-    def to(self, device: torch.device | str) -> Basis:
-        """The same basis on another device."""
+    def to(self, device: Device) -> Basis:
+        """Give the same basis on another device."""
         moved = Basis(self.d_in, device)
-        moved._columns = self._columns.to(device)
+        moved.columns = self.columns.to(device)
         return moved
 
     @property
-    def columns(self) -> Tensor:
-        """(d_in, rank) float32, orthonormal."""
-        return self._columns
-
-    @property
     def rank(self) -> int:
-        """Number of columns."""
-        return self._columns.shape[1]
+        """The number of columns."""
+        return self.columns.shape[1]
 
     @property
     def d_in(self) -> int:
-        """Dimension of the space."""
-        return self._columns.shape[0]
+        """The dimension of the space."""
+        return self.columns.shape[0]
 
     def project(self, X: Tensor) -> Tensor:
-        """Part of rows X (n, d_in) inside the subspace: X Q Q^T, detached, float32 or for float64 rows float64."""
+        """Give the part of rows X (n, d_in) inside the subspace: X Q Q^T, float64 for float64 rows, else float32."""
         rows = as_matrix(X, "X", columns=self.d_in)
         with full_precision(rows.device):
-            columns = self._columns.to(rows)
+            columns = self.columns.to(rows)
             return (rows @ columns) @ columns.mT
 
     def residual(self, X: Tensor) -> Tensor:
-        """Part of rows X (n, d_in) outside the subspace: X - X Q Q^T, of the same shape and dtype as `project`."""
+        """Give the part of rows X (n, d_in) outside the subspace: X - X Q Q^T, in the dtype of `project`."""
         return as_matrix(X, "X", columns=self.d_in) - self.project(X)
 
+    def append(self, columns: Tensor) -> None:
+        """Take in (d_in, k) directions that `missing` gave, here or in another process; earlier columns stay."""
+        self.columns = torch.cat([self.columns, columns.to(self.columns)], dim=1)
+
     def grow(
-        self,
-        moments_or_rows: Tensor | MomentAccumulator | FrequentDirections,
-        energy: float,
-        reference: str = "total",
-        limit: int | None = None,
-        rule: str = "reach",
+        self, features: Features, energy: float, reference: str = "total", limit: int | None = None, rule: str = "reach"
     ) -> int:
-        """Add the fewest directions with which the basis covers a share of the energy of new features.
-
-        What is added is `missing(...)` of the same arguments; earlier columns are unchanged bit for bit.
-
-        Returns:
-            Number of columns added, 0 if the features are covered or carry no energy.
-        """
-        added = self.missing(moments_or_rows, energy, reference, limit, rule)
+        """Append what is `missing` by the same arguments; returns how many columns that is."""
+        added = self.missing(features, energy, reference, limit, rule)
         self.append(added)
         return added.shape[1]
 
-    def append(self, columns: Tensor) -> None:
-        """Take in (d_in, k) directions that `missing` gave, here or in another process."""
-        self._columns = torch.cat([self._columns, columns.to(self._columns)], dim=1)
-
     def missing(
-        self,
-        moments_or_rows: Tensor | MomentAccumulator | FrequentDirections,
-        energy: float,
-        reference: str = "total",
-        limit: int | None = None,
-        rule: str = "reach",
+        self, features: Features, energy: float, reference: str = "total", limit: int | None = None, rule: str = "reach"
     ) -> Tensor:
-        """The fewest directions with which the basis would cover a share of the energy of new features.
+        """Give the fewest directions with which the basis would cover a share of the energy of new features.
 
         Args:
-            moments_or_rows: feature rows (n, d_in), not centred; or what was accumulated from them. Of a sketch, the
+            features: feature rows (n, d_in), not centred; or what was accumulated from them. Of a sketch, the
                 energy it no longer holds counts as not covered, which errs on the side of adding directions.
             energy: share to reach, in [0, 1].
             reference: "total": of all energy, what is covered already counts; "residual": of the energy outside
@@ -164,16 +134,13 @@ class Basis:
         Source: KeepLoRA (ICLR 2026), Eqs. (8)-(10). Directions below rounding noise are never added: singular
             values up to 1e-6 of the features' largest one, 3.5e-4 for float32 moments.
         """
-        energy = as_share(energy, "energy")
-        as_choice(reference, "reference", ENERGY_REFERENCES)
+        leftover, total = self._left(features, energy, reference)
+        covered = leftover.covered if reference == "total" else 0.0
         room = self.d_in - self.rank
         if limit is not None:
             room = min(room, as_count(limit, "limit", 0))
-        leftover = leftover_of(moments_or_rows, self._columns)
-        total = leftover.total_energy if reference == "total" else leftover.energy + leftover.lost
-        covered = leftover.covered if reference == "total" else 0.0
         if room == 0 or total == 0.0 or covered >= energy:
-            return self._columns[:, :0]
+            return self.columns[:, :0]
 
         def count(squares: Tensor) -> int:
             signal = squares[squares > leftover.noise_floor]
@@ -182,64 +149,54 @@ class Basis:
         with full_precision(leftover.matrix.device):
             leading = leading_eigenvectors if leftover.is_moments else leading_right_vectors
             added = leftover.complement.lift(leading(leftover.matrix, count))
-            return fix_signs(added).to(self._columns)
+            return fix_signs(added).to(self.columns)
 
     def is_decided(self, sketch: FrequentDirections, energy: float, reference: str = "total") -> bool:
-        """Whether a sketch knows enough to grow by: the energy that it lost does not stand in the way of the threshold.
+        """Tell whether a sketch knows enough to grow by, for all the energy that it lost.
 
-        False means that even all directions of the sketch would not be known to reach it; then the exact moments are
-        needed. Arguments and errors as in `grow`.
+        If not, even all directions of the sketch would not be known to reach the threshold, and the exact moments are
+        needed. Arguments and errors as in `missing`.
         """
-        energy = as_share(energy, "energy")
-        as_choice(reference, "reference", ENERGY_REFERENCES)
-        leftover = leftover_of(sketch, self._columns)
-        total = leftover.total_energy if reference == "total" else leftover.energy + leftover.lost
+        leftover, total = self._left(sketch, energy, reference)
         return leftover.lost <= (1.0 - energy) * total
 
-    def coverage(self, moments_or_rows: Tensor | MomentAccumulator | FrequentDirections) -> float:
-        """Share of the energy of features that lies inside the subspace, in [0, 1]; 1 if they carry none.
+    def _left(self, features: Features, energy: float, reference: str) -> tuple[Leftover, float]:
+        """What of features is outside the basis, and the energy that a share is of."""
+        as_share(energy, "energy")
+        as_choice(reference, "reference", ENERGY_REFERENCES)
+        leftover = leftover_of(features, self.columns)
+        return leftover, leftover.total_energy if reference == "total" else leftover.energy + leftover.lost
 
-        For a sketch this is a lower bound, as in `grow`.
+    def energies(self, features: Features) -> Tensor:
+        """Measure the share of the energy of features along each column, q^T C q / tr C.
+
+        Returns:
+            (rank,) float64 on the CPU; lower bounds for a sketch, zeros if the features carry no energy.
         """
-        return leftover_of(moments_or_rows, self._columns).covered
-
-    def energies(self, moments_or_rows: Tensor | MomentAccumulator | FrequentDirections) -> Tensor:
-        """Share of the energy of features along each column, q^T C q / tr C: (rank,) float64, zeros if they have none.
-
-        Arguments and errors as in `grow`; for a sketch these are lower bounds.
-        """
-        matrix, is_moments, _, total = source_matrix(moments_or_rows, self.d_in)
+        matrix, is_moments, _, total = source_matrix(features, self.d_in)
         with full_precision(matrix.device):
-            columns = self._columns.to(matrix)
+            columns = self.columns.to(matrix)
             image = matrix @ columns
             along = (columns * image).sum(dim=0) if is_moments else image.square().sum(dim=0)
         total = energy_of(matrix, is_moments) if total is None else total
         return (along.clamp(min=0.0) / total).cpu() if total > 0.0 else torch.zeros(self.rank, dtype=torch.float64)
 
     def forget(self, columns: Sequence[int]) -> None:
-        """Give columns up; the others stay as they are, bit for bit and in order.
-
-        Raises:
-            ValueError: there is no such column.
-        """
+        """Give columns up; the others stay as they are and in order. ValueError if there is no such column."""
         gone = set(columns)
         if gone - set(range(self.rank)):
             raise ValueError(f"columns to forget must be in 0..{self.rank - 1}, got {sorted(gone)}")
-        self._columns = self._columns[:, [i for i in range(self.rank) if i not in gone]]
+        self.columns = self.columns[:, [i for i in range(self.rank) if i not in gone]]
 
     def round_last(self, count: int, dtype: torch.dtype) -> None:
         """Round the last `count` columns to a coarser dtype, as a file of that dtype would keep them."""
         first = self.rank - as_count(count, "count", 0)
-        rounded = self._columns[:, first:].to(dtype).to(self._columns.dtype)
-        self._columns = torch.cat([self._columns[:, :first], rounded], dim=1)
-
-    def capacity(self) -> Capacity:
-        """Rank, dimension, share taken and directions left."""
-        return Capacity(rank=self.rank, d_in=self.d_in, share=self.rank / self.d_in, free=self.d_in - self.rank)
+        rounded = self.columns[:, first:].to(dtype).to(self.columns.dtype)
+        self.columns = torch.cat([self.columns[:, :first], rounded], dim=1)
 
 
 def leak(delta_weight: Tensor, basis: Basis) -> float:
-    """Share of a weight change's norm that acts inside a protected subspace: ||dW Q||_F / ||dW||_F.
+    """Measure the share of a weight change's norm that acts inside a protected subspace, ||dW Q||_F / ||dW||_F.
 
     Args:
         delta_weight: (d_out, d_in).

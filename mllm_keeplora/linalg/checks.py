@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+Device = torch.device | str
+
 
 def as_float(tensor: Tensor, name: str) -> Tensor:
     """Promote a tensor to the precision used inside: float64 stays, every other float becomes float32.

@@ -19,7 +19,7 @@ LEAK_TOLERANCE = 1e-5
 
 
 def leading_eigenvectors(gram: Tensor, count: Callable[[Tensor], int]) -> Tensor:
-    """Eigenvectors of a symmetric positive semi-definite matrix, largest eigenvalue first.
+    """Compute eigenvectors of a symmetric positive semi-definite matrix, largest eigenvalue first.
 
     Args:
         gram: (d, d) float64.
@@ -32,7 +32,7 @@ def leading_eigenvectors(gram: Tensor, count: Callable[[Tensor], int]) -> Tensor
 
 
 def leading_right_vectors(matrix: Tensor, count: Callable[[Tensor], int]) -> Tensor:
-    """Leading right singular vectors, by the Gram matrix of the smaller side.
+    """Compute leading right singular vectors, by the Gram matrix of the smaller side.
 
     Args:
         matrix: (n, d) float64.
@@ -97,12 +97,10 @@ def _lower_gram(rows: Tensor) -> Tensor:
 
 
 def largest_singular_value(matrix: Tensor) -> float:
-    """Spectral norm by power iteration from the longest row; a lower bound, close enough for noise floors."""
+    """Bound the spectral norm from below by power iteration from the longest row: close enough for noise floors."""
     if matrix.numel() == 0:
         return 0.0
-    lengths = matrix.norm(dim=1)
-    vector = matrix[int(lengths.argmax())]
-    value = 0.0
+    vector, value = matrix[int(matrix.norm(dim=1).argmax())], 0.0
     for _ in range(16):
         length = float(vector.norm())
         if length == 0.0:
@@ -134,7 +132,7 @@ def orthonormal_complement(candidates: Tensor, columns: Tensor) -> Tensor:
 
 
 class Complement:
-    """Coordinates of the space orthogonal to given columns, by Householder reflections that are never multiplied out.
+    """Give coordinates in the space orthogonal to given columns, by Householder reflections never multiplied out.
 
     A decomposition in them is smaller than one in the whole space, and its vectors are orthogonal to the columns.
 
@@ -147,11 +145,11 @@ class Complement:
         self._reflections = torch.geqrf(columns)
 
     def coordinates(self, rows: Tensor) -> Tensor:
-        """Parts of rows (n, d) outside the columns: (n, d - k), of the same lengths and angles."""
+        """Map parts of rows (n, d) outside the columns to (n, d - k), of the same lengths and angles."""
         return (torch.ormqr(*self._reflections, rows, left=False) if self._rank else rows)[:, self._rank :]
 
     def lift(self, vectors: Tensor) -> Tensor:
-        """Vectors (d, m) of given coordinates (d - k, m)."""
+        """Map coordinates (d - k, m) back to vectors (d, m)."""
         if not self._rank:
             return vectors
         padded = torch.cat([vectors.new_zeros(self._rank, vectors.shape[1]), vectors])

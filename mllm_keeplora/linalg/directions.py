@@ -11,18 +11,14 @@ from torch import Tensor
 from .accumulators import GradientAccumulator, GradientSketch
 from .basis import Basis
 from .checks import as_count, as_matrix, full_precision
-from .decompose import (
-    NOISE_RATIO,
-    fix_signs,
-    largest_singular_value,
-    leading_right_vectors,
-    orthonormal_complement,
-)
+from .decompose import NOISE_RATIO, fix_signs, largest_singular_value, leading_right_vectors, orthonormal_complement
+
+Gradient = Tensor | GradientAccumulator | GradientSketch  # a mean gradient (d_out, d_in), or what was accumulated of it
 
 
 @dataclass(frozen=True)
 class RandomizedSVD:
-    """Range finder in place of an exact decomposition: width rank + `oversample`, then `power_iterations`.
+    """Find a range in place of an exact decomposition: width rank + `oversample`, then `power_iterations`.
 
     `oversample` None makes the width 4 times the rank; the published LLaVA code has oversample 0 and 2 iterations,
     its CLIP code width 4 r and 4 iterations, both without a seed. Source: Halko, Martinsson and Tropp (2011).
@@ -34,12 +30,9 @@ class RandomizedSVD:
 
 
 def top_residual_directions(
-    gradient: Tensor | GradientAccumulator | GradientSketch,
-    basis: Basis,
-    rank: int,
-    randomized: RandomizedSVD | None = None,
+    gradient: Gradient, basis: Basis, rank: int, randomized: RandomizedSVD | None = None
 ) -> Tensor:
-    """Leading input-side directions of a gradient after its part inside a basis is removed.
+    """Give the leading input-side directions of a gradient after its part inside a basis is removed.
 
     Args:
         gradient: mean gradient (d_out, d_in), or what was accumulated of it; from a sketch the directions are
@@ -66,7 +59,7 @@ def top_residual_directions(
         columns = basis.columns.to(exact)
         floor = (NOISE_RATIO * largest_singular_value(exact)) ** 2
         residual = exact
-        for _ in range(2):
+        for _ in range(2):  # twice: the first time leaves a part inside the basis at rounding level
             residual = residual - (residual @ columns) @ columns.mT
         most = min(rank, basis.d_in - basis.rank)
 
@@ -80,9 +73,7 @@ def top_residual_directions(
         return fix_signs(orthonormal_complement(leading, columns)).mT.to(matrix.dtype).contiguous()
 
 
-def gradient_capture(
-    gradient: Tensor | GradientAccumulator | GradientSketch, basis: Basis, A: Tensor
-) -> dict[str, float]:
+def gradient_capture(gradient: Gradient, basis: Basis, A: Tensor) -> dict[str, float]:
     """Split a gradient's energy into what is protected, what an adapter can use, and what is discarded.
 
     Args:
@@ -103,7 +94,7 @@ def gradient_capture(
     adapter = Basis.from_columns(rows.mT.to(matrix.device))
     total = float(matrix.square().sum())
     if total == 0.0:
-        return {"protected": 0.0, "captured": 0.0, "discarded": 0.0, "captured_of_residual": 0.0}
+        return dict.fromkeys(("protected", "captured", "discarded", "captured_of_residual"), 0.0)
     residual = basis.residual(matrix)
     with full_precision(matrix.device):
         outside = min(float(residual.square().sum()), total)
@@ -128,7 +119,7 @@ def _randomized_right_vectors(matrix: Tensor, rank: int, how: RandomizedSVD, cou
     return spanned @ leading_right_vectors(matrix @ spanned, count)
 
 
-def _gradient_matrix(gradient: Tensor | GradientAccumulator | GradientSketch, basis: Basis) -> Tensor:
+def _gradient_matrix(gradient: Gradient, basis: Basis) -> Tensor:
     """Rows (any, d_in) with the gradient's input-side directions and, up to a factor, its energy."""
     if isinstance(gradient, GradientAccumulator):
         gradient = gradient.mean

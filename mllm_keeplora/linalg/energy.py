@@ -17,11 +17,7 @@ SHARE_SLACK = 1e-12
 
 
 def rank_for_energy(
-    singular_values: Tensor,
-    threshold: float,
-    total: float | None = None,
-    covered: float = 0.0,
-    rule: str = "reach",
+    singular_values: Tensor, threshold: float, total: float | None = None, covered: float = 0.0, rule: str = "reach"
 ) -> int:
     """Count the fewest leading singular values whose energy reaches a threshold.
 
@@ -69,7 +65,7 @@ def rank_for_energy(
 
 
 def principal_subspace(weight: Tensor, energy: float, rule: str = "reach") -> Tensor:
-    """Leading input-side directions of a weight that hold a share of its energy.
+    """Give the leading input-side directions of a weight that hold a share of its energy.
 
     Args:
         weight: (d_out, d_in) as torch stores it, any floating dtype.

@@ -7,12 +7,12 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from .checks import as_count, as_matrix, full_precision
+from .checks import Device, as_count, as_matrix, full_precision
 from .decompose import leading_eigenvectors
 
 
 class FrequentDirections:
-    """Sketch of at most `size` rows whose energy along every direction bounds that of the stream from below.
+    """Keep at most `size` rows whose energy along every direction bounds that of the stream from below.
 
     For every unit vector v and every k < size:
     0 <= ||X v||^2 - ||S v||^2 <= ||X - X_k||_F^2 / (size - k), X the rows seen, S the sketch, X_k the best
@@ -23,21 +23,24 @@ class FrequentDirections:
         size: most rows of the sketch; twice as many are buffered.
         device: where the buffer lives.
 
+    Attributes:
+        total_energy: sum of squares of all rows seen, in float64; nothing is lost here.
+        count: number of rows seen.
+
     Source: Ghashami, Liberty, Phillips and Woodruff (2016), Frequent Directions with a buffer of twice the size.
     """
 
-    def __init__(self, d_in: int, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, d_in: int, size: int, device: Device = "cpu") -> None:
         self.d_in = as_count(d_in, "d_in", 1)
         self.size = as_count(size, "size", 1)
         self._rows = torch.zeros(0, d_in, dtype=torch.float32, device=device)
-        self._total_energy = 0.0
-        self._count = 0
+        self.total_energy, self.count = 0.0, 0
 
     def update(self, rows: Tensor) -> None:
         """Add feature rows (n, d_in); ValueError if the width differs or a value is not finite."""
         rows = as_matrix(rows, "rows", columns=self.d_in)
-        self._total_energy += float(torch.linalg.vector_norm(rows, dtype=torch.float64).square())
-        self._count += rows.shape[0]
+        self.total_energy += float(torch.linalg.vector_norm(rows, dtype=torch.float64).square())
+        self.count += rows.shape[0]
         self._append(rows)
 
     def merge(self, other: FrequentDirections) -> None:
@@ -49,38 +52,22 @@ class FrequentDirections:
                 f"sketches to merge must agree in (d_in, size), got {(self.d_in, self.size)} "
                 f"and {(other.d_in, other.size)}"
             )
-        self._total_energy += other._total_energy
-        self._count += other._count
+        self.total_energy += other.total_energy
+        self.count += other.count
         self._append(other._rows)
 
     @property
     def sketch(self) -> Tensor:
-        """(m, d_in) float32, m <= size; reading it does not change what later rows do."""
+        """The (m, d_in) float32 rows, m <= size; reading them does not change what later rows do."""
         return self._rows if self._rows.shape[0] <= self.size else _shrink(self._rows, self.size)
 
     @property
-    def total_energy(self) -> float:
-        """Sum of squares of all rows seen, in float64; nothing is lost here."""
-        return self._total_energy
-
-    @property
-    def shrunken_energy(self) -> float:
-        """Energy of the rows seen that the sketch no longer holds: `total_energy` less that of the sketch."""
-        kept = float(torch.linalg.vector_norm(self.sketch, dtype=torch.float64).square())
-        return max(self._total_energy - kept, 0.0)
-
-    @property
-    def count(self) -> int:
-        """Number of rows seen."""
-        return self._count
-
-    @property
     def device(self) -> torch.device:
-        """Where the buffer lives."""
+        """The device that the buffer lives on."""
         return self._rows.device
 
-    def to(self, device: torch.device | str) -> FrequentDirections:
-        """The same sketch on another device."""
+    def to(self, device: Device) -> FrequentDirections:
+        """Give the same sketch on another device."""
         moved = copy(self)
         moved._rows = self._rows.to(device)
         return moved

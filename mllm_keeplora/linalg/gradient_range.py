@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .accumulators import GradientSketch, _gradient_rows, _test_matrix
-from .checks import full_precision
+from .accumulators import GradientSketch, drawn
+from .checks import Device, full_precision
 
 RENEWED_AFTER = 6  # times the width, in rows since the last time: renewing costs as much as summing about so many
 FRESH = 3  # one of so many directions is given up for a new one at every update
@@ -16,13 +16,12 @@ STANDS_OUT = 0.5  # length outside the kept directions that a new one of length 
 
 
 class GradientRange(GradientSketch):
-    """Streamed form Omega Y^T of a weight gradient G; Omega (d_out, width) is about the leading range of G so far.
+    """Stream a weight gradient G as Omega Y^T; Omega (d_out, width) is about the leading range of G so far.
 
     An update, once six times as many rows have come as there are directions, gives up the third of them along which
     least was held and takes the leading ones of the new rows outside the others instead; every update adds
-    inputs^T (grad_output Omega) to Y. What falls out of the range is lost, so the
-    energy held is at most G's. It captures more of G's leading part than fixed directions, which know a first batch at
-    best, at half their width.
+    inputs^T (grad_output Omega) to Y. What falls out of the range is lost, so the energy held is at most G's. At half
+    their width it captures more of G's leading part than fixed directions, which know a first batch at best.
 
     Held are Y (d_in, width) float32 and Omega, orthonormal up to the bfloat16 that it is kept in. Unlike a
     `GradientSketch` it is not linear; `merge` takes the range of both, as a group of processes does by `reach`, a sum
@@ -36,16 +35,16 @@ class GradientRange(GradientSketch):
     Directions of Ghashami et al. (2016), here without shrinking the others.
     """
 
-    def __init__(self, d_out: int, d_in: int, width: int, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, d_out: int, d_in: int, width: int, seed: int, device: Device = "cpu") -> None:
         super().__init__(d_out, d_in, width, seed, torch.float32, device)
         self._is_begun, self._rows_since = False, 0
         self._fresh = max(1, width // FRESH)
         # Held here, as they are shared by layers of one width for as long as one of them holds them.
-        self._drawn = _test_matrix(d_in, width, seed, torch.float32, self._sketch.device)
-        self._drawn_fresh = _test_matrix(d_in, self._fresh, seed, torch.float32, self._sketch.device)
+        self._drawn = drawn(d_in, width, seed, torch.float32, self._sum.device)
+        self._drawn_fresh = drawn(d_in, self._fresh, seed, torch.float32, self._sum.device)
 
-    def _first_directions(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.zeros(self.d_out, self.width, dtype=torch.bfloat16, device=device)
+    def _first_directions(self) -> Tensor:
+        return torch.zeros(self.d_out, self.width, dtype=torch.bfloat16, device=self._sum.device)
 
     def update(self, grad_output: Tensor, inputs: Tensor) -> None:
         """Take in rows grad_output (n, d_out) and inputs (n, d_in); ValueError if a value is not finite."""
@@ -53,18 +52,18 @@ class GradientRange(GradientSketch):
         self._rows_since += len(inputs)
         with full_precision(inputs.device):
             if self._rows_since < RENEWED_AFTER * self.width and self._is_begun:
-                held = self._test_matrix.to(self._sketch)
+                held = self.test_matrix.to(self._sum)
             else:
                 held = self._renewed(grad_output, inputs)
-                self._test_matrix.copy_(held)
+                self.test_matrix.copy_(held)
                 self._rows_since, self._is_begun = 0, True
-            self._sketch.addmm_(inputs.mT, grad_output @ held)
-        _refuse_non_finite(self._sketch)
+            self._sum.addmm_(inputs.mT, grad_output @ held)
+        _refuse_non_finite(self._sum)
 
     def _rows(self, grad_output: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         if grad_output.shape != (len(inputs), self.d_out) or inputs.shape != (len(inputs), self.d_in):
-            _gradient_rows(grad_output, inputs, self.d_out, self.d_in)  # tells what is wrong
-        return grad_output.to(self._sketch), inputs.to(self._sketch)
+            super()._rows(grad_output, inputs)  # tells what is wrong
+        return grad_output.to(self._sum), inputs.to(self._sum)
 
     def _renewed(self, grad_output: Tensor, inputs: Tensor) -> Tensor:
         """Omega (d_out, width) float32 for the old and these rows; Y is brought along."""
@@ -72,32 +71,32 @@ class GradientRange(GradientSketch):
             brought = grad_output.mT @ (inputs @ self._drawn)
             _refuse_non_finite(brought)
             return _rounded(torch.linalg.qr(brought)[0])
-        fresh, before = self._fresh, self._test_matrix.to(self._sketch)
-        strength = torch.linalg.eigh(self._sketch.mT @ self._sketch).eigenvectors  # weakest first
+        fresh, before = self._fresh, self.test_matrix.to(self._sum)
+        strength = torch.linalg.eigh(self._sum.mT @ self._sum).eigenvectors  # weakest first
         rotation = 1.5 * strength - 0.5 * (before.mT @ before) @ strength  # and a Newton step: rounding would pile up
         held = before @ rotation
-        self._sketch.copy_(self._sketch @ rotation)
+        self._sum.copy_(self._sum @ rotation)
         weak, kept = held.tensor_split([fresh], dim=1)
         brought = grad_output.mT @ (inputs @ self._drawn_fresh)
         _refuse_non_finite(brought)
         new = torch.linalg.qr(brought - kept @ (kept.mT @ brought))[0]
         new = new - kept @ (kept.mT @ new)
         new *= torch.linalg.vector_norm(new, dim=0) > STANDS_OUT
-        self._sketch[:, :fresh] = self._sketch[:, :fresh] @ (weak.mT @ new)
+        self._sum[:, :fresh] = self._sum[:, :fresh] @ (weak.mT @ new)
         held[:, :fresh] = new
         return _rounded(held)
 
     def reach(self) -> Tensor:
-        """(d_out, width) float32: what is held of G times the random matrix."""
-        with full_precision(self._sketch.device):
-            return self._test_matrix.to(self._sketch) @ (self._sketch.mT @ self._drawn)
+        """Give what is held of G times the random matrix: (d_out, width) float32."""
+        with full_precision(self._sum.device):
+            return self.test_matrix.to(self._sum) @ (self._sum.mT @ self._drawn)
 
     def turn(self, reach: Tensor) -> None:
         """Let Omega span what `reach` does, and carry over what lies within."""
-        before = self._test_matrix.to(self._sketch)
-        with full_precision(self._sketch.device):
-            self._test_matrix = torch.linalg.qr(reach)[0].to(torch.bfloat16)
-            self._sketch.copy_(self._sketch @ (before.mT @ self._test_matrix.to(self._sketch)))
+        before = self.test_matrix.to(self._sum)
+        with full_precision(self._sum.device):
+            self.test_matrix = torch.linalg.qr(reach)[0].to(torch.bfloat16)
+            self._sum.copy_(self._sum @ (before.mT @ self.test_matrix.to(self._sum)))
         self._is_begun = True
 
     def merge(self, other: GradientSketch) -> None:
@@ -106,9 +105,9 @@ class GradientRange(GradientSketch):
             raise ValueError(f"only a GradientRange can be merged here, got {type(other).__name__}")
         if (self.d_out, self.d_in, self.width, self.seed) != (other.d_out, other.d_in, other.width, other.seed):
             raise ValueError("ranges to merge must agree in shape and seed")
-        reach = self.reach() + other.reach().to(self._sketch.device)
+        reach = self.reach() + other.reach().to(self._sum.device)
         self.turn(reach)
-        other.turn(reach.to(other._sketch.device))
+        other.turn(reach.to(other._sum.device))
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.add_(theirs.to(mine.device))
 

@@ -12,12 +12,13 @@ from .checks import as_matrix, full_precision
 from .decompose import NOISE_RATIO, Complement, largest_singular_value
 from .frequent_directions import FrequentDirections
 
+Features = Tensor | MomentAccumulator | FrequentDirections  # rows (n, d_in), or what was accumulated from them
 SKETCH_ROUNDING = 1e-6  # share of its energy that a float32 sketch may lose by rounding alone
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """Features without their part inside a basis, float64: rows (n, free), or moments (free, free) of them."""
+    """Hold features without their part inside a basis, float64: rows (n, free), or moments (free, free) of them."""
 
     matrix: Tensor
     complement: Complement  # that the rows are coordinates in
@@ -29,7 +30,7 @@ class Leftover:
     noise_floor: float  # squared singular values up to this are rounding noise
 
 
-def leftover_of(source: Tensor | MomentAccumulator | FrequentDirections, columns: Tensor) -> Leftover:
+def leftover_of(source: Features, columns: Tensor) -> Leftover:
     """Remove from features the part inside a subspace of orthonormal columns (d_in, k), and measure both."""
     matrix, is_moments, noise_ratio, total = source_matrix(source, columns.shape[0])
     with full_precision(matrix.device):
@@ -48,10 +49,12 @@ def leftover_of(source: Tensor | MomentAccumulator | FrequentDirections, columns
     return Leftover(left, complement, is_moments, energy, covered, max(total, 0.0), lost, noise_ratio * largest)
 
 
-def source_matrix(
-    source: Tensor | MomentAccumulator | FrequentDirections, d_in: int
-) -> tuple[Tensor, bool, float, float | None]:
-    """Float64 rows or moments; whether they are moments; noise ratio of squared values; total energy if not theirs."""
+def source_matrix(source: Features, d_in: int) -> tuple[Tensor, bool, float, float | None]:
+    """Bring features into the form that is decomposed.
+
+    Returns:
+        Float64 rows or moments; whether they are moments; noise ratio of squared values; total energy if not theirs.
+    """
     if isinstance(source, MomentAccumulator):
         # The trace of the moments, not the exact energy, is the total: rounding of the sums cancels in the share.
         single = source.moments.dtype == torch.float32
@@ -72,10 +75,10 @@ def source_matrix(
 
 
 def moment_rows(source: Tensor | MomentAccumulator) -> Tensor:
-    """Moments X^T X of features, to be taken for rows: their singular values are squares, so energies are sigma^4.
+    """Give the moments X^T X of features, to be taken for rows.
 
-    A basis that grows by them keeps fewer directions than one that grows by the features, and its new directions are
-    the left singular vectors of P X^T X in place of those of P X^T.
+    Their singular values are squares, so energies are sigma^4: a basis that grows by them keeps fewer directions, and
+    the new ones are the left singular vectors of P X^T X in place of those of P X^T.
 
     Args:
         source: feature rows (n, d_in), or exact moments; a sketch lacks the small ones.
@@ -96,5 +99,5 @@ def moment_rows(source: Tensor | MomentAccumulator) -> Tensor:
 
 
 def energy_of(matrix: Tensor, is_moments: bool) -> float:
-    """Energy of rows (sum of squares) or of moments (trace)."""
+    """Sum the squares of rows, or the diagonal of moments: their energy."""
     return float(matrix.diagonal().sum() if is_moments else matrix.square().sum())

@@ -11,7 +11,7 @@ from .checks import as_matrix, full_precision
 
 
 def gram_of_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Inner products of matrices that are given as B A.
+    """Compute the inner products of matrices that are given as B A.
 
     Args:
         pairs: (B, A) with B (d_out, r) and A (r, d_in); the rank r may differ from pair to pair.
@@ -36,7 +36,7 @@ def gram_of_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def fit_last(gram: Tensor) -> tuple[Tensor, float]:
-    """Combination of all but the last of some vectors that comes nearest to the last.
+    """Combine all but the last of some vectors to come nearest to the last.
 
     Args:
         gram: (n, n) float64, their inner products; n at least 2. Vectors may be zero, or depend on each other.

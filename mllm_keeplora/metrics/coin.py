@@ -40,7 +40,11 @@ def score_gqa(prediction: str, answer: str, question: str = "", image: str = "")
 
 
 def score_upper(prediction: str, answer: str, question: str = "", image: str = "") -> float:
-    """Grade a VizWiz or VQAv2 answer by equality after upper-casing; one answer, not ten, and no normalisation."""
+    """Grade by equality after upper-casing; punctuation counts, and "Unanswerable" has no rule.
+
+    So CoIN grades VizWiz and VQAv2, by one answer and not ten, and UCIT all that is no caption (the eval scripts of
+    HiDe-LLaVA, arXiv 2503.12941, used unchanged by MCITlib and KeepLoRA).
+    """
     return float(prediction.upper() == answer.upper())
 
 

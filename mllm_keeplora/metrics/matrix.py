@@ -12,7 +12,7 @@ Score = float | None
 
 
 class ScoreMatrix:
-    """Scores of every domain after every domain of a sequence, in percent."""
+    """Hold the scores of every domain after every domain of a sequence, in percent."""
 
     def __init__(
         self,
@@ -63,14 +63,17 @@ class ScoreMatrix:
             enough for all but average, transfer and fwt.
         """
         final, learned = self.rows[-1], np.diag(self.rows)
-        last, plasticity, forgetting = _mean(final), _mean(learned), self._forgetting()
+        before = [self.rows[:j, j].mean() for j in range(1, self.num_domains)]
+        # np.max hands on the NaN of a cell that was not measured.
+        lost = [self.rows[j:-1, j].max() - final[j] for j in range(self.num_domains - 1)]
+        last, plasticity, forgetting = _mean(final), _mean(learned), _mean(lost)
         return {
             "last": last,
             "average": _mean(self.rows),
-            "transfer": self._transfer(),
+            "transfer": _mean(before),
             "mft": plasticity,
             "mfn": last,
-            "maa": _mean(np.array([row[: i + 1].mean() for i, row in enumerate(self.rows)])),
+            "maa": _mean([row[: i + 1].mean() for i, row in enumerate(self.rows)]),
             "bwt": _mean(final[:-1] - learned[:-1]),
             "forgetting": forgetting,
             "plasticity": plasticity,
@@ -79,13 +82,6 @@ class ScoreMatrix:
             "fwt": _mean(np.diag(self.rows, k=1) - self.zero_shot[1:]),
             "fwt_alone": _mean(learned - self.alone),
         }
-
-    def _transfer(self) -> Score:
-        return _mean(np.array([self.rows[:j, j].mean() for j in range(1, self.num_domains)]))
-
-    def _forgetting(self) -> Score:
-        # np.max hands on the NaN of a cell that was not measured.
-        return _mean(np.array([self.rows[j:-1, j].max() - self.rows[-1, j] for j in range(self.num_domains - 1)]))
 
     def _per_domain(self, name: str, scores: Sequence[Score] | None) -> np.ndarray:
         if scores is None:
@@ -121,8 +117,8 @@ def _as_scores(name: str, values: Sequence) -> np.ndarray:
     return scores
 
 
-def _mean(values: np.ndarray) -> Score:
+def _mean(values: np.ndarray | Sequence[float]) -> Score:
     """Return the mean, or None if there is nothing to average or a value was not measured."""
-    if not values.size or np.isnan(values).any():
+    if not len(values) or np.isnan(values).any():
         return None
-    return float(values.mean())
+    return float(np.mean(values))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mllm_keeplora.metrics import acl, coin, dcl, ucit, vqa, words
+from mllm_keeplora.metrics import acl, coin, dcl, vqa, words
 from mllm_keeplora.metrics.acl import UNGRADED
 from mllm_keeplora.metrics.captions import captions
 
@@ -18,7 +18,7 @@ SCORERS: dict[str, Scorer] = {
     "dcl_ad": dcl.score_rs,
     "dcl_sci": dcl.score_sci,
     "dcl_fin": dcl.score_fin,
-    "ucit_exact": ucit.score_exact_upper,
+    "ucit_exact": coin.score_upper,
     "caption_mean": captions.score_caption,
     "coin_scienceqa": coin.score_scienceqa,
     "coin_textvqa": vqa.score_soft,
@@ -40,7 +40,7 @@ SEVERAL_ANSWERS = frozenset({"caption_mean", "coin_textvqa", "vqa_soft", "ocrben
 
 @dataclass(frozen=True)
 class Grades:
-    """What a set of answers is worth.
+    """Say what a set of answers is worth.
 
     Args:
         scores: of each answer, 1 = fully right. In [0, 1], except for `caption_mean`, where CIDEr may lead beyond.
@@ -82,11 +82,7 @@ def score(name: str, prediction: str, answer: Answer, question: str = "", image:
 
 
 def grade(
-    name: str,
-    predictions: Sequence[str],
-    answers: Sequence[Answer],
-    questions: Sequence[str],
-    images: Sequence[str],
+    name: str, predictions: Sequence[str], answers: Sequence[Answer], questions: Sequence[str], images: Sequence[str]
 ) -> Grades:
     """Grade a set of predictions by a named rule. Arguments as for `score`, one of each per question.
 

@@ -28,16 +28,12 @@ _CONTRACTIONS = """
 """
 
 
-def _contractions() -> dict[str, str]:
-    """Map each contraction that lacks one apostrophe to its spelling. "shes", "well" or "Im" are not among them."""
-    table = {"somebody'd": "somebodyd"}  # the wrong way round in the original
-    for word in _CONTRACTIONS.split():
-        for place in (match.start() for match in re.finditer("'", word)):
-            table[word[:place] + word[place + 1 :]] = word
-    return table
-
-
-CONTRACTIONS = _contractions()
+# Each contraction that lacks one apostrophe, and its spelling. "shes", "well" or "Im" are not among them.
+CONTRACTIONS = {
+    word[: apostrophe.start()] + word[apostrophe.end() :]: word
+    for word in _CONTRACTIONS.split()
+    for apostrophe in re.finditer("'", word)
+} | {"somebody'd": "somebodyd"}  # the wrong way round in the original
 
 
 def score_soft(prediction: str, answer: str | Sequence[str], question: str = "", image: str = "") -> float:

@@ -9,16 +9,16 @@ from typing import Any
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.report.render.comparison import comparison_tables, heat_maps, render_comparison
+from mllm_keeplora.report.render.comparison import comparison_tables, heat_maps, what_was_measured
 from mllm_keeplora.report.render.export import as_markdown, exported
 from mllm_keeplora.report.render.groups import group_runs, split_of, trade_off_curves
-from mllm_keeplora.report.render.html import in_both
+from mllm_keeplora.report.render.html import fill_page, in_both
 from mllm_keeplora.report.render.trade_off import trade_off_figure
 from mllm_keeplora.system import files
 
 
 def load_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Results of run folders, of results.json files, or of all final runs of sweep folders.
+    """Load the results of run folders, of results.json files, or of all final runs of sweep folders.
 
     Raises:
         UserError: a path is none of them, or its run has no results yet.
@@ -37,7 +37,7 @@ def load_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the settings of compared runs were chosen.
+    """Say how the settings of compared runs were chosen.
 
     Attributes:
         key: the dotted key that was tuned.
@@ -57,7 +57,7 @@ class Choice:
 def write_comparison(
     folder: Path, title: str, results_list: Sequence[Mapping[str, Any]], choice: Choice | None = None
 ) -> None:
-    """Compare finished runs: report.html, tables.md, score_matrices.png and, with several settings, trade_off.png.
+    """Write report.html, tables.md, score_matrices.png and, of several settings, trade_off.png on finished runs.
 
     Raises:
         UserError: the runs cannot be compared.
@@ -77,7 +77,19 @@ def write_comparison(
     maps = in_both(lambda dark: heat_maps(groups, dark))
     files.write_atomically(folder / "score_matrices.png", lambda path: path.write_bytes(maps[0]))
     tables = comparison_tables(groups, settings)
-    page = render_comparison(title, groups, tables, maps, tried, trade_off, bool(chosen), choice.notes, choice.table)
+    page = fill_page(
+        "comparison.html",
+        title=title,
+        notes=choice.notes,
+        tables=tables,
+        maps=maps,
+        trade_off=trade_off,
+        has_chosen=bool(chosen),
+        split=split_of(tried),
+        seeds=sorted({seed for group in tried for seed in group.seeds}),
+        tuning=choice.table,
+        **what_was_measured(groups),
+    )
     files.write_text(folder / "report.html", page)
     finals = {"Comparison": tables["Comparison"], "Final scores": tables["Final score by domain"]}
     for name, text in exported(finals).items():

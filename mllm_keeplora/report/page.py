@@ -32,7 +32,7 @@ def refresh_results(saved: SavedRun) -> Results:
 
 
 def unit_facts(run: RunDir) -> list[UnitFacts]:
-    """What each finished unit wrote about its gradient and its effect."""
+    """Read what each finished unit wrote about its gradient and its effect."""
     return [
         UnitFacts(
             unit.name,
@@ -44,7 +44,7 @@ def unit_facts(run: RunDir) -> list[UnitFacts]:
 
 
 def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = 3) -> list[WrongAnswer]:
-    """The first few questions of each domain that the last unit's model got wrong, with their pictures."""
+    """Find the first few questions of each domain that the last unit's model got wrong, with their pictures."""
     found: list[WrongAnswer] = []
     if not run.finished_units:
         return found

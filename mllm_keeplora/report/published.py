@@ -11,7 +11,7 @@ METRICS = ("mfn", "mft", "maa", "bwt")
 
 
 def published_table(results: Results) -> Table | None:
-    """The run's final scores above the published ones; None where the benchmark is not shipped or nothing is known.
+    """Put the run's final scores above the published ones; None if there are none.
 
     MFN is the mean after the last domain, MFT right after learning, MAA over the sequence (as MLLM-CL and MCITlib).
     """
@@ -21,11 +21,10 @@ def published_table(results: Results) -> Table | None:
     if not rows:
         return None
     heads = ["", *results.domains, *(name.upper() for name in METRICS), "source"]
-    finals = results.score_matrix[-1]
-    own = [score_text(score) for score in finals]
-    own += [score_text(results.metrics.get(name), signed=name == "bwt") for name in METRICS]
-    table = [["this run", *own, ""]]
-    for row in rows:
+    finals = dict(zip(results.domains, results.score_matrix[-1], strict=True))
+    own = {"method": "this run", "scores": finals, **results.metrics, "source": ""}
+    table = []
+    for row in [own, *rows]:
         scores = [score_text(row["scores"].get(domain)) for domain in results.domains]
         metrics = [score_text(row.get(name), signed=name == "bwt") for name in METRICS]
         table.append([row["method"], *scores, *metrics, row["source"]])

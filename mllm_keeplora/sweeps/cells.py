@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 from mllm_keeplora.config import RunConfig, load_config, parse_config, read_yaml
 from mllm_keeplora.errors import STOPPED
 from mllm_keeplora.eval.results import Results
+from mllm_keeplora.report.render.view import score_text
 from mllm_keeplora.system.log import log
 
 # A run that a signal ended, before or after it could see to it: it is not at fault, and goes on later.
@@ -27,7 +27,7 @@ INTERRUPTED = {STOPPED, *(code for number in (signal.SIGINT, signal.SIGTERM) for
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep."""
+    """A cell is one run of a sweep."""
 
     run: str
     overrides: tuple[str, ...]
@@ -37,13 +37,12 @@ class Cell:
         return load_config(self.run, self.overrides)
 
     def results(self) -> Results | None:
-        """Its results if it is finished under this very config; None if it must be started or continued."""
-        config, stored = self.config(), self.folder / "config.yaml"
-        if not (self.folder / "results.json").is_file() or not stored.is_file():
+        """Load its results if it is finished under this very config; None if it must be started or continued."""
+        stored, path = self.folder / "config.yaml", self.folder / "results.json"
+        if not path.is_file() or not stored.is_file():
             return None
-        before = parse_config(read_yaml(stored), origin=str(stored))
-        results = Results.load(self.folder / "results.json")
-        same = before.result_defining() == config.result_defining()
+        before, results = parse_config(read_yaml(stored), origin=str(stored)), Results.load(path)
+        same = before.result_defining() == self.config().result_defining()
         return results if same and results.complete else None
 
 
@@ -65,7 +64,7 @@ class Runner:
             self.places.put({"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]} if devices else {})
 
     def run(self, cells: Sequence[Cell], title: str) -> list[Results | None]:
-        """Results of every cell in order; None where a run failed, of whatever. What is finished is not run again.
+        """Run the cells that are not finished; returns the results of all in order, None where a run failed.
 
         A failure is told when it happens, and the others go on: what one run met (a full GPU, a strategy's refusal, a
         file system that was away for a moment) need not be what the next one meets.
@@ -77,13 +76,19 @@ class Runner:
         todo = [cell for cell in cells if cell not in done]
         if todo:
             log.info("%s: %d runs to do, %d done, %d side by side", title, len(todo), len(done), self.jobs)
-        started, told = time.monotonic(), _Countdown(title, len(todo))
-        pool = ThreadPoolExecutor(self.jobs)
+        started, pool = time.monotonic(), ThreadPoolExecutor(self.jobs)
         try:
             with _terminated_like_interrupted():
-                futures = {pool.submit(self._run_one, cell, told, started): cell for cell in todo}
-                for future in as_completed(futures):
-                    done[futures[future]] = future.result()
+                futures = {pool.submit(self._run_one, cell): cell for cell in todo}
+                for ended, future in enumerate(as_completed(futures), start=1):
+                    cell = futures[future]
+                    done[cell], code, seconds = future.result()
+                    left = (time.monotonic() - started) / ended * (len(todo) - ended)
+                    log.info(
+                        "%s %d/%d %s: %s (%.0f min %02.0f s); about %.0f min left",
+                        *(title, ended, len(todo), cell.folder.name, _outcome(cell, done[cell], code)),
+                        *(seconds // 60, seconds % 60, left / 60),
+                    )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # first, or a free worker would start the next run
             ended = list(self.processes)
@@ -97,26 +102,16 @@ class Runner:
             pool.shutdown()
         return [done[cell] for cell in cells]
 
-    def _run_one(self, cell: Cell, told: _Countdown, started: float) -> Results | None:
-        own = [f"threads={self.threads}"] if self.jobs > 1 else []
-        command = [sys.executable, "-m", "mllm_keeplora", "run", cell.run, *cell.overrides, *own]
+    def _run_one(self, cell: Cell) -> tuple[Results | None, int, float]:
+        """Run a cell on a free device, what it says at the end of its log; returns results, exit code and seconds."""
         if self.over:
             raise KeyboardInterrupt
-        began = time.monotonic()
-        code = self._process(command, log_of(cell.folder))
-        if code in INTERRUPTED:
-            self.over = True
-            raise KeyboardInterrupt
-        results = cell.results() if code == 0 else None
-        told(cell, results, code, time.monotonic() - began, time.monotonic() - started)
-        return results
-
-    def _process(self, command: list[str], log_file: Path) -> int:
-        """Run a command on a free device, what it says at the end of `log_file`; returns its exit code."""
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        place = self.places.get()
+        own = [f"threads={self.threads}"] if self.jobs > 1 else []
+        command = [sys.executable, "-m", "mllm_keeplora", "run", cell.run, *cell.overrides, *own]
+        began, place = time.monotonic(), self.places.get()
         try:
-            with open(log_file, "a", encoding="utf-8") as output:
+            log_of(cell.folder).parent.mkdir(parents=True, exist_ok=True)
+            with open(log_of(cell.folder), "a", encoding="utf-8") as output:
                 environment = {**os.environ, **place}
                 process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
                 self.processes.add(process)
@@ -124,26 +119,10 @@ class Runner:
                 self.processes.discard(process)
         finally:
             self.places.put(place)
-        return code
-
-
-class _Countdown:
-    """Says how each run ended and how long the rest will take."""
-
-    def __init__(self, title: str, total: int):
-        self.title, self.total, self.ended = title, total, 0
-
-    def __call__(self, cell: Cell, results: Results | None, code: int, seconds: float, elapsed: float) -> None:
-        self.ended += 1
-        left = elapsed / self.ended * (self.total - self.ended)
-        outcome = f"failed with code {code}, see {log_of(cell.folder)}: {_last_line(log_of(cell.folder))}"
-        if results is not None:
-            last, bwt = results.metrics.get("last"), results.metrics.get("bwt")
-            outcome = f"Last {_text(last)}, BWT {_text(bwt)}"
-        log.info(
-            "%s %d/%d %s: %s (%.0f min %02.0f s); about %.0f min left",
-            self.title, self.ended, self.total, cell.folder.name, outcome, seconds // 60, seconds % 60, left / 60,
-        )  # fmt: skip
+        if code in INTERRUPTED:
+            self.over = True
+            raise KeyboardInterrupt
+        return cell.results() if code == 0 else None, code, time.monotonic() - began
 
 
 @contextmanager
@@ -152,11 +131,8 @@ def _terminated_like_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    like_ctrl_c = signal.default_int_handler
+    before = {number: signal.signal(number, like_ctrl_c) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
@@ -165,7 +141,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def visible_devices() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    """List the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
     import torch
 
     count = torch.cuda.device_count()
@@ -174,15 +150,13 @@ def visible_devices() -> list[str]:
 
 
 def log_of(folder: Path) -> Path:
-    """Where the process of a cell says what it says."""
+    """Name the file that the process of a cell writes its output to."""
     return folder.with_name(f"{folder.name}.log")
 
 
-def _last_line(path: Path) -> str:
-    """What a log ends with; empty if there is none."""
-    lines = path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _text(value: Any) -> str:
-    return "–" if value is None else f"{value:.1f}"
+def _outcome(cell: Cell, results: Results | None, code: int) -> str:
+    if results is None:
+        last_line = log_of(cell.folder).read_text("utf-8", errors="replace").rstrip().rpartition("\n")[2]
+        return f"failed with code {code}, see {log_of(cell.folder)}: {last_line.strip()}"
+    last, bwt = (score_text(results.metrics.get(key)) for key in ("last", "bwt"))
+    return f"Last {last}, BWT {bwt}"

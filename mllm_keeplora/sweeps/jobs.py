@@ -18,7 +18,7 @@ from mllm_keeplora.sweeps.sweep import check_sweep, nothing_of, tune
 from mllm_keeplora.system import files
 
 PART = re.compile(r"(?P<kind>tune|further|final):(?P<number>[1-9]\d*)/(?P<total>[1-9]\d*)")
-CHOICE = "tune"  # the part that finishes the tuning and keeps what it chose
+CHOICE, CHOICE_FILE = "tune", "choice.json"  # the part that finishes the tuning, and where it keeps what it chose
 
 
 def run_part(sweep: SweepConfig, part: str, jobs: int | None = None) -> list[str]:
@@ -39,7 +39,7 @@ def run_part(sweep: SweepConfig, part: str, jobs: int | None = None) -> list[str
         check_sweep(sweep)
         tunings = tune(sweep, Runner(jobs, visible_devices()))
         chosen = chosen_of(tunings)
-        files.write_json(_choice_file(sweep), {"rule": _rule(sweep), "chosen": chosen})
+        files.write_json(sweep.folder / CHOICE_FILE, {"rule": _rule(sweep), "chosen": chosen})
         told = [f"{label}: chose {sweep.tune.key} {value:g}" for label, value in chosen.items()]
         return told + [nothing_of(sweep, label) for label in tunings if label not in chosen]
     cell = _cell(sweep, part)
@@ -54,7 +54,7 @@ def run_part(sweep: SweepConfig, part: str, jobs: int | None = None) -> list[str
 
 
 def slurm_script(sweep: SweepConfig, command: Sequence[str], folder: Path) -> str:
-    """A bash script that submits the whole sweep to SLURM, and is what its jobs run.
+    """Write a bash script that submits the whole sweep to SLURM, and is what its jobs run.
 
     Args:
         sweep: from `load_sweep`.
@@ -82,9 +82,9 @@ def _cell(sweep: SweepConfig, part: str) -> Cell | None:
     if match is None:
         raise UserError(f"--only must be tune:K/N, further:K/N, tune or final:K/N, got {part!r}")
     kind, number, total = match["kind"], int(match["number"]), int(match["total"])
-    if total != _totals(sweep)[kind]:
-        is_now = f"sweep {sweep.name} has {_totals(sweep)[kind]} such runs now"
-        raise UserError(f"--only {part}: {is_now}; write its script again")
+    now = _totals(sweep)[kind]
+    if total != now:
+        raise UserError(f"--only {part}: sweep {sweep.name} has {now} such runs now; write its script again")
     if number > total:
         raise UserError(f"--only {part}: there is no run {number} of {total}")
     if kind == "tune":
@@ -92,29 +92,21 @@ def _cell(sweep: SweepConfig, part: str) -> Cell | None:
     labels, seeds = list(sweep.strategies), sweep.final.seeds
     if kind == "further":
         return further_cell(sweep, labels[number - 1])
-    chosen, (seed, place) = _load_choice(sweep), divmod(number - 1, len(labels))  # in the order of `final_cells`
-    if labels[place] not in chosen:
-        raise UserError(nothing_of(sweep, labels[place]))
-    return final_cell(sweep, labels[place], chosen[labels[place]], seeds[seed])
-
-
-def _choice_file(sweep: SweepConfig) -> Path:
-    return sweep.folder / "choice.json"
-
-
-def _rule(sweep: SweepConfig) -> dict:
-    """What a choice depends on."""
-    return sweep.model_dump(include={"run", "strategies", "tune"})
-
-
-def _load_choice(sweep: SweepConfig) -> dict[str, float]:
-    path = _choice_file(sweep)
+    path = sweep.folder / CHOICE_FILE
     if not path.is_file():
         raise UserError(f"sweep {sweep.name} has not chosen yet: {path} is missing; run it with --only tune first")
     kept = files.read_json(path)
     if kept["rule"] != _rule(sweep):
         raise UserError(f"{path} was chosen among other settings; run the sweep with --only tune again")
-    return kept["chosen"]
+    chosen, (seed, place) = kept["chosen"], divmod(number - 1, len(labels))  # in the order of `final_cells`
+    if labels[place] not in chosen:
+        raise UserError(nothing_of(sweep, labels[place]))
+    return final_cell(sweep, labels[place], chosen[labels[place]], seeds[seed])
+
+
+def _rule(sweep: SweepConfig) -> dict:
+    """What a choice depends on."""
+    return sweep.model_dump(include={"run", "strategies", "tune"})
 
 
 HEAD = """\

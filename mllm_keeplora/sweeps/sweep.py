@@ -25,7 +25,6 @@ from mllm_keeplora.strategies import summary_of
 from mllm_keeplora.sweeps.cells import Runner, log_of, visible_devices
 from mllm_keeplora.sweeps.plan import (
     SweepConfig,
-    TuneConfig,
     Tuning,
     chosen_of,
     final_cell,
@@ -128,12 +127,9 @@ def check_sweep(sweep: SweepConfig) -> None:
 
 
 def _report(
-    sweep: SweepConfig,
-    tunings: Mapping[str, Tuning],
-    results_list: list[dict[str, Any]],
-    missing: Sequence[str] = (),
+    sweep: SweepConfig, tunings: Mapping[str, Tuning], results_list: list[dict[str, Any]], missing: Sequence[str]
 ) -> None:
-    """The comparison of the final runs with how their settings were chosen, and the choice as JSON."""
+    """Write the comparison of the final runs with how their settings were chosen, and the choice as JSON."""
     tried = [tune_cell(sweep, label, value).results() for label, tuning in tunings.items() for value in tuning.scores]
     choice = Choice(
         key=sweep.tune.key,
@@ -158,12 +154,10 @@ def _tuning_table(tunings: Mapping[str, Tuning]) -> tuple[list[str], list[list[s
     values = sorted({value for tuning in tunings.values() for value in tuning.scores})
     rows = []
     for label, tuning in tunings.items():
-        cells = []
-        for value in values:
-            score = tuning.scores.get(value)
-            text = "failed" if value in tuning.scores and score is None else "" if score is None else f"{score:.1f}"
-            cells.append(f"{text} (chosen)" if value == tuning.best else text)
-        rows.append([label, *cells])
+        texts = {value: "failed" if score is None else f"{score:.1f}" for value, score in tuning.scores.items()}
+        if tuning.best is not None:
+            texts[tuning.best] += " (chosen)"
+        rows.append([label, *(texts.get(value, "") for value in values)])
     return ["", *(f"{value:g}" for value in values)], rows
 
 
@@ -173,12 +167,16 @@ def _notes(sweep: SweepConfig, tunings: Mapping[str, Tuning]) -> list[str]:
     tuned = {label: tune_cell(sweep, label, tune.grid[0]).config() for label in tunings}
     some = next(iter(tuned))
     splits = tuned[some].eval.split, final_cell(sweep, some, tune.grid[0], final.seeds[0]).config().eval.split
+    steps = "one step" if tune.extensions == 1 else f"{tune.extensions} steps"
+    going_on = (
+        f", and the grid goes on by the factor {tune.factor:g}, at most {steps} either way, while it lies at an edge"
+    )
     notes = [f"{label}: {summary_of(config.strategy.name)}" for label, config in tuned.items()]
-    notes += [
+    notes.append(
         f"One rule for every strategy: {tune.key} from {grid} with seed {tune.seed}, graded on the {splits[0]} "
-        f"questions; the highest Last is chosen{_going_on(tune)}. "
+        f"questions; the highest Last is chosen{going_on if tune.extensions else ''}. "
         f"The chosen setting then runs with seeds {seeds}, graded on the {splits[1]} questions."
-    ]
+    )
     own = {
         label: [each for each in sweep.strategies[label] if not each.startswith("strategy.name=")] for label in tuned
     }
@@ -190,13 +188,6 @@ def _notes(sweep: SweepConfig, tunings: Mapping[str, Tuning]) -> list[str]:
     return notes
 
 
-def _going_on(tune: TuneConfig) -> str:
-    if not tune.extensions:
-        return ""
-    steps = "one step" if tune.extensions == 1 else f"{tune.extensions} steps"
-    return f", and the grid goes on by the factor {tune.factor:g}, at most {steps} either way, while it lies at an edge"
-
-
 def nothing_of(sweep: SweepConfig, label: str) -> str:
-    """Says that a strategy has no setting to go on with."""
+    """Say that a strategy has no setting to go on with."""
     return f"no setting of {label} gave a result; see {sweep.folder}/tune/{label}-*.log"

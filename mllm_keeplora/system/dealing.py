@@ -22,6 +22,9 @@ def divided(costs: Mapping[str, float], load: Callable[[str], S], work: Callable
     """
     if world_size() == 1:
         return {name: work(name, load(name)) for name in costs}
+    import torch
+    from torch.utils._pytree import tree_map_only
+
     order = sorted(costs, key=lambda name: -costs[name])
     owners = {name: place % world_size() for place, name in enumerate(order)}
     own: dict[str, T] = {}
@@ -32,19 +35,10 @@ def divided(costs: Mapping[str, float], load: Callable[[str], S], work: Callable
             mine = (name, source) if owners[name] == rank() else mine
         if mine is not None:
             own[mine[0]] = work(*mine)
-    outlines = {name: each for share in gather(_outlines(own)) for name, each in share.items()}
+    # Every process first hears the shapes of all results: it has to make room before their tensors are broadcast.
+    shares = gather({name: tree_map_only(torch.Tensor, _Outline.of, result) for name, result in own.items()})
+    outlines = {name: each for share in shares for name, each in share.items()}
     return {name: _handed_out(own.get(name), outlines[name], owners[name]) for name in costs}
-
-
-def _outlines(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results with every tensor replaced by its shape, dtype and whether it is on a GPU."""
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    def outline(tensor: Any) -> _Outline:
-        return _Outline(tuple(tensor.shape), tensor.dtype, tensor.is_cuda)
-
-    return {name: tree_map_only(torch.Tensor, outline, result) for name, result in results.items()}
 
 
 def _handed_out(result: Any, outline: Any, owner: int) -> Any:
@@ -59,11 +53,9 @@ def _handed_out(result: Any, outline: Any, owner: int) -> Any:
     for place, (leaf, own) in enumerate(zip(leaves, held, strict=True)):
         if isinstance(leaf, _Outline):
             where = device() if leaf.on_gpu or via_gpu else "cpu"
-            own = (
-                own.to(where).contiguous()
-                if rank() == owner
-                else torch.empty(leaf.shape, dtype=leaf.dtype, device=where)
-            )
+            if rank() != owner:
+                own = torch.empty(leaf.shape, dtype=leaf.dtype, device=where)
+            own = own.to(where).contiguous()
             dist.broadcast(own, src=owner)
             leaves[place] = own if leaf.on_gpu else own.cpu()
     return tree_unflatten(leaves, spec)
@@ -74,3 +66,7 @@ class _Outline:
     shape: tuple[int, ...]
     dtype: Any
     on_gpu: bool
+
+    @classmethod
+    def of(cls, tensor: Any) -> _Outline:
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.is_cuda)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,29 +19,29 @@ PATIENCE = 10  # times as long as within a training a process waits for one that
 
 
 def rank() -> int:
-    """Index of this process among all processes of the run."""
+    """Give the index of this process among all processes of the run."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """Number of processes of the run, as the launcher (`torchrun`, `deepspeed`, `accelerate`) set it."""
+    """Count the processes of the run, as the launcher (`torchrun`, `deepspeed`, `accelerate`) set it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Tell whether this process is the one that prints and writes."""
     return rank() == 0
 
 
 def device() -> str:
-    """The device of this process: its own GPU where there is one, else the CPU."""
+    """Name the device of this process: its own GPU where there is one, else the CPU."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def free_bytes() -> int:
-    """Memory that is free on this process's GPU or, on a CPU, available on the host for each of its processes."""
+    """Measure what is free on this process's GPU, or else its share of the memory available on the host."""
     import torch
 
     if torch.cuda.is_available():
@@ -53,7 +54,7 @@ def free_bytes() -> int:
 
 @contextmanager
 def process_group(timeout_s: int = 600, deepspeed: bool = False) -> Iterator[None]:
-    """Open the process group for the time of a run; nothing to do in a single process without DeepSpeed.
+    """Open the process group for the time of a run; a single process without DeepSpeed needs none.
 
     DeepSpeed has to open the group itself, before `TrainingArguments` exists: otherwise its batch arithmetic is
     done for one process. After an exception in one of several processes the group is left open: to close it may take
@@ -77,12 +78,21 @@ def process_group(timeout_s: int = 600, deepspeed: bool = False) -> Iterator[Non
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(device())
-    alone = _single_process_rendezvous() if "RANK" not in os.environ else {}
+    alone = {}
+    if "RANK" not in os.environ:  # DeepSpeed wants a rendezvous even for one process that no launcher started
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        alone |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ.update(alone)
     timeout, ended = timedelta(seconds=PATIENCE * timeout_s), False
     try:
         if deepspeed:
-            _open_for_deepspeed(backend, timeout)
+            import deepspeed as ds
+
+            if backend == "gloo":  # else DeepSpeed compiles its own shared-memory all-reduce first: minutes of C++
+                ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            ds.init_distributed(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
         yield
@@ -95,27 +105,9 @@ def process_group(timeout_s: int = 600, deepspeed: bool = False) -> Iterator[Non
             del os.environ[name]
 
 
-def _open_for_deepspeed(backend: str, timeout: timedelta) -> None:
-    import deepspeed as ds
-
-    if backend == "gloo":  # else DeepSpeed compiles its own shared-memory all-reduce first: minutes of C++
-        ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    ds.init_distributed(backend, timeout=timeout)
-
-
-def _single_process_rendezvous() -> dict[str, str]:
-    """Environment of a rendezvous, which DeepSpeed wants even for one process that no launcher started."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
 @contextmanager
 def keeping_step(timeout_s: int) -> Iterator[None]:
-    """For a block in which all processes work at one pace: a wait of `timeout_s` for the others is a failure."""
+    """Take a wait of `timeout_s` for the others as a failure, in a block where all work at one pace."""
     _limit_waits(timeout_s)
     yield
     _limit_waits(PATIENCE * timeout_s)
@@ -139,7 +131,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce(tensors) -> None:
+def all_reduce(tensors: Iterable[Any]) -> None:
     """Sum each tensor over all processes, in place and in the given order; NCCL reduces host tensors via the GPU."""
     if world_size() > 1:
         import torch.distributed as dist
@@ -153,19 +145,12 @@ def all_reduce(tensors) -> None:
 
 
 def largest(number: int) -> int:
-    """The largest of all processes' numbers."""
-    if world_size() == 1:
-        return number
-    import torch
-    import torch.distributed as dist
-
-    value = torch.tensor(number, device=device() if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return int(value)
+    """Give the largest of all processes' numbers."""
+    return max(gather(number))
 
 
 def share_of(tensor: Any) -> Any:
-    """This process's share of a tensor's entries, flat; shares of all processes are equally long."""
+    """Cut this process's share of a tensor's entries, flat; shares of all processes are equally long."""
     import torch
 
     length = -(-tensor.numel() // world_size())
@@ -174,7 +159,7 @@ def share_of(tensor: Any) -> Any:
 
 
 def joined(share: Any, shape: tuple[int, ...]) -> Any:
-    """The tensor whose shares all processes hold."""
+    """Put together the tensor whose shares all processes hold."""
     import torch
     import torch.distributed as dist
 
@@ -185,7 +170,7 @@ def joined(share: Any, shape: tuple[int, ...]) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, in rank order, on every process."""
+    """Give every process's value, in rank order, to every process."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
@@ -196,7 +181,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def interleaved(rows: Any) -> Any:
-    """Rows of all processes (n, ...), in the order of the items that were dealt out one to each in turn."""
+    """Join rows (n, ...) of all processes in the order of items, dealt out one to each in turn."""
     shares = gather(rows)
     whole = rows.new_zeros(sum(map(len, shares)), *rows.shape[1:])
     for place, share in enumerate(shares):
@@ -205,7 +190,7 @@ def interleaved(rows: Any) -> Any:
 
 
 def from_main(value: Any) -> Any:
-    """The main process's value, on every process."""
+    """Give the main process's value to every process."""
     if world_size() == 1:
         return value
     import torch.distributed as dist

@@ -27,11 +27,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def cache_folder() -> Path:
-    """Where things are kept that can be made again: `$MLLM_KEEPLORA_CACHE`, else a folder in the user's cache."""
+    """Name the folder of what can be made again: `$MLLM_KEEPLORA_CACHE`, else one in the user's cache."""
     return Path(os.environ.get("MLLM_KEEPLORA_CACHE") or Path.home() / ".cache" / "mllm_keeplora")
 
 
@@ -40,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with NaN refused: a number that was not measured is null."""
+    """Write JSON with NaN refused: a number that was not measured is null."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -53,7 +57,7 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises a UserError that names the file where it is missing or not readable, as all that read here do."""
+    """Read JSON; here, as in all that read, a UserError names a file that is missing or not readable."""
     with _named(path, NO_JSON, "it is not readable JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -67,12 +71,12 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines by line feeds alone: `str.splitlines` would also cut at separators inside a model's answer."""
+    """Cut at line feeds alone: `str.splitlines` would also cut at separators inside a model's answer."""
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file; tensors are moved to the CPU and made contiguous."""
+    """Write a safetensors file; tensors are moved to the CPU and made contiguous."""
     from safetensors.torch import save_file
 
     for name, tensor in tensors.items():
@@ -91,7 +95,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `write_tensors` was given beside the tensors."""
+    """Read what `write_tensors` was given beside the tensors."""
     from safetensors import SafetensorError, safe_open
 
     with _named(path, SafetensorError), safe_open(path, "pt") as stored:
@@ -123,11 +127,3 @@ def remove_leftovers(folder: Path) -> None:
     """Delete temporary files that a killed process left behind."""
     for path in folder.rglob("*.tmp"):
         path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,12 +21,17 @@ from mllm_keeplora.errors import STOPPED
 def main(arguments: Sequence[str]) -> int:
     """Launch and wait for the workers; returns the exit code of the worker that failed first on this node, else 0."""
     signal.signal(signal.SIGUSR1, _pass_on)
+    import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import determine_local_world_size, parse_args, run
 
     launch = parse_args(arguments)
-    _set_environment(determine_local_world_size(launch.nproc_per_node))
+    # What workers inherit, unless it is set: their share of the cores; on a CPU, that DeepSpeed shall use it.
+    share = torch.get_num_threads() // determine_local_world_size(launch.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         run(launch)
     except ChildFailedError as error:
@@ -35,15 +40,6 @@ def main(arguments: Sequence[str]) -> int:
     except SignalException as stop:  # torchrun's own handling: it has ended the workers
         return _as_shell_code(-stop.sigval)
     return 0
-
-
-def _set_environment(processes: int) -> None:
-    """What workers inherit, unless it is set: their share of the cores; on a CPU, that DeepSpeed shall use it."""
-    import torch
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:

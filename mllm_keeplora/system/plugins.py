@@ -62,7 +62,7 @@ def _enter(kind: str, home: str, entries: dict, plugin: str, origin: str) -> Non
 
 
 def version_of(plugin: str) -> str:
-    """Version and digest of a loaded plugin: of the distribution that it belongs to, if any, and of its source files.
+    """Give the version of a loaded plugin's distribution, if it has one, and a digest of its source files.
 
     A module within a package counts with all the package's files beside it and below: it may import them.
     """

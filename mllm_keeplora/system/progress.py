@@ -14,7 +14,7 @@ from mllm_keeplora.system import distributed, watch
 
 @cache
 def console():
-    """The terminal that log lines, bars and tables share, so that they do not overwrite each other."""
+    """Give the terminal that log lines, bars and tables share, so that they do not overwrite each other."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -26,25 +26,11 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
     if not (distributed.is_main() and console().is_terminal):
         yield lambda n=1, note="": watch.stop_here()
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console(), transient=True) as progress:
+    before = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    after = ("left", TimeRemainingColumn(), "{task.fields[note]}")
+    with Progress(*before, *after, console=console(), transient=True) as progress:
         bar = progress.add_task(title, total=total, note="")
 
         def advance(n: int = 1, note: str = "") -> None:

@@ -5,7 +5,7 @@ Source: Denkowski and Lavie (WMT 2014), and the program as pycocoevalcap starts 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ LONGEST_PHRASE = 7  # words, in the paraphrase table
 
 
 class Match(NamedTuple):
-    """Words of the reference (from `start`) taken for words of the prediction (from `at`)."""
+    """Take words of the reference (from `start`) for words of the prediction (from `at`)."""
 
     start: int
     length: int
@@ -28,12 +28,12 @@ class Match(NamedTuple):
     kind: int
 
     def gain(self) -> int:
-        """Words covered, of both sides. Half words are rounded down: a word for another word that is not it gives 0."""
+        """Count the words covered on both sides; halves are rounded down, so one word for another one gives 0."""
         return self.length + self.at_length if self.kind == EXACT else self.length // 2 + self.at_length // 2
 
 
 class Alignment(NamedTuple):
-    """Matches chosen so far, left to right along the reference."""
+    """Keep the matches chosen so far, left to right along the reference."""
 
     covered: int = 0
     chunks: int = 0  # closed ones
@@ -68,7 +68,7 @@ class Alignment(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a score is computed from; those of a set are the sums over its items. Weights count a content word most."""
+    """Count what a score is computed from; a set sums over its items. Weights count a content word most."""
 
     predicted_gain: float
     reference_gain: float
@@ -79,7 +79,7 @@ class Counts(NamedTuple):
     chunks: int  # 0 where all words of both sides match in one
 
     def score(self) -> float:
-        """Mean of precision and recall, harmonic and in favour of recall, less a penalty for scattered matches."""
+        """Average precision and recall, harmonically and in favour of recall, less a penalty for scattered matches."""
         if not self.predicted_gain or not self.reference_gain:
             return 0.0
         precision = self.predicted_gain / self.predicted_weight
@@ -163,13 +163,9 @@ def _steps(path: Alignment, position: int, matches: Iterable[Match], fixed: Matc
 
 
 def _without_rival(candidates: Sequence[Sequence[Match]]) -> dict[int, Match]:
-    predicted: defaultdict[int, int] = defaultdict(int)
-    reference: defaultdict[int, int] = defaultdict(int)
-    for match in (match for matches in candidates for match in matches):
-        for word in range(match.at, match.at + match.at_length):
-            predicted[word] += 1
-        for word in range(match.start, match.start + match.length):
-            reference[word] += 1
+    every = [match for matches in candidates for match in matches]
+    predicted = Counter(word for match in every for word in range(match.at, match.at + match.at_length))
+    reference = Counter(word for match in every for word in range(match.start, match.start + match.length))
     return {
         match.start: match
         for match in (matches[0] for matches in candidates if len(matches) == 1)

@@ -10,7 +10,7 @@ import gzip
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -76,14 +76,9 @@ def paraphrases(phrases: set[str]) -> Paraphrases:
 
 @cache
 def _stem(word: str) -> str:
-    return _stemmer()(word)
-
-
-@cache
-def _stemmer() -> Callable[[str], str]:
     from nltk.stem.snowball import SnowballStemmer
 
-    return SnowballStemmer("english").stem
+    return SnowballStemmer("english").stem(word)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
+from typing import Any
 
 from mllm_keeplora.report.render.export import Table
 from mllm_keeplora.report.render.figures import score_matrix_figure
@@ -16,10 +17,8 @@ from mllm_keeplora.report.render.groups import (
     mean_results,
     paired_differences,
     shares_of_upper,
-    split_of,
     spread_text,
 )
-from mllm_keeplora.report.render.html import Drawn, fill_page
 from mllm_keeplora.report.render.tables import reference_rows
 from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, Metric, duration_text, score_text
 
@@ -29,7 +28,7 @@ PLAIN = Metric("", "", "")
 
 
 def comparison_tables(groups: Sequence[Group], settings: Mapping[str, str]) -> dict[str, Table]:
-    """Tables of a comparison by title; costs and differences are there where they can be told.
+    """Give the tables of a comparison by title, without costs and differences if they cannot be told.
 
     Args:
         groups: from `group_runs`.
@@ -48,7 +47,7 @@ def comparison_tables(groups: Sequence[Group], settings: Mapping[str, str]) -> d
 
 
 def summary(groups: Sequence[Group], settings: Mapping[str, str]) -> Table:
-    """The main table: a row per group with mean ± sd over its seeds, then zero-shot and blind."""
+    """Fill the main table: a row per group with mean ± sd over its seeds, then zero-shot and blind."""
     upper = find_group(groups, UPPER)
     heads = ["", *(["chosen"] if settings else []), "seeds", *(metric.label for metric in COLUMNS)]
     heads += ["of joint"] * (upper is not None) + ["wall time"]
@@ -72,7 +71,7 @@ def summary(groups: Sequence[Group], settings: Mapping[str, str]) -> Table:
 
 
 def paired(groups: Sequence[Group]) -> Table | None:
-    """Differences to the reference strategy by seed; None where it is not among the groups, or nothing is paired."""
+    """List differences to the reference strategy by seed; None if it is not among the groups, or nothing is paired."""
     reference = find_group(groups, REFERENCE)
     rows = []
     for group in groups if reference is not None else ():
@@ -87,7 +86,7 @@ def paired(groups: Sequence[Group]) -> Table | None:
 
 
 def costs(groups: Sequence[Group]) -> Table | None:
-    """What each group costs: means over seeds, times relative to sequential LoRA; None where nothing is recorded.
+    """List what each group costs: means over seeds, times relative to sequential LoRA; None if nothing is recorded.
 
     Trained parameters are the most of any domain. Stored is what the state after the last domain needs: to answer,
     and besides that to learn a further domain.
@@ -114,39 +113,17 @@ def _median_seconds(group: Group, stages: Sequence[str]) -> float:
 
 
 def heat_maps(groups: Sequence[Group], dark: bool = False) -> bytes:
-    """Mean score matrices of all groups that learnt one domain after another, side by side."""
+    """Draw the mean score matrices of all groups that learned one domain after another, side by side."""
     shown = [group for group in groups if group.strategy != UPPER] or list(groups)
-    titles = [f"{g.label}: Last {_mean_text(g, 'last')}, BWT {_mean_text(g, 'bwt', True)}" for g in shown]
+    titles = []
+    for group in shown:
+        last, bwt = (mean_and_sd(group.metric(key))[0] for key in ("last", "bwt"))
+        titles.append(f"{group.label}: Last {score_text(last)}, BWT {score_text(bwt, signed=True)}")
     return score_matrix_figure([mean_results(group) for group in shown], titles, dark)
 
 
-def _mean_text(group: Group, key: str, signed: bool = False) -> str:
-    return score_text(mean_and_sd(group.metric(key))[0], signed)
-
-
-def render_comparison(
-    title: str,
-    groups: Sequence[Group],
-    tables: Mapping[str, Table],
-    maps: Drawn,
-    tried: Sequence[Group],
-    trade_off: Drawn | None,
-    has_chosen: bool,
-    notes: Sequence[str],
-    tuning: Table,
-) -> str:
-    """Render the comparison page.
-
-    Args:
-        title: heading.
-        groups: from `group_runs`, one setting each or several.
-        tables: from `comparison_tables`.
-        maps: from `heat_maps`.
-        tried: groups of every setting.
-        trade_off: their curves, if any; `has_chosen`: some of their points are marked.
-        notes: sentences on how the numbers came about, put above the rest.
-        tuning: a table of the settings that were tried; left out without rows.
-    """
+def what_was_measured(groups: Sequence[Group]) -> dict[str, Any]:
+    """Give what the comparison page says of the groups themselves: on what they were measured, and how surely."""
     run = groups[0].runs[0]
     identity, counts = run.get("identity") or {}, run.get("questions") or {}
     base = identity.get("base")
@@ -159,32 +136,18 @@ def render_comparison(
         "generator": identity.get("generator"),
         "fingerprint of the data": identity.get("data"),
     }
-    return fill_page(
-        "comparison.html",
-        title=title,
-        notes=notes,
-        measured=measured,
-        tables=tables,
-        columns=COLUMNS,
-        counts=[count for name, count in counts.items() if name in run["domains"]],
-        maps=maps,
-        trade_off=trade_off,
-        has_chosen=has_chosen,
-        split=split_of(tried),
-        seeds=sorted({seed for group in tried for seed in group.seeds}),
-        tuning=tuning,
-        types=_types(groups),
-    )
-
-
-def _types(groups: Sequence[Group]) -> Table:
-    """Final score by question type, a column per group, beside the blind answer's."""
+    # Final scores by question type, a column per group, beside the blind answer's.
     typed = [group for group in groups if group.runs[0].get("per_type")]
-    rows = []
+    types = []
     for domain, kinds in typed[0].runs[0]["per_type"].items() if typed else ():
         blind = (typed[0].runs[0].get("blind_per_type") or {}).get(domain, {})
         for kind in kinds:
             values = ([run["per_type"].get(domain, {}).get(kind) for run in group.runs] for group in typed)
             means = [mean_and_sd(each)[0] for each in values]
-            rows.append([f"{domain}: {kind}", *map(score_text, [blind.get(kind), *means])])
-    return ["", "blind", *(group.label for group in typed)], rows
+            types.append([f"{domain}: {kind}", *map(score_text, [blind.get(kind), *means])])
+    return {
+        "measured": measured,
+        "columns": COLUMNS,
+        "counts": [count for name, count in counts.items() if name in run["domains"]],
+        "types": (["", "blind", *(group.label for group in typed)], types),
+    }

@@ -13,16 +13,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mllm_keeplora.report.render.diagnostics_figures import (
-    capacity_figure,
-    matrix_figure,
-    split_figure,
-    update_figure,
-)
+from mllm_keeplora.report.render import figures
+from mllm_keeplora.report.render.figures import FAINT, INK, LINE_COLOURS, MARKERS
 from mllm_keeplora.report.render.html import Drawn, in_both
 from mllm_keeplora.report.render.view import NOT_MEASURED
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 SHARES = {  # as they are stored, and as they are shown
@@ -45,7 +43,7 @@ MEANING = {
 
 
 class UnitFacts(NamedTuple):
-    """One unit of a run: its name, the content of its gradient.json and of its diagnostics.json (empty if absent)."""
+    """Name a unit of a run and hold the content of its gradient.json and diagnostics.json (empty if absent)."""
 
     name: str
     gradient: Mapping[str, Any]
@@ -53,7 +51,7 @@ class UnitFacts(NamedTuple):
 
 
 def capacity(units: Sequence[UnitFacts]) -> DataFrame:
-    """Tell the room in the layers of each kind (q_proj, ..., projector) at the last unit that was diagnosed.
+    """Measure the room in the layers of each kind (q_proj, ..., projector) at the last unit that was diagnosed.
 
     Returns:
         A row a kind, none where nothing is kept. Columns: input size, or the range of sizes; at the start and after
@@ -62,7 +60,7 @@ def capacity(units: Sequence[UnitFacts]) -> DataFrame:
     """
     import pandas as pd
 
-    layers = _by_layer(_last(units), "capacity")
+    layers = _frame(_last(units).get("capacity", {}))
     if layers.empty:
         return layers
     kinds = ["projector" if ".layers." not in layer else layer.rsplit(".", 1)[-1] for layer in layers.index]
@@ -80,13 +78,13 @@ def capacity(units: Sequence[UnitFacts]) -> DataFrame:
 
 def gradient_split(units: Sequence[UnitFacts]) -> DataFrame:
     """Average the shares of gradient energy (columns) over layers, in percent, a row a unit that measured them."""
-    layers = {unit.name: _by_layer(unit.gradient, "gradient") for unit in units}
+    layers = {unit.name: _frame(unit.gradient.get("gradient", {})) for unit in units}
     means = {name: 100 * each.reindex(columns=list(SHARES)).mean() for name, each in layers.items()}
     return _frame(means).dropna().rename(columns=SHARES)
 
 
 def changes(units: Sequence[UnitFacts]) -> DataFrame:
-    """Tell the median update in percent and the largest leak of a layer in each form, NaN where nothing is kept."""
+    """Give a unit's median update in percent and its largest leak of each form, NaN where nothing is kept."""
     found = {}
     for name, layers in _changed(units).items():
         leaks = layers.reindex(columns=list(LEAKS)).max().rename(LEAKS)
@@ -104,21 +102,19 @@ def update_by_depth(units: Sequence[UnitFacts]) -> DataFrame:
 
 
 def interference(units: Sequence[UnitFacts]) -> DataFrame:
-    """Tell how strongly a unit's update (row) answers to a set's inputs (column), in percent of the layer's output."""
-    inputs = {unit.name: unit.diagnostics["inputs"] for unit in units if unit.diagnostics.get("inputs")}
-    return _frame(
-        {
-            name: {asked: 100 * _by_layer(sets, asked)["interference"].mean() for asked in sets}
-            for name, sets in inputs.items()
-        }
-    )
+    """Average how strongly a unit's update (row) answers a set's inputs (column), in percent of the layer's output."""
+    strengths = {}
+    for unit in units:
+        if unit.diagnostics.get("inputs"):
+            sets = {asked: _frame(layers) for asked, layers in unit.diagnostics["inputs"].items()}
+            strengths[unit.name] = {asked: 100 * layers["interference"].mean() for asked, layers in sets.items()}
+    return _frame(strengths)
 
 
 def overlap(units: Sequence[UnitFacts]) -> DataFrame:
-    """Tell the share of a set's input energy (row) inside what was kept by whom (column), in percent, at the end."""
+    """Average the share of a set's input energy (row) inside what was kept by whom (column), in percent."""
     inputs = _last(units).get("inputs", {})
-    covered = {asked: _by_layer(inputs, asked)["covered"] for asked in inputs}
-    shares = _frame({asked: 100 * _frame(dict(each)).mean() for asked, each in covered.items()})
+    shares = _frame({asked: 100 * _frame(dict(_frame(inputs[asked])["covered"])).mean() for asked in inputs})
     shares.columns = _stages(units, shares)
     return shares
 
@@ -159,11 +155,6 @@ def _last(units: Sequence[UnitFacts]) -> Mapping[str, Any]:
     return next((unit.diagnostics for unit in reversed(units) if unit.diagnostics), {})
 
 
-def _by_layer(facts: Mapping[str, Any], key: str) -> DataFrame:
-    """A row a layer; none where the facts lack the key."""
-    return _frame(facts.get(key, {}))
-
-
 def _frame(rows: Mapping[str, Any]) -> DataFrame:
     import pandas as pd
 
@@ -171,7 +162,7 @@ def _frame(rows: Mapping[str, Any]) -> DataFrame:
 
 
 def _changed(units: Sequence[UnitFacts]) -> dict[str, DataFrame]:
-    found = {unit.name: _by_layer(unit.diagnostics, "changes") for unit in units}
+    found = {unit.name: _frame(unit.diagnostics.get("changes", {})) for unit in units}
     return {name: layers for name, layers in found.items() if not layers.empty}
 
 
@@ -189,3 +180,78 @@ def _table(corner: str, frame: DataFrame, forms: Sequence[str]) -> Table:
         cells = (NOT_MEASURED if cell != cell else form.format(cell) for form, cell in zip(forms, row, strict=True))
         table.add_row(name, *cells)
     return table
+
+
+def capacity_figure(kept: DataFrame, dark: bool = False) -> bytes:
+    """Draw the share of directions that are kept, a line per kind of layer (row) over the stages (columns)."""
+    figure, axes = _lines(kept, range(kept.shape[1]), dark)
+    axes.axhline(100, color=FAINT[dark], linewidth=0.8, linestyle="--")
+    axes.set_ylim(0, 104)
+    axes.set_xticks(range(kept.shape[1]), kept.columns, parse_math=False)
+    return _finished(figure, dark, "directions kept (%)", columns=2)
+
+
+def split_figure(split: DataFrame, dark: bool = False) -> bytes:
+    """Draw where the energy of each domain's gradient goes, a stacked bar per domain (row)."""
+    figure = figures.new_figure(5.6, 3.3)
+    axes = figure.subplots()
+    bottom = 0.0 * split["protected"]
+    shades = {"protected": LINE_COLOURS[dark][0], "captured": LINE_COLOURS[dark][2], "discarded": FAINT[dark]}
+    for key, colour in shades.items():
+        axes.bar(range(len(split)), split[key], bottom=bottom, width=0.62, color=colour, label=key)
+        bottom = bottom + split[key]
+    axes.set_ylim(0, 100)
+    axes.set_xticks(range(len(split)), split.index, parse_math=False)
+    return _finished(figure, dark, "gradient energy (%)", columns=3)
+
+
+def update_figure(updates: DataFrame, dark: bool = False) -> bytes:
+    """Draw the size of each domain's update (row) relative to the weights, by depth (columns)."""
+    figure, axes = _lines(updates, updates.columns, dark)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return _finished(figure, dark, "update / weight (%)", columns=2, x="block")
+
+
+def matrix_figure(matrix: DataFrame, rows: str, columns: str, dark: bool = False) -> bytes:
+    """Draw a matrix as a heat map from zero to its largest value; `rows` and `columns` say what they are."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colours = ScalarMappable(Normalize(0.0, matrix.max().max() or 1.0), cmap="YlGnBu")
+    num_rows, num_columns = matrix.shape
+    figure = figures.new_figure(1.8 + 0.66 * num_columns, 1.2 + 0.42 * num_rows)
+    axes = figure.subplots()
+    for i, row in enumerate(matrix.itertuples(index=False)):
+        for j, value in enumerate(row):
+            if value == value:
+                figures.draw_cell(axes, (j, i), value, colours, dark, size=8.5)
+    axes.set_xlim(0, num_columns)
+    axes.set_ylim(num_rows, 0)
+    axes.set_xticks([j + 0.5 for j in range(num_columns)], matrix.columns, parse_math=False)
+    axes.set_yticks([i + 0.5 for i in range(num_rows)], matrix.index, parse_math=False)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    figures.dress(axes, dark, columns, rows, size=9)
+    return figures.png_of(figure, dark)
+
+
+def _lines(frame: DataFrame, places: object, dark: bool) -> tuple[Figure, Axes]:
+    """A line for each row over the places of its columns."""
+    figure = figures.new_figure(5.6, 3.3)
+    axes = figure.subplots()
+    colours = LINE_COLOURS[dark]
+    for i, (name, *values) in enumerate(frame.itertuples()):
+        style = {"color": colours[i % len(colours)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+        axes.plot(places, values, linewidth=1.6, label=name, **style)
+    return figure, axes
+
+
+def _finished(figure: Figure, dark: bool, y: str, columns: int, x: str = "") -> bytes:
+    """Add what these pictures share: labels of the axes, a grid, a legend in so many columns."""
+    (axes,) = figure.axes
+    figures.dress(axes, dark, x, y, grid="y")
+    axes.set_axisbelow(True)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": columns}
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK[dark], **place)
+    return figures.png_of(figure, dark)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, Results, metric_text, score_sheet, score_text
 
 Table = tuple[list[str], list[list[str]]]
+FORMS = ("wrong", "off_by_one", "format", "truncated", "blank")
 LATEX = str.maketrans({
     "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "±": r"$\pm$", "−": r"$-$",
     "–": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
@@ -17,7 +18,7 @@ LATEX = str.maketrans({
 
 
 def run_tables(results: Results) -> dict[str, Table]:
-    """The tables of one run by title: scores, metrics, forms of error, and how each set was asked and graded."""
+    """Give the tables of one run by title: scores, metrics, errors, and how each set was asked and graded."""
     sheet = score_sheet(results)
     scores = [[row.label, *map(score_text, row.scores)] for row in sheet.measured]
     values = [[metric.label, metric_text(metric, results["metrics"].get(metric.key))] for metric in METRICS]
@@ -31,23 +32,18 @@ def run_tables(results: Results) -> dict[str, Table]:
 
 
 def errors_table(results: Results) -> Table:
-    """Per set: how many answers were asked, how many went wrong in which form, and the strict second opinion."""
-    errors, counts = results.get("errors") or {}, results.get("questions") or {}
-    strict = results.get("strict") or {}
+    """Count, for each set, what was asked and what went wrong in which form, beside the strict second opinion."""
+    errors, counts, strict = (results.get(key) or {} for key in ("errors", "questions", "strict"))
     forms = [form for form in FORMS if any(form in found for found in errors.values())]
-    rows = [
-        [name, str(counts.get(name, NOT_MEASURED)), *(str(found.get(form, 0)) for form in forms),
-         score_text(strict.get(name))]
-        for name, found in errors.items()
-    ]  # fmt: skip
-    return ["", "questions", *(FORMS[form] for form in forms), "strict score"], rows
-
-
-FORMS = {"wrong": "wrong", "off_by_one": "off by one", "format": "format", "truncated": "truncated", "blank": "blank"}
+    rows = []
+    for name, found in errors.items():
+        wrong = (str(found.get(form, 0)) for form in forms)
+        rows.append([name, str(counts.get(name, NOT_MEASURED)), *wrong, score_text(strict.get(name))])
+    return ["", "questions", *(form.replace("_", " ") for form in forms), "strict score"], rows
 
 
 def grading_table(results: Results) -> Table:
-    """Per set: scorer, what is appended to the question, how pictures are put, answer length, batch and precision."""
+    """List, for each set, its scorer, how questions and pictures are put, answer length, batch and precision."""
     grading = results.get("grading") or {}
     heads = ["", "scorer", "appended to the question", "pictures", "new tokens", "batch", "precision"]
     rows = []
@@ -62,7 +58,7 @@ def grading_table(results: Results) -> Table:
 
 
 def as_csv(table: Table) -> str:
-    """Comma-separated values; minus signs plain, so that a spreadsheet reads numbers."""
+    """Write a table as comma-separated values; minus signs are plain, so that a spreadsheet reads numbers."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([cell.replace("−", "-") for cell in row] for row in [table[0], *table[1]])
@@ -70,7 +66,7 @@ def as_csv(table: Table) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """A table as Markdown."""
+    """Write a table as Markdown."""
     heads, rows = table
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     lines += [f"| {' | '.join(minus(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
@@ -78,7 +74,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """A `tabular` with rules of the package booktabs: text left, numbers right."""
+    """Write a table as a `tabular` with rules of the package booktabs: text left, numbers right."""
     heads, rows = (
         [" & ".join(minus(cell).translate(LATEX) for cell in row) + r" \\" for row in part]
         for part in ([table[0]], table[1])
@@ -92,7 +88,7 @@ FORMATS: dict[str, Callable[[Table], str]] = {"csv": as_csv, "md": as_markdown, 
 
 
 def exported(tables: Mapping[str, Table]) -> dict[str, str]:
-    """File name -> content: every table in every format."""
+    """Write every table in every format; gives the texts by file name."""
     return {
         f"{title.lower().replace(' ', '_')}.{suffix}": write(table)
         for title, table in tables.items()
@@ -101,5 +97,5 @@ def exported(tables: Mapping[str, Table]) -> dict[str, str]:
 
 
 def minus(cell: str) -> str:
-    """True minus signs in a cell of numbers."""
+    """Put true minus signs into a cell of numbers."""
     return cell.replace("-", "−") if cell[:1] in "+-" and cell[1:2].isdigit() else cell

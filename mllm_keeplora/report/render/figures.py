@@ -38,7 +38,7 @@ def score_matrix_figure(results_list: Sequence[Results], titles: Sequence[str], 
     sheets = [score_sheet(results) for results in results_list]
     num_rows = max(len(sheet.references) + len(sheet.stages) for sheet in sheets)
     shrunk = min(1.0, MANY / max(num_rows, *(len(sheet.columns) for sheet in sheets)))
-    width, height = (0.55 * shrunk, 0.38 * shrunk)
+    width, height = 0.55 * shrunk, 0.38 * shrunk
     across = min(len(sheets), ACROSS)
     ratios = [max(len(sheet.columns) for sheet in sheets[place::across]) for place in range(across)]
     down = -(-len(sheets) // across)
@@ -74,25 +74,29 @@ def domain_curves_figure(results: Results, dark: bool = False) -> bytes:
     ends = []
     for j, name in enumerate(sheet.columns):
         series = [float("nan") if row.scores[j] is None else row.scores[j] for row in rows]
-        is_domain = j < len(sheet.domains)
+        is_domain, places = j < len(sheet.domains), range(len(rows))
         colour = LINE_COLOURS[dark][j % len(LINE_COLOURS[dark])] if is_domain else FAINT[dark]
-        _draw_curve(axes, series, first_stage + j if is_domain else None, colour, MARKERS[j % len(MARKERS)])
+        if is_domain:
+            style, at = {"color": colour, "marker": MARKERS[j % len(MARKERS)]}, first_stage + j
+            dashes = {"linewidth": 1.1, "linestyle": (0, (4, 2.5)), "alpha": 0.6}
+            axes.plot(places[: at + 1], series[: at + 1], markersize=3.5, **dashes, **style)
+            axes.plot(places[at:], series[at:], markersize=3.5, linewidth=2.0, **style)
+            axes.plot([at], [series[at]], markersize=8.5, linestyle="none", **style)
+        else:
+            axes.plot(places, series, color=colour, linewidth=1.4, linestyle=(0, (1, 1.5)))
         measured = [value for value in series if value == value]
         ends += [(measured[-1], name, colour)] if measured and (j in named or not is_domain) else []
     _label_ends(axes, ends, len(rows) - 1)
     axes.set_xticks(steps, [rows[step].label.replace("after ", "after\n") for step in steps], parse_math=False)
     axes.set_xlim(-0.25, len(rows) - 0.75)
-    axes.set_ylabel("score (%)", color=INK[dark], fontsize=9)
     axes.set_ylim(0, max(100.0, *(end[0] for end in ends)) if ends else 100.0)
-    axes.tick_params(colors=INK[dark], labelsize=8.5, length=0)
-    axes.grid(axis="y", color=FAINT[dark], alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT[dark])
+    dress(axes, dark, y="score (%)", grid="y")
+    axes.spines["bottom"].set(visible=True, color=FAINT[dark])
     return png_of(figure, dark)
 
 
 def data_uri(png: bytes) -> str:
-    """Return a picture as a data URI, for a page that must stand alone."""
+    """Write a picture as a data URI, for a page that must stand alone."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
@@ -112,8 +116,7 @@ def _draw_sheet(axes: "Axes", sheet: Sheet, title: str, colours: Any, dark: bool
     axes.set_xticks([lefts[j] + 0.5 for j in columns], names, rotation=turned, parse_math=False)
     axes.set_yticks([tops[i] + 0.5 for i in named], [rows[i].label for i in named], parse_math=False)
     axes.xaxis.tick_top()
-    axes.tick_params(length=0, colors=INK[dark], labelsize=9)
-    axes.spines[:].set_visible(False)
+    dress(axes, dark, size=9)
     axes.set_title(title, color=INK[dark], fontsize=10.5, fontweight="bold", pad=10, parse_math=False)
 
 
@@ -137,18 +140,14 @@ def draw_cell(
         axes.text(left + 0.5, top + 0.52, f"{score:.1f}", ha="center", va="center", color=ink, fontsize=size)
 
 
-def _draw_curve(axes: "Axes", series: list[float], learned_at: int | None, colour: str, marker: str) -> None:
-    """Draw one line; `learned_at` is the position of the learning moment, None for a general suite."""
-    steps = range(len(series))
-    if learned_at is None:
-        axes.plot(steps, series, color=colour, linewidth=1.4, linestyle=(0, (1, 1.5)))
-        return
-    style = {"color": colour, "marker": marker, "markersize": 3.5}
-    axes.plot(
-        steps[: learned_at + 1], series[: learned_at + 1], linewidth=1.1, linestyle=(0, (4, 2.5)), alpha=0.6, **style
-    )
-    axes.plot(steps[learned_at:], series[learned_at:], linewidth=2.0, **style)
-    axes.plot([learned_at], [series[learned_at]], color=colour, marker=marker, markersize=8.5, linestyle="none")
+def dress(axes: "Axes", dark: bool, x: str = "", y: str = "", grid: str = "", size: float = 8.5) -> None:
+    """Give axes the look that pictures share: ink, no frame, a grid along an axis if one is named, labels."""
+    axes.tick_params(colors=INK[dark], labelsize=size, length=0)
+    axes.spines[:].set_visible(False)
+    if grid:
+        axes.grid(axis=grid, color=FAINT[dark], alpha=0.25, linewidth=0.6)
+    axes.set_xlabel(x, color=INK[dark], fontsize=9)
+    axes.set_ylabel(y, color=INK[dark], fontsize=9)
 
 
 def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]], position: int) -> None:

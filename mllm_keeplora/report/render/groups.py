@@ -16,7 +16,7 @@ GRADING = ("eval.limit", "eval.suite_limit", "eval.max_new_tokens")
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by seed alone.
+    """A group holds runs that differ by seed alone.
 
     Attributes:
         label: what a reader knows it by; unique within a comparison.
@@ -40,11 +40,11 @@ class Group:
         return [run["seed"] for run in self.runs]
 
     def metric(self, key: str) -> list[Score]:
-        """Values of a metric by ascending seed."""
+        """List the values of a metric by ascending seed."""
         return [run["metrics"].get(key) for run in self.runs]
 
     def finals(self, domain: str) -> list[Score]:
-        """Scores on a domain after the whole sequence, by ascending seed."""
+        """List the scores on a domain after the whole sequence, by ascending seed."""
         return [run["score_matrix"][-1][run["domains"].index(domain)] for run in self.runs]
 
 
@@ -79,14 +79,14 @@ def group_runs(results_list: Sequence[Results]) -> list[Group]:
 
 
 def mean_and_sd(values: Sequence[Score]) -> tuple[Score, Score]:
-    """Mean and sample standard deviation; None where a value was not measured, or where one value has no spread."""
+    """Give mean and sample standard deviation; None if a value was not measured, or one value has no spread."""
     if not values or any(value is None for value in values):
         return None, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def spread_text(metric: Metric, values: Sequence[Score], joint: str = " ") -> str:
-    """`mean ± sd` as a metric is written, or the mean alone."""
+    """Write `mean ± sd` as the metric is written, or the mean alone."""
     mean, sd = mean_and_sd(values)
     if sd is None:
         return metric_text(metric, mean)
@@ -95,28 +95,27 @@ def spread_text(metric: Metric, values: Sequence[Score], joint: str = " ") -> st
 
 
 def paired_differences(group: Group, reference: Group, key: str) -> dict[int, float]:
-    """Seed -> metric of the group minus that of the reference, over the seeds that both measured."""
-    theirs = dict(zip(reference.seeds, reference.metric(key), strict=True))
-    ours = dict(zip(group.seeds, group.metric(key), strict=True))
+    """Subtract the reference's metric from the group's, seed by seed where both measured it."""
+    ours, theirs = (dict(zip(each.seeds, each.metric(key), strict=True)) for each in (group, reference))
     both = [seed for seed in ours if ours[seed] is not None and theirs.get(seed) is not None]
     return {seed: ours[seed] - theirs[seed] for seed in both}
 
 
 def find_group(groups: Sequence[Group], strategy: str) -> Group | None:
-    """The only group of a strategy, or of several the only one that has its name."""
+    """Find the only group of a strategy, or of several the only one that has its name."""
     found = [group for group in groups if group.strategy == strategy]
     found = found if len(found) == 1 else [group for group in found if group.family == strategy]
     return found[0] if len(found) == 1 else None
 
 
 def shares_of_upper(group: Group, upper: Group | None) -> list[Score]:
-    """Last as a share of joint training's mean Last, by seed; empty without joint training."""
+    """Give Last as a share of joint training's mean Last, by seed; empty without joint training."""
     top = mean_and_sd(upper.metric("last"))[0] if upper is not None else None
     return [] if not top else [None if last is None else last / top for last in group.metric("last")]
 
 
 def mean_results(group: Group) -> Results:
-    """A results dict whose cells are means over the group's seeds; NaN where any seed did not measure."""
+    """Make a results dict whose cells are means over the group's seeds; NaN where any seed did not measure."""
     import numpy as np
 
     def mean(of: Callable[[Results], Any]) -> list:
@@ -129,18 +128,18 @@ def mean_results(group: Group) -> Results:
 
 
 def split_of(groups: Sequence[Group]) -> str:
-    """Which questions the groups were graded on: test or validation."""
+    """Tell which questions the groups were graded on: test or validation."""
     return (groups[0].runs[0].get("identity") or {}).get("split") or "test"
 
 
 def trade_off_curves(groups: Sequence[Group]) -> dict[str, list[tuple[str, float, float]]]:
-    """Family -> (setting, mean plasticity, mean BWT) in the order of the settings; without those that lack either."""
+    """Give each family its (setting, mean plasticity, mean BWT) by setting; without those that lack either."""
     curves: dict[str, list[tuple[str, float, float]]] = {}
     for group in groups:
         plasticity, bwt = mean_and_sd(group.metric("plasticity"))[0], mean_and_sd(group.metric("bwt"))[0]
         if plasticity is not None and bwt is not None:
             curves.setdefault(group.family, []).append((group.setting, plasticity, bwt))
-    return {family: sorted(points, key=lambda point: _natural(point[0])) for family, points in curves.items()}
+    return {family: sorted(points, key=_number_first) for family, points in curves.items()}
 
 
 def _refuse_strangers(results_list: Sequence[Results]) -> None:
@@ -183,9 +182,10 @@ def _told_apart(group: Group, namesakes: Sequence[Results]) -> Group:
     return replace(group, label=f"{group.family}, {setting}", setting=setting)
 
 
-def _natural(setting: str) -> tuple[float, str]:
+def _number_first(point: tuple[str, float, float]) -> tuple[float, str]:
     """Settings that end in a number sort by it."""
+    setting = point[0]
     try:
-        return float(setting.split()[-1]), setting
-    except (ValueError, IndexError):
+        return float(setting.rpartition(" ")[2]), setting
+    except ValueError:
         return float("inf"), setting

@@ -6,24 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mllm_keeplora.report.render import view
 from mllm_keeplora.report.render.export import Table, errors_table, grading_table, minus
 from mllm_keeplora.report.render.figures import data_uri, domain_curves_figure, score_matrix_figure
-from mllm_keeplora.report.render.view import (
-    METRICS,
-    Results,
-    duration_text,
-    memory_text,
-    metric_text,
-    run_title,
-    score_sheet,
-    score_text,
-)
 
 Drawn = tuple[bytes, bytes]  # a picture for a light page and for a dark one
 
 
 class WrongAnswer(NamedTuple):
-    """A sample the model got wrong, to be looked at."""
+    """Show a sample that the model got wrong."""
 
     domain: str
     question: str
@@ -33,7 +24,7 @@ class WrongAnswer(NamedTuple):
 
 
 def render_html(
-    results: Results,
+    results: view.Results,
     wrong_answers: Sequence[WrongAnswer] = (),
     diagnosed: Sequence[tuple[str, Drawn, str]] = (),
     published: Table | None = None,
@@ -47,17 +38,17 @@ def render_html(
         diagnosed: heading, picture and note of each diagnostic.
         published: table of what others report on the same benchmark.
     """
-    sheet = score_sheet(results)
+    sheet = view.score_sheet(results)
     measured = sum(row.is_measured for row in sheet.stages)
     blind = results.get("blind_per_type") or {}
     types = [
-        [domain, kind, score_text(score), score_text(blind.get(domain, {}).get(kind))]
+        [domain, kind, view.score_text(score), view.score_text(blind.get(domain, {}).get(kind))]
         for domain, scores in (results.get("per_type") or {}).items()
         for kind, score in scores.items()
     ]
     return fill_page(
         "page.html",
-        title=run_title(results),
+        title=view.run_title(results),
         results=results,
         sheet=sheet,
         seconds=results.get("wall_seconds"),
@@ -81,14 +72,12 @@ def fill_page(template: str, **values: Any) -> str:
     """Fill a template of this folder; what it puts in is escaped, and a value that is missing is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    loader = FileSystemLoader(Path(__file__).parent)
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    templates.filters |= {"data_uri": data_uri, "duration": duration_text, "memory": memory_text, "minus": minus}
+    templates.filters |= {"data_uri": data_uri, "minus": minus}
+    templates.filters |= {"duration": view.duration_text, "memory": view.memory_text}
     return templates.get_template(template).render(
-        values, metrics=METRICS, metric_text=metric_text, score_text=score_text
+        values, metrics=view.METRICS, metric_text=view.metric_text, score_text=view.score_text
     )

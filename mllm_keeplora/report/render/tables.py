@@ -28,18 +28,14 @@ STYLES = {"reference": "italic", "general": "cyan", "learned": "bold green", "se
 
 
 def results_table(results: Results) -> RenderableType:
-    """Show one run: its score sheet, its metrics, the time of every stage.
-
-    Args:
-        results: the content of results.json.
-    """
+    """Show one run, by the content of its results.json: its score sheet, its metrics, the time of every stage."""
     facts = [f"{key} {results[key]}" for key in ("strategy", "base", "benchmark", "seed") if key in results]
-    parts = [
-        Text(run_title(results), style="bold"),
-        Text(" · ".join(facts), style="dim"),
-        _sheet_table(results),
-        _metrics_line(results),
-    ]
+    metrics = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for metric in METRICS:
+        metrics.add_column(metric.label, justify="right")
+    metrics.add_row(*(Text(metric_text(each, results["metrics"].get(each.key)), style="bold") for each in METRICS))
+    title, told = Text(run_title(results), style="bold"), Text(" · ".join(facts), style="dim")
+    parts = [title, told, _sheet_table(results), metrics]
     if results.get("wall_seconds"):
         parts += [Text(""), _times(results)]
     return Group(*parts)
@@ -72,7 +68,7 @@ def compare_table(results_list: Sequence[Results]) -> RenderableType:
 
 
 def reference_rows(groups: Sequence[RunGroup]) -> list[Row]:
-    """Zero-shot and blind scores of the first run that has them, in the first group's order of domains."""
+    """Take zero-shot and blind scores of the first run that has them, in the first group's order of domains."""
     rows: dict[str, Row] = {}
     wanted = groups[0].runs[0]["domains"]
     for group in groups:
@@ -106,7 +102,7 @@ def _ranked_table(
 
 def _sheet_table(results: Results) -> Table:
     sheet = score_sheet(results)
-    widths = [max(map(len, (row.label for row in sheet.stages))), *(max(len(name), 5) for name in sheet.columns)]
+    widths = [max(len(row.label) for row in sheet.stages), *(max(len(name), 5) for name in sheet.columns)]
     table = _plain_table("", sheet.columns, gap=3 if sum(widths) + 3 * len(widths) <= 80 else 2)
     for suite in table.columns[1 + len(sheet.domains) :]:
         suite.header_style = "cyan"
@@ -119,14 +115,6 @@ def _sheet_table(results: Results) -> Table:
             for j, score in enumerate(row.scores)
         ]
         table.add_row(Text(row.label), *cells, end_section=i == len(sheet.references))
-    return table
-
-
-def _metrics_line(results: Results) -> Table:
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for metric in METRICS:
-        table.add_column(metric.label, justify="right")
-    table.add_row(*(Text(metric_text(each, results["metrics"].get(each.key)), style="bold") for each in METRICS))
     return table
 
 
@@ -149,7 +137,7 @@ def _plain_table(corner: str, columns: Sequence[str], gap: int = 2) -> Table:
 
 
 def memory_table(stages: Mapping[str, Mapping[str, float]], host: float, where: str) -> RenderableType:
-    """Memory that a run is expected to take on each device, by stage.
+    """Show the memory that a run is expected to take on each device, by stage.
 
     Args:
         stages: stage -> what takes it -> bytes.

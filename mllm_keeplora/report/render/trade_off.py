@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mllm_keeplora.report.render.figures import FAINT, INK, LINE_COLOURS, MARKERS, new_figure, png_of
+from mllm_keeplora.report.render.figures import FAINT, INK, LINE_COLOURS, MARKERS, dress, new_figure, png_of
 
 # Where a label may stand beside its point: offset in points, alignment; the first one that is free is taken.
 PLACES = (
@@ -38,7 +38,7 @@ def trade_off_figure(
     for i, (name, points) in enumerate(curves.items()):
         style = curve_style(i, dark)
         colour = style["color"]
-        xs, ys = [point[1] for point in points], [point[2] for point in points]
+        _, xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, markersize=5, linewidth=1.6, label=name, **style)
         for setting, x, y in points:
             if (name, setting) in chosen:
@@ -52,11 +52,8 @@ def trade_off_figure(
         axes.set_yticks([-50, -20, -10, -5, 0, *([5] if axes.get_ylim()[1] > 5 else [])], minor=False)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-    axes.set_xlabel("plasticity: score right after learning (%)", color=INK[dark], fontsize=9)
-    axes.set_ylabel("BWT: change since then (points)", color=INK[dark], fontsize=9)
-    axes.tick_params(colors=INK[dark], labelsize=8.5, length=0)
-    axes.grid(color=FAINT[dark], alpha=0.25, linewidth=0.6)
-    axes.spines[:].set_visible(False)
+    x, y = "plasticity: score right after learning (%)", "BWT: change since then (points)"
+    dress(axes, dark, x, y, grid="both")
     place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if full else {"loc": "lower left"}
     legend = axes.legend(frameon=False, fontsize=9, labelcolor=INK[dark], **place)
     _place(axes, labels, [legend])
@@ -65,7 +62,7 @@ def trade_off_figure(
 
 
 def curve_style(i: int, dark: bool = False) -> dict[str, Any]:
-    """Colour, marker and line of the i-th curve; where colours come round again, the other two move on."""
+    """Choose colour, marker and line of the i-th curve; when colours come round again, the other two move on."""
     turn = i // len(MARKERS)
     return {
         "color": LINE_COLOURS[dark][i % len(LINE_COLOURS[dark])],

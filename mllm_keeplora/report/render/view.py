@@ -12,7 +12,7 @@ ZERO_SHOT = "zero-shot"
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of results["metrics"] as a reader meets it."""
+    """Describe a metric of results["metrics"] as a reader meets it."""
 
     key: str
     label: str
@@ -34,7 +34,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the score sheet; `stage` is the index of the domain just trained, None for a reference row.
+    """Hold a line of the score sheet: `stage` is the index of the domain just trained, None for a reference row.
 
     `is_union`: all domains were trained at once.
     """
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def is_measured(self) -> bool:
-        return any(score is not None for score in self.scores)
+        return _is_any(self.scores)
 
     def phase(self, column: int, num_domains: int) -> str:
         """Say what the cell is: "reference", "general", or a domain "learned" right now, "seen" or "unseen"."""
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sheet:
-    """The score matrix with its reference rows on top and the general suites as further columns."""
+    """Lay the score matrix out, reference rows on top, the general suites as further columns."""
 
     domains: tuple[str, ...]
     suites: tuple[str, ...]
@@ -72,7 +72,7 @@ class Sheet:
 
     @property
     def measured(self) -> tuple[Row, ...]:
-        """References and stages that hold a score."""
+        """The references and stages that hold a score."""
         return self.references + tuple(row for row in self.stages if row.is_measured)
 
 
@@ -95,17 +95,13 @@ def score_sheet(results: Results) -> Sheet:
         Row("blind", blind + (None,) * len(general)),
     )
     # A strategy that learns all domains at once measures its last row only: that row is not "after" one domain.
-    is_joint = num_domains > 1 and not any(_is_any(row) for row in matrix[:-1]) and _is_any(matrix[-1])
-    stages = tuple(
-        Row(
-            "after all" if is_joint and i == num_domains - 1 else f"after {domain}",
-            matrix[i] + tuple(series[i + 1] for series in general),
-            stage=i,
-            is_union=is_joint and i == num_domains - 1,
-        )
-        for i, domain in enumerate(domains)
-    )
-    return Sheet(domains, tuple(suites), tuple(row for row in references if row.is_measured), stages)
+    is_joint = num_domains > 1 and not any(map(_is_any, matrix[:-1])) and _is_any(matrix[-1])
+    stages = []
+    for i, domain in enumerate(domains):
+        is_union = is_joint and i == num_domains - 1
+        scores = matrix[i] + tuple(series[i + 1] for series in general)
+        stages.append(Row("after all" if is_union else f"after {domain}", scores, i, is_union))
+    return Sheet(domains, tuple(suites), tuple(row for row in references if row.is_measured), tuple(stages))
 
 
 def run_title(results: Results) -> str:
@@ -131,13 +127,13 @@ def duration_text(seconds: float) -> str:
     """Write a duration: 0.4 s, 48 s, 3 min 12 s, 2 h 05 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
 
 
 def memory_text(num_bytes: float) -> str:

@@ -14,22 +14,10 @@ from typing import NoReturn
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.system import distributed
-from mllm_keeplora.system.watch.signals import Stopped, ignore_endings
+from mllm_keeplora.system.watch.signals import Stopped
+from mllm_keeplora.system.watch.signals import ignore_endings as ignore_endings  # for those who call `watch`
 from mllm_keeplora.system.watch.store import SharedStore
 from mllm_keeplora.system.watch.watcher import Watcher
-
-__all__ = [
-    "Stopped",
-    "enter",
-    "ignore_endings",
-    "stop_agreed",
-    "stop_here",
-    "stop_saved",
-    "tell_failure",
-    "tell_mistake",
-    "until_saved",
-    "watched",
-]
 
 _watcher = Watcher(None)  # signals belong to the whole process, and so does who answers them
 
@@ -80,12 +68,12 @@ def stop_here() -> None:
 
 
 def until_saved() -> AbstractContextManager[None]:
-    """For a block that is not to end half-way: it asks `stop_agreed`, writes a checkpoint, and calls `stop_saved`."""
+    """Let a block not end half-way: it asks `stop_agreed`, writes a checkpoint, and calls `stop_saved`."""
     return _watcher.until_saved()
 
 
 def stop_agreed() -> bool:
-    """Whether the run is to end, the same in all processes, which have to ask at the same time."""
+    """Tell whether the run is to end; all processes have to ask at the same time, and hear the same."""
     number = distributed.largest(_watcher.told or 0)
     if number:
         _watcher.tell(number)

@@ -19,7 +19,7 @@ CONNECT_S = 60
 
 
 class SharedStore:
-    """The states of all processes of the open process group; each of these connects at the same time.
+    """Share the states of all processes of the open process group, which connect at the same time.
 
     The main process hosts torch's store, or its launcher does. This is a client of its own: torch's is busy for as
     long as a process waits for another one.

@@ -33,7 +33,7 @@ MISTAKE_S = 5  # how long the main process may take to find the mistake that ano
 
 
 class Failure(NamedTuple):
-    """What ended a run: the process that failed, a sentence that names it, and the exit code of all."""
+    """A failure ended a run: the process that failed, a sentence that names it, and the exit code of all."""
 
     rank: int
     sentence: str
@@ -41,7 +41,7 @@ class Failure(NamedTuple):
 
 
 class Watcher:
-    """The watching threads, and what they have heard.
+    """Run the two watching threads, and keep what they have heard.
 
     Args:
         store: for word from the other processes; None where there are none.
@@ -103,7 +103,8 @@ class Watcher:
         if self.store is not None and _may_be_an_echo(error):
             self._patience = ECHO_S
             _until(lambda: self._first is not None, CAUSE_S)
-        own = Failure(distributed.rank(), f"{self._who()} failed{self._where()}: {_short(error)}", 1)
+        what = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        own = Failure(distributed.rank(), f"{self._who()} failed{self._where()}: {what}", 1)
         first = self._settle(own)
         if first == own:
             if distributed.world_size() > 1:
@@ -259,12 +260,6 @@ class Watcher:
 
 def _name_of(rank: int, host: str) -> str:
     return f"rank {rank} of {distributed.world_size()} on {host}"
-
-
-def _short(error: Exception) -> str:
-    """An error's kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _may_be_an_echo(error: Exception) -> bool:
