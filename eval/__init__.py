@@ -1,4 +1,1 @@
-"""The evaluation harness: asks a model, grades its answers, fills the score matrix.
-
-It meets training in the run directory only.
-"""
+"""The evaluation harness: it asks, grades, fills the score matrix, and meets training in the run directory only."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mllm_keeplora.data.media.images import read_image
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
@@ -12,7 +11,6 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.checkpoints import Checkpoint
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.saved import load_run
-from mllm_keeplora.models import Base
 from mllm_keeplora.models.shipped import NOTES
 from mllm_keeplora.system import files
 
@@ -26,7 +24,7 @@ def ask(
     max_new_tokens: int = 128,
     domain: str | None = None,
 ) -> str:
-    """Greedy answer to a question about pictures, put as it is: no prompt suffix of a benchmark is added.
+    """Answer a question about pictures greedily, put as it is: no prompt suffix of a benchmark is added.
 
     Args:
         target: a run directory, a model, or a peft adapter's folder.
@@ -46,31 +44,23 @@ def ask(
     if not question.strip():
         raise UserError("the question is empty")
     is_run = (Path(target) / "run.json").is_file()
-    for option, given in (("--after", after), ("--domain", domain)):
-        if not is_run and given is not None:
-            raise UserError(f"{target} is not a run, for which there is no {option}")
-    if is_run and base is not None:
-        raise UserError(f"{target} is a run, for which there is no --base")
-    pad = "pad" in _image_modes(Path(target))
-    media = tuple(Media("image", Path(image), pad=pad) for image in images)
+    for option, given in ({"--base": base} if is_run else {"--after": after, "--domain": domain}).items():
+        if given is not None:
+            raise UserError(f"{target} is {'a run' if is_run else 'not a run'}, for which there is no {option}")
+    # Pictures are shown as in training, where the target tells; they are looked at before a model is loaded.
+    saved, notes = load_run(target) if is_run else None, Path(target) / NOTES
+    if saved is not None:
+        modes = {part.image_mode for part in saved.benchmark.domains.values()}
+    else:
+        modes = files.read_json(notes)["image_modes"] if notes.is_file() else ()
+    media = tuple(Media("image", Path(image), pad="pad" in modes) for image in images)
     for each in media:
-        read_image(each)  # before a model is loaded
-    opened, model = _opened(target, after, base, domain)
+        read_image(each)
+    if saved is not None:
+        saved.refuse_domain(domain, after)
+        opened, model = saved.base, saved.restore(after, domain)
+    else:
+        checkpoint = Checkpoint.named(target, base)
+        opened, model = checkpoint.load(checkpoint.config("mini_dcl", Path("runs/ask")))  # touches no data and folder
     record = Record("question", media, (Turn("user", question),), origin="the question")
     return generate(opened, model, [record], [""], max_new_tokens)[0].text
-
-
-def _image_modes(target: Path) -> set[str]:
-    """How pictures were shown in training, where the target tells."""
-    if (target / "run.json").is_file():
-        return {part.image_mode for part in load_run(target).benchmark.domains.values()}
-    return set(files.read_json(target / NOTES)["image_modes"]) if (target / NOTES).is_file() else set()
-
-
-def _opened(target: str | Path, after: int | None, base: str | None, domain: str | None) -> tuple[Base, Any]:
-    if (Path(target) / "run.json").is_file():
-        saved = load_run(target)
-        saved.refuse_domain(domain, after)
-        return saved.base, saved.restore(len(saved.run.finished_units) if after is None else after, domain)
-    checkpoint = Checkpoint.named(target, base)
-    return checkpoint.load(checkpoint.config("mini_dcl", Path("runs/ask")))  # neither data nor folder is touched

@@ -13,6 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,20 @@ def asked_once(
     predictions = run.folder(BASE_UNIT).predictions(name)
 
     def take_over() -> Facts | None:
-        return _taken_over(kept, predictions, config, benchmark) if distributed.is_main() else None
+        if not distributed.is_main() or not kept.is_dir():
+            return None
+        try:
+            facts = files.read_json(kept / "facts.json")
+            for path in answer_files(kept / predictions.name):
+                files.write_atomically(predictions.with_name(path.name), partial(shutil.copyfile, path))
+            facts["score"] = regrade(predictions, benchmark.graded(name), asked_records(benchmark, name, config))
+        except (UserError, ValueError, OSError) as error:
+            log.warning("the base is asked %s again: %s", name, error)
+            return None
+        return facts
 
-    facts = distributed.from_main(distributed.main_first(take_over))  # one decision: another run may end just now
+    # One decision for all processes, since another run may end just now.
+    facts = distributed.from_main(distributed.main_first(take_over))
     if facts is not None:
         log.info("the base's answers to %s are those in %s", name, kept)
         forget_journals(run.folder(BASE_UNIT), [name])
@@ -60,22 +72,6 @@ def asked_once(
     facts["seconds"] = round(time.monotonic() - started, 3)
     if distributed.is_main():
         _publish(kept, predictions, facts)
-    return facts
-
-
-def _taken_over(kept: Path, predictions: Path, config: RunConfig, benchmark: Benchmark) -> Facts | None:
-    """Facts of kept answers, which are the run's own and graded afterwards; None where there are none to be had."""
-    if not kept.is_dir():
-        return None
-    name = predictions.stem
-    try:
-        facts = files.read_json(kept / "facts.json")
-        for path in answer_files(kept / predictions.name):
-            files.write_atomically(predictions.with_name(path.name), lambda to, path=path: shutil.copyfile(path, to))
-        facts["score"] = regrade(predictions, benchmark.graded(name), asked_records(benchmark, name, config))
-    except (UserError, ValueError, OSError) as error:
-        log.warning("the base is asked %s again: %s", name, error)
-        return None
     return facts
 
 
@@ -99,10 +95,9 @@ def _publish(kept: Path, predictions: Path, facts: Facts) -> None:
 def _digest(run: RunDir, config: RunConfig, name: str) -> str:
     import torch
 
-    record = run.record
-    identity = Identity.of_record(record)
+    identity = Identity.of_record(run.record)
     what = [identity.base, identity.digest(name), identity.generator]
-    how = {key: value for key, value in record["config"].items() if key.startswith(("base.", "eval."))}
+    how = {key: value for key, value in run.record["config"].items() if key.startswith(("base.", "eval."))}
     batches = [config.eval.batch_size, config.eval.weights, config.deepspeed, distributed.world_size()]
     on_gpu = distributed.device() != "cpu"
     device = torch.cuda.get_device_name() if on_gpu else [torch.backends.cpu.get_cpu_capability(), config.threads]

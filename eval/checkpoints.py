@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.config import RunConfig, apply_override, parse_config, read_yaml
-from mllm_keeplora.data import Benchmark, load_benchmark
+from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.readers import digest
-from mllm_keeplora.errors import UserError, first_line, known
+from mllm_keeplora.errors import UserError, first_line
 from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
 from mllm_keeplora.eval.harness import forget_journals
-from mllm_keeplora.eval.rows import evaluate_named, stored_rows
+from mllm_keeplora.eval.rows import chosen_sets, evaluate_named
 from mllm_keeplora.identity import environment
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.models.shipped import NOTES
@@ -31,16 +31,9 @@ class Checkpoint:
     base: str
     adapter: Path | None = None
 
-    @property
-    def base_settings(self) -> dict[str, Any]:
-        """The `base` section of a config; an exported adapter says how its model was prompted."""
-        told = self.adapter / NOTES if self.adapter is not None else None
-        prompt = files.read_json(told)["prompt"] if told is not None and told.is_file() else "auto"
-        return {"model": self.base, "prompt": prompt}
-
     @classmethod
     def named(cls, target: str | Path, base: str | None = None) -> Checkpoint:
-        """The checkpoint behind a name: an adapter's folder needs its base, which it may name itself.
+        """Find the checkpoint behind a name: an adapter's folder needs its base, which it may name itself.
 
         Raises:
             UserError: the adapter does not say what it was made for, and neither does `base`.
@@ -61,20 +54,28 @@ class Checkpoint:
         return cls(base or own, folder)
 
     def config(self, benchmark: str, output: Path, overrides: Sequence[str] = ()) -> RunConfig:
-        """A run's config that asks this checkpoint; overrides are dotted keys."""
-        values: dict[str, Any] = {
-            "name": "checkpoint",
-            "base": self.base_settings,
-            **_asked(benchmark),
-            "strategy": {"name": "finetune"},
-            "output": str(output),
-        }
+        """Make a run's config that asks this checkpoint.
+
+        Args:
+            benchmark: a name, a benchmark's YAML, or a run's, which also says how it is asked.
+            output: folder of the config.
+            overrides: dotted keys.
+        """
+        asked: dict[str, Any] = {"benchmark": benchmark}
+        if Path(benchmark).suffix in (".yaml", ".yml") and Path(benchmark).is_file():
+            values = read_yaml(Path(benchmark))
+            if "strategy" in values:
+                asked = {key: values[key] for key in ASKED if key in values}
+        base = {"model": self.base}
+        if self.adapter is not None and (self.adapter / NOTES).is_file():  # of an exported one: how it was prompted
+            base["prompt"] = files.read_json(self.adapter / NOTES)["prompt"]
+        values = {"name": "checkpoint", "base": base, **asked, "strategy": {"name": "finetune"}, "output": str(output)}
         for override in overrides:
             apply_override(values, override)
         return parse_config(values, origin="the command line")
 
     def load(self, config: RunConfig) -> tuple[Base, Any]:
-        """The base and the model that answers.
+        """Load the base and the model that answers.
 
         Raises:
             UserError: the adapter cannot be put on this base.
@@ -82,14 +83,22 @@ class Checkpoint:
         base = load_base(config.base, "frozen", ())
         if self.adapter is None:
             return base, base.model
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors import safe_open
 
         try:
             model = PeftModel.from_pretrained(base.model, str(self.adapter))
         except (ValueError, RuntimeError, KeyError) as error:
-            reason = first_line(error)
-            raise UserError(f"adapter {self.adapter} does not fit {self.base}: {reason}") from None
-        _refuse_unfilled(model, self.adapter, self.base)
+            raise UserError(f"adapter {self.adapter} does not fit {self.base}: {first_line(error)}") from None
+        # peft only warns where a file has other tensors than its branches; an empty branch must not pass.
+        with safe_open(self.adapter / "adapter_model.safetensors", "pt") as stored:
+            given = set(stored.keys())
+        wanted = set(get_peft_model_state_dict(model))
+        if given != wanted:
+            raise UserError(
+                f"adapter {self.adapter} does not fit {self.base}: {len(given - wanted)} of its {len(given)} tensors "
+                f"have no place there and {len(wanted - given)} places stay empty, e.g. {min(given ^ wanted)}"
+            )
         return base, model.eval()
 
 
@@ -117,78 +126,26 @@ def evaluate_checkpoint(
     """
     config = checkpoint.config(benchmark, output, overrides)
     loaded = load_benchmark(config)
-    names = _chosen(loaded, domains)
-    folder, scores = DomainDir(output), {}
+    names = chosen_sets(loaded, domains, loaded.name)
+    folder, path = DomainDir(output), output / "scores.json"
     base, model = checkpoint.load(config)
+    adapter = str(checkpoint.adapter) if checkpoint.adapter else None
     adapter_digest = digest(checkpoint.adapter) if checkpoint.adapter else None
-    told: dict[str, Any] = {
-        "base": checkpoint.base,
-        "adapter": str(checkpoint.adapter) if checkpoint.adapter else None,
-        "fingerprint": base.fingerprint,
-        "adapter_digest": adapter_digest,
-        "benchmark": loaded.name,
-        "environment": environment(),
-    }
+    told = {"base": checkpoint.base, "adapter": adapter, "fingerprint": base.fingerprint}
+    told |= {"adapter_digest": adapter_digest, "benchmark": loaded.name}
     with RunDir(output).locked():
-        told["sets"] = _same_model(output, told)
+        # The folder may hold scores of other sets already, of the very same model.
+        before = files.read_json(path) if path.is_file() else {**told, "sets": {}}
+        if any(before.get(key) != value for key, value in told.items()):
+            raise UserError(f"{output} holds the answers of another model or benchmark; choose another --output")
+        sets = before["sets"]
         for name in names:
             asked_of = f"{base.fingerprint} {adapter_digest}"
             facts = evaluate_named(base, model, loaded, name, config, folder, asked_of=asked_of, keep_journal=True)
-            scores[name] = facts["score"]
-            rows = stored_rows(folder, name) or []
+            rows = files.read_json_lines(folder.predictions(name))
             opinions = {"strict": strict_percent(rows), "errors": errors_of(rows, loaded.graded(name))}
-            told["sets"][name] = {**stored_figures(folder.predictions(name)), **facts, **opinions}
+            sets[name] = {**stored_figures(folder.predictions(name)), **facts, **opinions}
         if distributed.is_main():
-            files.write_json(output / "scores.json", told)
+            files.write_json(path, {**told, "environment": environment(), "sets": sets})
         forget_journals(folder, names)
-    return scores
-
-
-def _asked(benchmark: str) -> dict[str, Any]:
-    """Sections of a config that say what is asked and how: of a benchmark by its name or YAML, or of a run's YAML."""
-    if Path(benchmark).suffix in (".yaml", ".yml") and Path(benchmark).is_file():
-        values = read_yaml(Path(benchmark))
-        if "strategy" in values:
-            return {key: values[key] for key in ASKED if key in values}
-    return {"benchmark": benchmark}
-
-
-def _refuse_unfilled(model: Any, adapter: Path, base: str) -> None:
-    """peft only warns where an adapter's file has other tensors than its branches; an empty branch must not pass."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
-        given = set(stored.keys())
-    wanted = set(get_peft_model_state_dict(model))
-    if given != wanted:
-        odd = sorted(given ^ wanted)[0]
-        raise UserError(
-            f"adapter {adapter} does not fit {base}: {len(given - wanted)} of its {len(given)} tensors have no place "
-            f"there and {len(wanted - given)} places stay empty, e.g. {odd}"
-        )
-
-
-def _same_model(output: Path, told: dict[str, Any]) -> dict[str, Any]:
-    """Scores of other sets that the folder holds already, of the very same model.
-
-    Raises:
-        UserError: they are another model's.
-    """
-    path = output / "scores.json"
-    if not path.is_file():
-        return {}
-    before = files.read_json(path)
-    keys = ("base", "adapter", "fingerprint", "adapter_digest", "benchmark")
-    if any(before.get(key) != told[key] for key in keys):
-        raise UserError(f"{output} holds the answers of another model or benchmark; choose another --output")
-    return before["sets"]
-
-
-def _chosen(benchmark: Benchmark, domains: Sequence[str] | None) -> list[str]:
-    allowed = [*benchmark.domains, *benchmark.suites]
-    names = list(domains) if domains is not None else allowed
-    unknown = [name for name in names if name not in allowed]
-    if unknown:
-        raise UserError(f"{benchmark.name} has no domain or suite {unknown[0]!r}; known: {known(allowed)}")
-    return names
+    return {name: sets[name]["score"] for name in names}

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.adapters.mixers.mixing import keep_rows, look_at
+from mllm_keeplora.config import EvalConfig
 from mllm_keeplora.data import Record, TestSet
-from mllm_keeplora.eval.grading import grade_set, rows_of, submission_file, submission_rows, write_graded
+from mllm_keeplora.eval.grading import SUBMISSION, write_graded
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.family import Answer
 from mllm_keeplora.models.partition import keeps_step
@@ -31,10 +32,7 @@ def evaluate_set(
     records: Sequence[Record],
     part: TestSet,
     predictions: Path,
-    title: str,
-    batch_size: int,
-    max_new_tokens: int | None = None,
-    settle_ties: bool = True,
+    settings: EvalConfig,
     asked_of: str = "",
     keep_journal: bool = False,
 ) -> float | None:
@@ -45,46 +43,49 @@ def evaluate_set(
         model: what answers; `base.model` or its wrapped form.
         records: test records, in the order of the predictions file.
         part: scorer, prompt suffix and answer length of this set.
-        predictions: JSON lines as `grading.rows_of` makes them; written whole, at the end.
-        title: shown beside the progress bar.
-        batch_size: questions per forward and process.
-        max_new_tokens: overrides the set's own.
-        settle_ties: as in `generate`.
+        predictions: JSON lines as `grading.write_graded` makes them; written whole, at the end.
+        settings: questions per forward and process, an answer length instead of the set's own, `settle_ties`.
         asked_of: names the model, where one folder may be used for several: answers of another are not taken over.
         keep_journal: leave the answers for a caller that has more sets to ask; `forget_journals` removes them.
 
     Returns:
         None where the set cannot be graded here; what to hand in elsewhere is then beside the predictions.
     """
-    plan = _plan(base, records, batch_size)
-    tokens = max_new_tokens or part.max_new_tokens
-    identity = _identity(base, records, part, [batch_size, tokens, settle_ties, asked_of])
+    plan = _plan(base, records, settings.batch_size)
+    tokens = settings.max_new_tokens or part.max_new_tokens
+    identity = _identity(base, records, part, [settings.batch_size, tokens, settings.settle_ties, asked_of])
+    # Each process answers its batches, but for those that its journal has.
     journal = Journal(predictions.with_name(f"{predictions.name}.rank{distributed.rank()}.part"), identity)
     own = range(distributed.rank(), len(plan), distributed.world_size())
     left = [number for number in own if number not in journal.answers]
+    # Where processes answer in step, all run as many batches as the one with most left; the added ones are not kept.
+    idle = max(distributed.gather(len(left))) - len(left) if keeps_step(model) else 0
+    title = f"{predictions.parent.parent.name}: {predictions.stem}"
     with progress_bar(title, sum(len(plan[number]) for number in own)) as advance:
         advance(sum(len(plan[number]) for number in own if number not in left))
-        for number in left + _idle(model, len(left)):
+        for number in left + [None] * idle:
             batch = [records[index] for index in plan[number or 0]]
             suffixes = [part.suffix_for(record) for record in batch]
-            answers = generate(base, model, batch, suffixes, tokens, settle_ties)
+            answers = generate(base, model, batch, suffixes, tokens, settings.settle_ties)
             if number is not None:
                 journal.add(number, dict(zip(plan[number], answers, strict=True)))
                 advance(len(plan[number]))
+    # The shares of all processes, in the order of the records.
     answered = {index: answer for share in distributed.gather(journal.by_index()) for index, answer in share.items()}
-    texts = [answered[index].text for index in range(len(records))]
-    graded = grade_set(part, records, texts)
-    rows = rows_of(records, texts, graded.scores, [answered[index].is_cut for index in range(len(records))])
-    if distributed.is_main():
-        if graded.percent is None:
-            files.write_json_lines(submission_file(predictions), submission_rows(records, texts, part))
-        dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
-        how = {"batch_size": batch_size, "max_new_tokens": tokens, "dtype": dtype}
-        write_graded(predictions, rows, part, graded, how)
+    answers = [answered[index] for index in range(len(records))]
+    dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+    how = {"batch_size": settings.batch_size, "max_new_tokens": tokens, "dtype": dtype}
+    percent = write_graded(predictions, part, records, answers, how)
+    if percent is None and distributed.is_main():  # lines as the official runners write them
+        submission = [
+            {"question_id": record.id, "prompt": record.question + part.suffix_for(record), "text": answer.text}
+            for record, answer in zip(records, answers, strict=True)
+        ]
+        files.write_json_lines(predictions.with_suffix(SUBMISSION), submission)
     distributed.barrier()
     if not keep_journal:
-        journal.remove()
-    return graded.percent
+        journal.path.unlink()
+    return percent
 
 
 def forget_journals(folder: DomainDir, names: Sequence[str]) -> None:
@@ -97,37 +98,39 @@ def forget_journals(folder: DomainDir, names: Sequence[str]) -> None:
 
 
 def generate(
-    base: Base, model: Any, records: Sequence[Record], suffixes: Sequence[str], max_new_tokens: int,
+    base: Base,
+    model: Any,
+    records: Sequence[Record],
+    suffixes: Sequence[str],
+    max_new_tokens: int,
     settle_ties: bool = True,
-) -> list[Answer]:  # fmt: skip
-    """Greedy answers to one batch of questions, each with a suffix appended.
+) -> list[Answer]:
+    """Give greedy answers to one batch of questions, each with a suffix appended.
 
     Where the likeliest of two tokens is a matter of rounding, and so of the other rows, `settle_ties` asks the question
     again alone, so that neither the size of batches nor the number of processes tips it. Processes that must answer in
     step leave it at the batch's answer.
     """
-    answers = _answered(base, model, records, suffixes, max_new_tokens)
+    import torch
+
+    def answered(rows: Sequence[int]) -> list[Answer]:
+        parameter = next(base.model.parameters())
+        batch = base.family.question_batch([records[row] for row in rows], [suffixes[row] for row in rows])
+        dtypes = {True: parameter.dtype, False: None}  # pixel values take the model's
+        batch = {key: value.to(parameter.device, dtypes[value.is_floating_point()]) for key, value in batch.items()}
+        with torch.inference_mode():
+            look_at(base.model, batch)
+            return base.family.answers(model, batch, max_new_tokens, keep_rows(base.model))
+
+    answers = answered(range(len(records)))
     if settle_ties and len(records) > 1 and not keeps_step(model):
         for row in [row for row, answer in enumerate(answers) if answer.is_close]:
-            [answers[row]] = _answered(base, model, [records[row]], [suffixes[row]], max_new_tokens)
+            [answers[row]] = answered([row])
     return answers
 
 
-def _answered(
-    base: Base, model: Any, records: Sequence[Record], suffixes: Sequence[str], max_new_tokens: int
-) -> list[Answer]:
-    import torch
-
-    parameter = next(base.model.parameters())
-    batch = base.family.question_batch(records, suffixes)
-    batch = {key: _to(value, parameter) for key, value in batch.items()}
-    with torch.inference_mode():
-        look_at(base.model, batch)
-        return base.family.answers(model, batch, max_new_tokens, keep_rows(base.model))
-
-
 class Journal:
-    """Answers of finished batches, one JSON line each behind a first line that says what is being asked."""
+    """A file of finished batches: one JSON line each, behind a first line that says what is being asked."""
 
     def __init__(self, path: Path, identity: str):
         self.path = path
@@ -151,20 +154,12 @@ class Journal:
     def by_index(self) -> dict[int, Answer]:
         return {int(index): Answer(*told) for answers in self.answers.values() for index, told in answers.items()}
 
-    def remove(self) -> None:
-        self.path.unlink()
-
     def _line(self, number: int) -> str:
         return json.dumps({"batch": number, "answers": self.answers[number]})  # ASCII: a cut line can still be read
 
 
-def _idle(model: Any, left: int) -> list[None]:
-    """So many batches a process asks for nothing, where processes answer in step and others have more left."""
-    return [None] * (max(distributed.gather(left)) - left) if keeps_step(model) else []
-
-
 def _plan(base: Base, records: Sequence[Record], batch_size: int) -> list[list[int]]:
-    """Places of the records in batches of questions of about the same length; several processes get as many each."""
+    """Put the records' places into batches of questions of about one length; several processes get as many each."""
     lengths = [base.family.length(record) for record in records]
     order = sorted(range(len(records)), key=lambda index: (lengths[index], index))
     world = distributed.world_size()
@@ -175,7 +170,7 @@ def _plan(base: Base, records: Sequence[Record], batch_size: int) -> list[list[i
 
 
 def _identity(base: Base, records: Sequence[Record], part: TestSet, asked_how: list) -> str:
-    """What makes answers the same: questions as they are put, pictures, batches, precision, device, and the model."""
+    """Tell what makes answers the same: questions as they are put, pictures, batches, precision, device, the model."""
     asked = hashlib.sha256()
     for record in records:
         asked.update(f"{record.id}\0{record.turns}\0{part.suffix_for(record)}".encode())
@@ -184,8 +179,3 @@ def _identity(base: Base, records: Sequence[Record], part: TestSet, asked_how: l
     parameter = next(base.model.parameters())
     here = [str(parameter.dtype), parameter.device.type, distributed.world_size()]
     return json.dumps([asked.hexdigest()[:16], *asked_how, *here])
-
-
-def _to(value: Any, parameter: Any) -> Any:
-    """Onto the model's device; floating inputs (pixel values) to its dtype."""
-    return value.to(parameter.device, parameter.dtype) if value.is_floating_point() else value.to(parameter.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, asdict, dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.grading import errors_of, stored_figures, stored_percent, strict_percent
-from mllm_keeplora.eval.rows import blind_graded, by_type, sets_after, stored_rows
+from mllm_keeplora.eval.rows import blind_graded, by_type, sets_after
 from mllm_keeplora.identity import Identity, environment, settings_of
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
-from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir
+from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
 from mllm_keeplora.system import files
 
 FORMAT = 1
@@ -22,7 +22,7 @@ FORMAT = 1
 
 @dataclass
 class Results:
-    """Content of results.json; scores in percent, None where not measured.
+    """The content of results.json; scores in percent, None where not measured.
 
     Attributes:
         per_type, blind_per_type: set -> question type -> score, after the last unit; where test records name types.
@@ -62,13 +62,10 @@ class Results:
     identity: dict[str, str | None] = field(default_factory=dict)
     name: str = ""
     format: int = FORMAT
-    origin: InitVar[Path | None] = None
-
-    def __post_init__(self, origin: Path | None):
-        self._origin = origin
+    origin: Path | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "origin"}
 
     def save(self, path: str | Path | None = None) -> None:
         """Write the results as JSON, by default to the run's own results.json.
@@ -76,14 +73,14 @@ class Results:
         Raises:
             UserError: no path is given and the results belong to no run.
         """
-        path = path or self._origin
+        path = path or self.origin
         if path is None:
             raise UserError("results that belong to no run need a path to be saved to")
         files.write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """Raises UserError where the file is absent or of another format."""
+        """Read results from a file; UserError where it is absent or of another format."""
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path} does not exist: the run has no results yet")
@@ -98,27 +95,38 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
 
     A union of domains is trained in one unit: it fills the last row of the matrix, since all domains are then seen.
     """
-    domains = [each["name"] for each in run.record["domains"]]
-    suites = [each["name"] for each in run.record["suites"]]
-    base_folder = run.folder(BASE_UNIT)
+    record = run.record
+    domains = [each["name"] for each in record["domains"]]
+    suites = [each["name"] for each in record["suites"]]
+
+    def scores(unit: Unit, names: list[str]) -> list[float | None]:
+        folder = run.folder(unit)
+        return [stored_percent(folder.predictions(name), benchmark.graded(name)) for name in names]
+
     matrix: list[list[float | None]] = [[None] * len(domains) for _ in domains]
-    general = {suite: [_percent(base_folder, suite, benchmark)] for suite in suites}
     learnt = 0
     for unit in run.units:
         learnt += len(unit.domains)
-        matrix[learnt - 1] = [_percent(run.folder(unit), name, benchmark) for name in domains]
-        for suite in suites:
-            general[suite].append(_percent(run.folder(unit), suite, benchmark))
-    zero_shot = [_percent(base_folder, name, benchmark) for name in domains]
+        matrix[learnt - 1] = scores(unit, domains)
+    zero_shot = scores(BASE_UNIT, domains)
+    units = [BASE_UNIT, *run.units]
+    general = {suite: [percent for unit in units for percent in scores(unit, [suite])] for suite in suites}
     metrics = dict(ScoreMatrix(matrix, zero_shot=zero_shot).metrics())
     metrics["general_retention"] = general_retention(general[suites[0]]) if suites else None
-    record = run.record
-    blind, blind_per_type = _blind(run, benchmark, config, domains)
-    last = {}
-    if run.finished_units:
-        folder = run.folder(run.finished_units[-1])
-        last = {name: rows for name in [*domains, *suites] if (rows := stored_rows(folder, name))}
-    scores = {name: {row["id"]: row["score"] for row in rows} for name, rows in last.items()}
+
+    # What the last unit answered, question by question.
+    last: dict[str, list[dict[str, Any]]] = {}
+    for name in [*domains, *suites] if run.finished_units else ():
+        path = run.folder(run.finished_units[-1]).predictions(name)
+        last[name] = files.read_json_lines(path) if path.is_file() else []
+    last = {name: rows for name, rows in last.items() if rows}
+    typed = {name: by_type(benchmark, name, {row["id"]: row["score"] for row in rows}) for name, rows in last.items()}
+    blind, blind_typed = _blind(run, benchmark, config, domains)
+
+    asked = [(unit, name) for unit in units for name in sets_after(unit, run.units, benchmark, config)]
+    is_graded = all(run.is_done(f"{unit.key}/evaluate/{name}") for unit, name in asked)
+    trained = [record["stages"][f"{unit.key}/train"].get("trained_parameters", 0) for unit in run.finished_units]
+    needed = stored_files(run, run.finished_units)
     return Results(
         name=record["name"],
         benchmark=record["benchmark"],
@@ -133,16 +141,18 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         metrics=metrics,
         wall_seconds=run.seconds_by_kind(),
         peak_memory_bytes=run.peak_memory_bytes(),
-        questions=_counts(run),
+        questions={
+            key.split("/")[2]: each["questions"] for key, each in record["stages"].items() if "questions" in each
+        },
         environment=environment(),
-        per_type=_typed(benchmark, scores),
-        blind_per_type=blind_per_type,
+        per_type={name: kinds for name, kinds in typed.items() if kinds},
+        blind_per_type={name: blind_typed[name] for name in domains if blind_typed.get(name)},
         errors={name: found for name, rows in last.items() if (found := errors_of(rows, benchmark.graded(name)))},
         strict={name: percent for name, rows in last.items() if (percent := strict_percent(rows)) is not None},
         grading={name: _grading(benchmark, run, name) for name in [*domains, *suites]},
-        trained_parameters=_trained(run),
-        stored_bytes=_stored(run),
-        complete=_is_complete(run, benchmark, config),
+        trained_parameters=trained,
+        stored_bytes={use: sum(path.stat().st_size for path in paths) for use, paths in needed.items()},
+        complete=is_graded and len(run.finished_units) == len(run.units),
         settings=settings_of(record),
         identity=Identity.of_record(record).told(),
         origin=run.results,
@@ -152,27 +162,18 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
 def _blind(
     run: RunDir, benchmark: Benchmark, config: RunConfig, domains: list[str]
 ) -> tuple[list[float | None], dict[str, dict[str, float]]]:
-    """Blind scores, and those by question type; as they were before where training records are gone."""
+    """Grade blind answers, also by question type; scores stay as they were where training records are gone."""
     before = files.read_json(run.results) if run.results.is_file() else {}
     percents = dict(zip(before.get("domains", ()), before.get("blind", ()), strict=False))
     typed = dict(before.get("blind_per_type", {}))
     for name in filter(benchmark.has_training, domains):
         scores, percents[name] = blind_graded(benchmark, name, config)
-        typed |= {name: {}, **_typed(benchmark, {name: scores})}
-    return [percents.get(name) for name in domains], {name: typed[name] for name in domains if typed.get(name)}
-
-
-def _typed(benchmark: Benchmark, scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    typed = {name: by_type(benchmark, name, each) for name, each in scores.items()}
-    return {name: kinds for name, kinds in typed.items() if kinds}
-
-
-def _percent(folder: DomainDir, name: str, benchmark: Benchmark) -> float | None:
-    return stored_percent(folder.predictions(name), benchmark.graded(name))
+        typed[name] = by_type(benchmark, name, scores)
+    return [percents.get(name) for name in domains], typed
 
 
 def _grading(benchmark: Benchmark, run: RunDir, name: str) -> dict[str, Any]:
-    """How a set was asked after the last unit that it was asked after, and how it is graded."""
+    """Tell how a set was asked after the last unit that it was asked after, and how it is graded."""
     part = benchmark.graded(name)
     told = {key: getattr(part, key) for key in ("scorer", "prompt_suffix", "image_mode", "max_new_tokens")}
     for unit in [*reversed(run.finished_units), BASE_UNIT]:
@@ -180,29 +181,3 @@ def _grading(benchmark: Benchmark, run: RunDir, name: str) -> dict[str, Any]:
         if figures:
             return {**told, **{key: value for key, value in figures.items() if key != "percent" and value != {}}}
     return told
-
-
-def _trained(run: RunDir) -> list[int]:
-    """How many parameters each finished unit trained."""
-    entries = (run.record["stages"][f"{unit.key}/train"] for unit in run.finished_units)
-    return [entry.get("trained_parameters", 0) for entry in entries]
-
-
-def _stored(run: RunDir) -> dict[str, int]:
-    """Bytes that the last finished state needs, by use."""
-    needed = stored_files(run, run.finished_units)
-    return {use: sum(path.stat().st_size for path in paths) for use, paths in needed.items()}
-
-
-def _is_complete(run: RunDir, benchmark: Benchmark, config: RunConfig) -> bool:
-    asked = [
-        (unit, name) for unit in [BASE_UNIT, *run.units] for name in sets_after(unit, run.units, benchmark, config)
-    ]
-    is_graded = all(run.is_done(f"{unit.key}/evaluate/{name}") for unit, name in asked)
-    return is_graded and len(run.finished_units) == len(run.units)
-
-
-def _counts(run: RunDir) -> dict[str, int]:
-    return {
-        stage.split("/")[2]: entry["questions"] for stage, entry in run.record["stages"].items() if "questions" in entry
-    }

@@ -8,24 +8,24 @@ from typing import Any
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.collate import evenly_spaced
+from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.grading import grade_set
 from mllm_keeplora.eval.harness import evaluate_set
 from mllm_keeplora.metrics import UNGRADED, BlindAnswerer
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.partition import answering
 from mllm_keeplora.runs import DomainDir, Unit
-from mllm_keeplora.system import files
 
 
 def asked_records(benchmark: Benchmark, name: str, config: RunConfig) -> Sequence[Record]:
-    """Test records of a domain or suite, evenly thinned to the run's limit."""
+    """Read the test records of a domain or suite, evenly thinned to the run's limit."""
     records = benchmark.test_records(name)
     limit = config.eval.limit if name in benchmark.domains else config.eval.suite_limit
     return records if limit is None else evenly_spaced(records, limit)
 
 
 def sets_after(unit: Unit, units: Sequence[Unit], benchmark: Benchmark, config: RunConfig) -> list[str]:
-    """Names of the sets graded after a unit (index 0: before the first): seen or all domains, then every suite."""
+    """List the sets graded after a unit (index 0: before the first): seen or all domains, then every suite."""
     if unit.index == 0 and not config.eval.zero_shot:
         return []
     seen = {name for each in units[: unit.index] for name in each.domains}
@@ -37,32 +37,27 @@ def evaluate_named(
     base: Base, model: Any, benchmark: Benchmark, name: str, config: RunConfig, folder: DomainDir, **journal: Any
 ) -> dict[str, Any]:
     """Grade one domain or suite with the model as it is now; facts for the ledger. `journal`: as in `evaluate_set`."""
-    records = asked_records(benchmark, name, config)
-    part = benchmark.graded(name)
+    records, part, path = asked_records(benchmark, name, config), benchmark.graded(name), folder.predictions(name)
     with answering(model, config.eval.weights):
-        percent = evaluate_set(
-            base,
-            model,
-            records,
-            part,
-            folder.predictions(name),
-            title=f"{folder.path.name}: {name}",
-            batch_size=config.eval.batch_size,
-            max_new_tokens=config.eval.max_new_tokens,
-            settle_ties=config.eval.settle_ties,
-            **journal,
-        )
+        percent = evaluate_set(base, model, records, part, path, config.eval, **journal)
     return {"score": percent, "questions": len(records)}
 
 
-def stored_rows(folder: DomainDir, name: str) -> list[dict[str, Any]] | None:
-    """Rows of stored predictions; None where none were made."""
-    path = folder.predictions(name)
-    return files.read_json_lines(path) if path.is_file() else None
+def chosen_sets(benchmark: Benchmark, names: Sequence[str] | None, whose: str, more: str = "") -> list[str]:
+    """List the domains and suites that are asked for: those named, or all of them.
+
+    Raises:
+        UserError: an unknown name; `whose` and `more` begin and end the sentence.
+    """
+    allowed = [*benchmark.domains, *benchmark.suites]
+    for name in names or ():
+        if name not in allowed:
+            raise UserError(f"{whose} has no domain or suite {name!r}; known: {known(allowed)}{more}")
+    return allowed if names is None else list(names)
 
 
 def blind_graded(benchmark: Benchmark, name: str, config: RunConfig) -> tuple[dict[str, float], float | None]:
-    """What no look at the image is worth: the most frequent training answer per question text, graded.
+    """Grade the most frequent training answer per question text: what no look at the image is worth.
 
     Returns:
         Record id -> score in [0, 1], and the set's score in percent; nothing and None for a set that is not graded.
@@ -77,10 +72,14 @@ def blind_graded(benchmark: Benchmark, name: str, config: RunConfig) -> tuple[di
 
 
 def by_type(benchmark: Benchmark, name: str, scores: Mapping[str, float]) -> dict[str, float]:
-    """Mean score in percent per question type, largest type first; empty where the records name no types.
+    """Average a set's scores by question type.
 
     Args:
+        benchmark, name: of the set.
         scores: record id -> score in [0, 1].
+
+    Returns:
+        Type -> mean score in percent, largest type first; empty where the records name no types.
     """
     found: dict[str, list[float]] = {}
     for record in benchmark.test_records(name):

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.adapters import Adapters, adapters_for, merge_for_good
+from mllm_keeplora.adapters import adapters_for, merge_for_good
 from mllm_keeplora.adapters.placed import PlacedModel
 from mllm_keeplora.adapters.stored import is_oracle, past_of
 from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
@@ -17,7 +17,7 @@ from mllm_keeplora.data.readers import READERS, digest
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.grading import answers_to, regrade, stored_percent
 from mllm_keeplora.eval.harness import forget_journals
-from mllm_keeplora.eval.rows import asked_records, evaluate_named
+from mllm_keeplora.eval.rows import asked_records, chosen_sets, evaluate_named
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.system import files
@@ -37,38 +37,44 @@ class SavedRun:
 
     @cached_property
     def placed(self) -> PlacedModel:
-        """The run's model as it answers after any unit."""
+        """The run's model, which answers as it did after any unit."""
         settings = self.config.adapters
         return PlacedModel(adapters_for(self.base, settings.projector, settings.history), self.run)
 
-    @property
-    def adapters(self) -> Adapters:
-        return self.placed.adapters
-
     @cached_property
     def benchmark(self) -> Benchmark:
-        """Domains and suites as the run recorded them, every path absolute."""
+        """The domains and suites as the run recorded them, every path absolute."""
         record = self.run.record
         domains = {each["name"]: Domain(**each["files"]) for each in record["domains"]}
         suites = {each["name"]: Suite(**each["files"]) for each in record["suites"]}
         split = self.config.eval.split
         return Benchmark(name=record["benchmark"], domains=domains, suites=suites, split=split)
 
+    @property
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """The run's own records of its domains and suites, by name."""
+        return {each["name"]: each for each in [*self.run.record["domains"], *self.run.record["suites"]]}
+
     def changed_files(self, name: str) -> dict[str, tuple[Path, str]]:
-        """Files that a set is graded by and that are not those of the run any more: key -> path, digest now."""
-        (recorded,) = (e for e in [*self.run.record["domains"], *self.run.record["suites"]] if e["name"] == name)
-        keys = [key for key in ("test", "validation", "references") if key in recorded["sha256"]]
-        paths = {key: Path(recorded["files"][key]) for key in keys}
-        missing = [path for path in paths.values() if not path.exists()]
-        if missing:
-            raise UserError(f"{name}: its data file {missing[0]} does not exist any more ({self.run.path})")
-        now = {key: digest(path) for key, path in paths.items()}
-        return {key: (paths[key], now[key]) for key in keys if now[key] != recorded["sha256"][key]}
+        """Find files that a set is graded by and that are not those of the run any more.
+
+        Returns:
+            Key of the set's settings -> path, and its digest now.
+        """
+        recorded, changed = self.recorded[name], {}
+        for key in ("test", "validation", "references"):
+            if key in recorded["sha256"]:
+                path = Path(recorded["files"][key])
+                if not path.exists():
+                    raise UserError(f"{name}: its data file {path} does not exist any more ({self.run.path})")
+                if (now := digest(path)) != recorded["sha256"][key]:
+                    changed[key] = (path, now)
+        return changed
 
     def load(self, after: int | None = None, domain: str | None = None) -> tuple[Any, Any]:
-        """Plain transformers model with everything learnt by the first `after` units merged, and its processor.
+        """Load a plain transformers model with all that the first `after` units learnt merged, and its processor.
 
-        Of a run on quantised weights: the same update on the weights before they were quantised.
+        A run on quantised weights gives the same update on the weights before they were quantised.
 
         Args:
             after: number of units; None for all that are finished, 0 for the base.
@@ -87,34 +93,32 @@ class SavedRun:
 
     @property
     def names(self) -> list[str]:
-        """Domains and suites of the run."""
-        return [each["name"] for each in [*self.run.record["domains"], *self.run.record["suites"]]]
+        """The names of the run's domains and suites."""
+        return list(self.recorded)
 
     def folder(self, after: int) -> DomainDir:
         return self.run.folder(self.run.units[after - 1] if after else BASE_UNIT)
 
-    def restore(self, after: int, asked: str | None = None) -> Any:
-        """The model as the run itself would ask it after so many units.
+    def restore(self, after: int | None, asked: str | None = None) -> Any:
+        """Bring the model to where the run itself would ask it after so many units.
 
         Args:
-            after: number of units.
+            after: number of units; None for all that are finished.
             asked: the domain or suite that is asked, which matters where each domain has a branch of its own.
         """
         return self.placed.at(self.first(after), asked)
 
     def refuse_domain(self, domain: str | None, after: int | None) -> None:
-        """UserError where a person names a domain that has no branch of its own after so many units; None is fine."""
+        """Raise a UserError if a domain is named that has no branch of its own after so many units."""
         units = self.first(after)
         names = [name for unit in units for name in unit.domains]
-        if domain is None:
-            return
-        if not is_oracle(self.run, units):
+        if domain is not None and not is_oracle(self.run, units):
             raise UserError(f"{self.run.path} answers every domain by one model: there is no --domain {domain!r}")
-        if domain not in names:
+        if domain is not None and domain not in names:
             raise UserError(f"{self.run.path} has no branch for --domain {domain!r}; known: {known(names)}")
 
     def load_base(self, config: BaseConfig) -> Base:
-        """The run's base by its config, or by one that differs in dtype or quantisation.
+        """Load the run's base by its config, or by one that differs in dtype or quantisation.
 
         Raises:
             UserError: its weights are not those that the run was made with.
@@ -123,7 +127,7 @@ class SavedRun:
         return load_base(config, parts.projector, parts.target, self.run.record["base"]["fingerprint"])
 
     def first(self, after: int | None) -> list[Unit]:
-        """The first `after` units, None for all that are finished; UserError if so many are not."""
+        """Give the first `after` units, None for all that are finished; a UserError if so many are not."""
         finished = self.run.finished_units
         if after is not None and not 0 <= after <= len(finished):
             raise UserError(f"--after must be between 0 and {len(finished)} for {self.run.path}, got {after}")
@@ -165,19 +169,31 @@ def evaluate(
     """
     saved = run if isinstance(run, SavedRun) else load_run(run)
     after = len(saved.first(after))
+    folder, config, scores = saved.folder(after), saved.config, {}
     benchmark, names = _sets(saved, domains, suite)
-    config = saved.config
     if batch_size is not None:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": batch_size})})
-    scores = {}
+    # A set must be what is graded under its name already: answers to other questions would be mixed with it or lost.
     for name in names:
-        _refuse_other_questions(saved, benchmark, name, saved.folder(after).predictions(name))
+        path = folder.predictions(name)
+        if name in saved.recorded:
+            for changed, _ in saved.changed_files(name).values():
+                raise UserError(
+                    f"{name}: {changed} has changed since {saved.run.path} was graded by it; `rescore` grades its "
+                    "answers by new gold answers, --suite asks new questions under a name of their own"
+                )
+        elif path.is_file() and not answers_to(files.read_json_lines(path), asked_records(benchmark, name, config)):
+            raise UserError(
+                f"--suite: {path} has answers to another file's questions, which would be lost; give "
+                f"{benchmark.suites[name].test} another name"
+            )
     with saved.run.locked():
         for name in names:
             model = saved.restore(after, asked=name)
-            facts = evaluate_named(saved.base, model, benchmark, name, config, saved.folder(after), keep_journal=True)
-            scores[name] = facts["score"]
-        forget_journals(saved.folder(after), names)
+            scores[name] = evaluate_named(saved.base, model, benchmark, name, config, folder, keep_journal=True)[
+                "score"
+            ]
+        forget_journals(folder, names)
     return scores
 
 
@@ -196,43 +212,26 @@ def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, fl
     benchmark, changed = saved.benchmark, []
     with saved.run.locked():
         for unit in [BASE_UNIT, *saved.run.finished_units]:
-            folder = saved.run.folder(unit)
-            for name in [*benchmark.domains, *benchmark.suites]:
-                before = stored_percent(folder.predictions(name), benchmark.graded(name))
-                if not folder.predictions(name).is_file():
+            for name in saved.recorded:
+                path, part = saved.run.folder(unit).predictions(name), benchmark.graded(name)
+                if not path.is_file():
                     continue
-                records = asked_records(benchmark, name, saved.config)
+                before = stored_percent(path, part)
                 try:
-                    now = regrade(folder.predictions(name), benchmark.graded(name), records)
+                    now = regrade(path, part, asked_records(benchmark, name, saved.config))
                 except ValueError as error:
                     raise UserError(str(error)) from None
                 changed.append((unit.key, name, before, now))
-        for part in [*saved.run.record["domains"], *saved.run.record["suites"]]:
-            for key, (path, digest_now) in saved.changed_files(part["name"]).items():
+        for name, part in saved.recorded.items():
+            for key, (path, digest_now) in saved.changed_files(name).items():
                 part["sha256"][key] = digest_now
-                saved.run.note(f"{part['name']} is graded by {path} as it is now")
-                log.info("%s: %s has changed; the run is graded by it from now on", part["name"], path)
+                saved.run.note(f"{name} is graded by {path} as it is now")
+                log.info("%s: %s has changed; the run is graded by it from now on", name, path)
     return changed
 
 
-def _refuse_other_questions(saved: SavedRun, benchmark: Benchmark, name: str, answers: Path) -> None:
-    """UserError where a set is not what is graded under its name already."""
-    if name in saved.names:
-        for path, _ in saved.changed_files(name).values():
-            raise UserError(
-                f"{name}: {path} has changed since {saved.run.path} was graded by it; `rescore` grades its answers by "
-                "new gold answers, --suite asks new questions under a name of their own"
-            )
-    elif answers.is_file() and not answers_to(
-        files.read_json_lines(answers), asked_records(benchmark, name, saved.config)
-    ):
-        raise UserError(
-            f"--suite: {answers} has answers to another file's questions, which would be lost; give "
-            f"{benchmark.suites[name].test} another name"
-        )
-
-
 def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | None) -> tuple[Benchmark, list[str]]:
+    """Name the sets to ask, in a benchmark that has them: a file becomes a suite of its name."""
     benchmark = saved.benchmark
     if suite is not None and Path(suite).suffix in READERS:
         name = Path(suite).stem
@@ -240,22 +239,11 @@ def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | No
             raise UserError(f"--suite: {suite} does not exist")
         if domains is not None:
             raise UserError("--suite FILE asks that file alone; leave out --domains, or name a suite of the run")
-        if name in {*benchmark.domains, *benchmark.suites}:
+        if name in saved.recorded:
             raise UserError(f"--suite: {suite} would replace the run's own {name!r}; give the file another name")
-        parts = benchmark.domains.values()
-        part = TestSet(
-            test=str(Path(suite).resolve()),
-            image_mode=next(iter(parts)).image_mode,
-            max_new_tokens=max(part.max_new_tokens for part in parts),
-        )
+        parts = list(benchmark.domains.values())
+        longest = max(part.max_new_tokens for part in parts)
+        part = TestSet(test=str(Path(suite).resolve()), image_mode=parts[0].image_mode, max_new_tokens=longest)
         return benchmark.model_copy(update={"suites": {name: part}}), [name]
-    allowed = [*benchmark.domains, *benchmark.suites]
-    chosen = list(domains) if domains is not None else allowed
-    if suite is not None:
-        chosen = [*(domains or []), str(suite)]
-    unknown = [name for name in chosen if name not in allowed]
-    if unknown:
-        raise UserError(
-            f"{saved.run.path} has no domain or suite {unknown[0]!r}; known: {known(allowed)}, or a .json file"
-        )
-    return benchmark, chosen
+    names = domains if suite is None else [*(domains or []), str(suite)]
+    return benchmark, chosen_sets(benchmark, names, str(saved.run.path), ", or a .json file")

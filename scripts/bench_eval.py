@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mllm_keeplora import load_config
+from mllm_keeplora.config import EvalConfig
 from mllm_keeplora.data import Benchmark, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.eval.harness import evaluate_set
@@ -69,7 +70,7 @@ def _opened(run: Path | None, dtype: str) -> tuple[Any, Any, Benchmark]:
         base = load_base(config.base, "frozen")
         return base, base.model, load_benchmark(config)
     saved = load_run(run)
-    return saved.base, saved.restore(len(saved.run.finished_units)), saved.benchmark
+    return saved.base, saved.restore(None), saved.benchmark
 
 
 def _line(base: Any, model: Any, benchmark: Benchmark, name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _line(base: Any, model: Any, benchmark: Benchmark, name: str, options: argpa
 
     def ask(size: int) -> list[str]:
         path = folder / f"{size}.jsonl"
-        evaluate_set(base, model, records, benchmark.graded(name), path, name, size)
+        evaluate_set(base, model, records, benchmark.graded(name), path, EvalConfig(batch_size=size))
         return [row["prediction"] for row in files.read_json_lines(path)]
 
     def one_by_one() -> list[str]:

@@ -40,7 +40,7 @@ class TestSet(BaseModel):
     references: str | None = Field(None, description="file with the gold answers, where they are kept apart")
 
     def suffix_for(self, record: Record) -> str:
-        """What is appended to a record's question."""
+        """Choose what is appended to a record's question."""
         if isinstance(self.prompt_suffix, str):
             return self.prompt_suffix
         for golds, suffix in self.prompt_suffix.items():
@@ -50,7 +50,7 @@ class TestSet(BaseModel):
 
 
 class Suite(TestSet):
-    """A held-out set that is graded after every domain; `anchors` are training records of the same kind of ability."""
+    """A held-out set that is graded after every domain; `anchors` are training records of its kind of ability."""
 
     anchors: str | None = None
 
@@ -79,7 +79,7 @@ class Benchmark(BaseModel):
     split: Literal["test", "validation"] = "test"
 
     def has_training(self, domain: str) -> bool:
-        """Whether a domain's training records are there; an evaluation does without them."""
+        """Tell whether a domain's training records are there; an evaluation does without them."""
         return (self.root / self.domains[domain].train).exists()
 
     def train_records(self, domain: str) -> Sequence[Record]:
@@ -89,47 +89,33 @@ class Benchmark(BaseModel):
         return read_train(path, folder, part.image_mode == "pad")
 
     def test_records(self, name: str) -> Sequence[Record]:
-        """Graded records of a domain or a suite, by its name: its test set, or its validation set by `split`."""
-        part = self.graded(name)
-        path = self._existing(name, self.split if name in self.domains else "test", self.graded_file(name))
+        """Read the graded records of a domain or a suite: its test set, or its validation set by `split`."""
+        part, role = self.graded(name), self.split if name in self.domains else "test"
+        path = self._existing(name, role, getattr(part, role))
         kept_apart = part.references is not None or part.scorer in UNGRADED
         records = read_test(path, self._images(part, path), part.image_mode == "pad", not kept_apart)
         return records if part.references is None else with_references(records, self.root / part.references)
 
-    def anchor_file(self, name: str) -> Path:
-        """Training records of an anchor set: of a suite that names some, or a file.
+    def anchor_records(self, name: str) -> Sequence[Record]:
+        """Read the training records of an anchor set: of a suite that names some, or a file.
 
         Raises:
             UserError: neither.
         """
         suite = self.anchor_suites.get(name)
         if suite is not None and suite.anchors is not None:
-            return self.root / suite.anchors
+            path = self.root / suite.anchors
+            return read_train(path, self._images(suite, path), suite.image_mode == "pad")
+        if suite is None and Path(name).is_file():  # a file of the user's: put as the domains' pictures are
+            return read_train(Path(name), Path(name).parent, next(iter(self.domains.values())).image_mode == "pad")
         having = [known_name for known_name, each in self.anchor_suites.items() if each.anchors is not None]
-        if suite is not None or not Path(name).is_file():
-            raise UserError(
-                f"strategy.anchors names {name!r}; allowed are files of training records"
-                + (f" and the suites {known(having)}" if having else "")
-            )
-        return Path(name)
-
-    def anchor_records(self, name: str) -> Sequence[Record]:
-        path = self.anchor_file(name)
-        part = self.anchor_suites.get(name)
-        if part is None:  # a file of the user's: put as the domains' pictures are
-            return read_train(path, path.parent, next(iter(self.domains.values())).image_mode == "pad")
-        return read_train(path, self._images(part, path), part.image_mode == "pad")
-
-    def graded_file(self, name: str) -> str:
-        """The file that a domain or suite is graded by, relative to the root."""
-        if self.split == "test" or name in self.suites:
-            return self.graded(name).test
-        file = self.domains[name].validation
-        assert file is not None, "load_benchmark refuses a domain without one"
-        return file
+        raise UserError(
+            f"strategy.anchors names {name!r}; allowed are files of training records"
+            + (f" and the suites {known(having)}" if having else "")
+        )
 
     def graded(self, name: str) -> TestSet:
-        """The domain or suite of that name: whatever can be asked and graded."""
+        """Find the domain or suite of that name: whatever can be asked and graded."""
         return self.domains[name] if name in self.domains else self.suites[name]
 
     def _existing(self, name: str, role: str, file: str) -> Path:

@@ -11,7 +11,7 @@ from mllm_keeplora.data.store import Selection
 
 
 def joined(first: Mapping[str, Any], second: Mapping[str, Any], pad: int) -> dict[str, Any]:
-    """Two batches of model inputs as one, the shorter conversations filled up on the right.
+    """Join two batches of model inputs, the shorter conversations filled up on the right.
 
     Args:
         first, second: from the same collator; what is told of each token (b, t, ...) is filled up, and zero where only
@@ -23,52 +23,44 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any], pad: int) -> dic
         ValueError: an input of one batch has more dimensions than the other's.
     """
     import torch
+    from torch.nn.functional import pad as padded
 
-    tokens = [first["input_ids"].shape, second["input_ids"].shape]
-    longest = max(shape[1] for shape in tokens)
+    pairs = [(batch, batch["input_ids"].shape) for batch in (first, second)]
+    longest = max(shape[1] for _, shape in pairs)
     fillings = {"input_ids": pad, "labels": -100, "attention_mask": 0}
     whole = {}
     for name in dict.fromkeys([*first, *second]):
-        own = [(batch.get(name), shape) for batch, shape in zip((first, second), tokens, strict=True)]
-        if any(each is not None and each.shape[:2] == shape for each, shape in own):
-            given = next(each for each, _ in own if each is not None)
-            own = [(given.new_zeros(*s, *given.shape[2:]) if each is None else each, s) for each, s in own]
-        parts = [
-            _lengthened(each, longest, fillings.get(name)) if each.shape[:2] == shape else each
-            for each, shape in own
-            if each is not None
-        ]
+        given = first[name] if name in first else second[name]
+        is_of_tokens = any(name in batch and batch[name].shape[:2] == shape for batch, shape in pairs)
+        parts = []
+        for batch, shape in pairs:
+            if name not in batch and not is_of_tokens:
+                continue
+            values = batch[name] if name in batch else given.new_zeros(*shape, *given.shape[2:])
+            if values.shape[:2] == shape:  # lengthened by a value, or by what is told of the last token
+                more = values[:, -1:].expand(-1, longest - shape[1], *values.shape[2:])
+                filling = fillings.get(name)
+                values = torch.cat([values, more if filling is None else torch.full_like(more, filling)], dim=1)
+            parts.append(values)
         if len({part.ndim for part in parts}) > 1:
             raise ValueError(f"{name} of shapes {[tuple(part.shape) for part in parts]} do not fit into one batch")
+        # Each further dimension is filled up with zeros at its end.
         largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-        whole[name] = torch.cat([_filled(part, largest) for part in parts])
+        for number, part in enumerate(parts):
+            gaps = [gap for size, now in zip(largest, part.shape[1:], strict=True) for gap in (size - now, 0)]
+            parts[number] = padded(part, gaps[::-1])
+        whole[name] = torch.cat(parts)
     return whole
 
 
-def _lengthened(values: Any, length: int, filling: int | None) -> Any:
-    """(b, t, ...) to (b, length, ...): by a value, or by what is told of the last token."""
-    import torch
-
-    more = values[:, -1:].expand(-1, length - values.shape[1], *values.shape[2:])
-    return torch.cat([values, more if filling is None else torch.full_like(more, filling)], dim=1)
-
-
-def _filled(values: Any, sizes: Sequence[int]) -> Any:
-    """(n, ...) filled up with zeros at the end of each further dimension."""
-    from torch.nn.functional import pad
-
-    gaps = [gap for size, now in zip(sizes, values.shape[1:], strict=True) for gap in (size - now, 0)]
-    return pad(values, gaps[::-1])
-
-
 def batches(records: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:
-    """Consecutive slices of at most `size` records."""
+    """Cut records into consecutive slices of at most `size`."""
     for start in range(0, len(records), size):
         yield records[start : start + size]
 
 
 def evenly_spaced(records: Sequence[Record], count: int) -> Sequence[Record]:
-    """At most `count` records spread evenly over the whole list, in its order (as the KeepLoRA code samples)."""
+    """Choose at most `count` records, evenly over the whole list and in its order, as the KeepLoRA code samples."""
     if count >= len(records):
         return records
     return Selection(records, array("q", (index * len(records) // count for index in range(count))))

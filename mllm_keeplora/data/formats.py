@@ -8,25 +8,38 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.data.layout import BY_KEYS, Layout, canonical
-from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
+from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn, without_marks
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SHAPES = (
-    "`conversations` (LLaVA, sharegpt)", "`messages` (ms-swift, Hugging Face)", "`instruction` + `output` (alpaca)",
-    "`query` + `response` (ms-swift)", "`conversation` (ms-swift's sharegpt)", "`prompt` + `completion`",
-    "`text` + `answer` (test record)",
-)  # fmt: skip
+    "`conversations` (LLaVA, sharegpt), `messages` (ms-swift, Hugging Face), `instruction` + `output` (alpaca), "
+    "`query` + `response` (ms-swift), `conversation` (ms-swift's sharegpt), `prompt` + `completion`, "
+    "`text` + `answer` (test record)"
+)
+DEFAULT_TAGS = {"user": "human", "assistant": "gpt", "system": "system"}  # of a LLaMA-Factory `dataset_info.json`
 OTHER_MEDIA = ("video", "videos", "audio", "audios", "objects")
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Names that a LLaMA-Factory `dataset_info.json` gives to columns and tags; the defaults are its own."""
+
+    formatting: str = ""  # sharegpt or alpaca; empty: told by the keys
+    columns: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    told: str = ""  # where they come from, for whoever cannot make sense of a record
+
+
+BY_KEYS = Layout()
+
+
 class Fault(ValueError):
-    """What is wrong with a row; the reader adds where it stands."""
+    """A sentence that says what is wrong with a row; the reader adds where it stands."""
 
 
 def train_record(row: Any, layout: Layout = BY_KEYS) -> Record:
@@ -35,9 +48,12 @@ def train_record(row: Any, layout: Layout = BY_KEYS) -> Record:
     Raises:
         Fault: an unknown shape, roles that do not alternate, no answer, marks and images that do not match.
     """
-    row = canonical(_object(row), layout)
+    row = _canonical(_object(row), layout)
     turns, inside = _conversation(row)
-    images = _in_order(inside, _images(row))
+    # In the order of their marks: images that stand in parts at their place, the others from the row's list.
+    beside = iter(_images(row))
+    placed = [next(beside, None) if image is None else image for image in inside]
+    images = (*(image for image in placed if image is not None), *beside)
     _refuse_other_media(row)
     talk = [turn for turn in turns if turn.role != "system"]
     roles = [turn.role for turn in talk]
@@ -63,12 +79,13 @@ def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -
         Fault: no answer, no identifier, a mark where there is none to be, more than one question.
     """
     row = _object(row)
+    kind = str(row.get("type", row.get("task", "")))  # `task` in CV-Bench
     if "text" not in row or any(key in row for key in ("conversations", "messages")):
         record = train_record(row, layout)
         asked = tuple(turn for turn in record.turns if turn.role != "assistant")
         if len(record.turns) - len(asked) != 1:
             raise Fault(f"a test record asks one question, this one asks {len(record.turns) - len(asked)}")
-        return replace(record, turns=asked, answer=record.turns[-1].text, kind=_kind(row))
+        return replace(record, turns=asked, answer=record.turns[-1].text, kind=kind)
     if not isinstance(row["text"], str):
         raise Fault(f"text must be a str, got {row['text']!r}; keys are {sorted(row)}")
     answer = row.get("answer", row.get("answer_bbox"))
@@ -84,7 +101,7 @@ def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -
     images = tuple(_images(row))
     if answer is None and needs_answer:
         raise Fault(f"answer must be a str or a list of them, got None; keys are {sorted(row)}")
-    return Record(_identifier(row), images, (Turn("user", row["text"]),), answer, _kind(row))
+    return Record(_identifier(row), images, (Turn("user", row["text"]),), answer, kind)
 
 
 test_record.__test__ = False  # not a test, whatever pytest thinks of the name
@@ -95,44 +112,66 @@ def question_record(row: Any, layout: Layout = BY_KEYS) -> Record:
     return test_record(row, layout, needs_answer=False)
 
 
-def _kind(row: dict) -> str:
-    """What a question is of its set: `type`, or `task` (CV-Bench)."""
-    return str(row.get("type", row.get("task", "")))
-
-
 def _object(row: Any) -> dict:
     if not isinstance(row, dict):
         raise Fault(f"a record must be a JSON object, got {type(row).__name__}")
     return row
 
 
+def _canonical(row: dict, layout: Layout) -> dict:
+    """Give a row its standard names, where a `dataset_info.json` gives it others."""
+    if not layout.formatting:
+        return row
+    standard = {"prompt": "instruction", "query": "input", "response": "output"}
+    if layout.formatting == "sharegpt":
+        standard = {"messages": "conversations"}
+    named = {standard.get(key, key): row[column] for key, column in layout.columns.items() if column in row}
+    rest = {key: value for key, value in row.items() if key not in layout.columns.values()}
+    found = {**rest, **named}
+    if layout.formatting == "sharegpt" and isinstance(found.get("conversations"), list):
+        found["conversations"] = [_retagged(turn, layout.tags) for turn in found["conversations"]]
+    return found
+
+
+def _retagged(turn: Any, tags: Mapping[str, str]) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    role = turn.get(tags.get("role_tag", "from"))
+    names = {tags.get(f"{part}_tag", name): name for part, name in DEFAULT_TAGS.items()}
+    return {
+        "from": names.get(role, role) if isinstance(role, str) else role,
+        "value": turn.get(tags.get("content_tag", "value")),
+    }
+
+
 def _conversation(row: dict) -> tuple[list[Turn], list]:
-    """Turns with marks for their images, and images that stand inside the turns."""
+    """Give the turns with marks for their images, and the images that stand inside the turns."""
     inside: list = []
     if "conversations" in row:
         turns = _turns(row, "conversations", "from", "value", inside)
     elif "messages" in row:
         turns = _turns(row, "messages", "role", "content", inside)
     elif "conversation" in row:
-        turns = _exchanges(row)
+        turns = []  # of ms-swift's sharegpt: a question and its answer in each entry
+        for pair in row["conversation"] if isinstance(row["conversation"], list) else [row["conversation"]]:
+            if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("human", "assistant")):
+                raise Fault(f"conversation must hold {{human: text, assistant: text}}, got {pair!r}")
+            turns += [Turn("user", pair["human"]), Turn("assistant", pair["assistant"])]
     elif "instruction" in row and "output" in row:
         asked = "\n".join(text for key in ("instruction", "input") if (text := _text(row, key)))
         turns = [*_past(row), Turn("user", asked), Turn("assistant", _text(row, "output"))]
     elif "query" in row and "response" in row:
         turns = [*_past(row), Turn("user", _text(row, "query")), Turn("assistant", _text(row, "response"))]
     elif "prompt" in row and "completion" in row:
-        turns = [*_side(row, "prompt", "user", inside), *_side(row, "completion", "assistant", inside)]
+        turns = []
+        for key, role in (("prompt", "user"), ("completion", "assistant")):
+            is_text = isinstance(row[key], str)
+            turns += [Turn(role, row[key])] if is_text else _turns(row, key, "role", "content", inside)
     else:
-        raise Fault(f"unknown shape: keys are {sorted(row)}; a record has {', '.join(SHAPES)}")
+        raise Fault(f"unknown shape: keys are {sorted(row)}; a record has {SHAPES}")
     if isinstance(row.get("system"), str) and row["system"].strip():
         turns = [Turn("system", row["system"]), *turns]
     return turns, inside
-
-
-def _side(row: dict, key: str, role: str, inside: list) -> list[Turn]:
-    if isinstance(row[key], str):
-        return [Turn(role, row[key])]
-    return _turns(row, key, "role", "content", inside)
 
 
 def _turns(row: dict, key: str, role_key: str, text_key: str, inside: list) -> list[Turn]:
@@ -141,18 +180,8 @@ def _turns(row: dict, key: str, role_key: str, text_key: str, inside: list) -> l
     return [_turn(turn, role_key, text_key, number, inside) for number, turn in enumerate(row[key])]
 
 
-def _exchanges(row: dict) -> list[Turn]:
-    """Turns of ms-swift's sharegpt: a question and its answer in each entry."""
-    turns: list[Turn] = []
-    for pair in row["conversation"] if isinstance(row["conversation"], list) else [row["conversation"]]:
-        if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("human", "assistant")):
-            raise Fault(f"conversation must hold {{human: text, assistant: text}}, got {pair!r}")
-        turns += [Turn("user", pair["human"]), Turn("assistant", pair["assistant"])]
-    return turns
-
-
 def _past(row: dict) -> list[Turn]:
-    """Earlier exchanges of an alpaca or ms-swift record: pairs of question and answer."""
+    """Read the earlier exchanges of an alpaca or ms-swift record: pairs of question and answer."""
     turns: list[Turn] = []
     for pair in row.get("history") or []:
         if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
@@ -174,30 +203,20 @@ def _turn(turn: Any, role_key: str, text_key: str, number: int, inside: list) ->
     weights = [weight for weight in (turn.get("loss"), turn.get("loss_scale")) if weight is not None]
     if any(weight not in (0, 1) for weight in weights):
         raise Fault(f"turn {number}: loss and loss_scale may be 0 or 1, got {weights[-1]!r}")
-    trained = all(weights)
-    return Turn(ROLES[role], content, trained)
-
-
-def _in_order(inside: list[Media | None], beside: list[Media]) -> tuple[Media, ...]:
-    """Images in the order of their marks: those that stand in parts at their place, the others from the row's list."""
-    rest = iter(beside)
-    placed = [next(rest, None) if image is None else image for image in inside]
-    return (*(image for image in placed if image is not None), *rest)
+    return Turn(ROLES[role], content, all(weights))
 
 
 def _part(part: Any, number: int, inside: list) -> str:
-    """Text of one part of a turn; an image part is a mark, and `inside` gets its image or None."""
+    """Give the text of one part of a turn; an image part is a mark, and `inside` gets its image or None."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    if kind == "image":
-        own = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
-        inside.append(None if own is None else _image(own))
-        return IMAGE_MARK
-    if kind == "image_url":
-        inside.append(_image(part.get("image_url")))
-        return IMAGE_MARK
-    raise Fault(f"turn {number} has a part that is neither text nor image: {part!r}")
+    if kind not in ("image", "image_url"):
+        raise Fault(f"turn {number} has a part that is neither text nor image: {part!r}")
+    keys = ("image", "path", "url") if kind == "image" else ("image_url",)
+    own = next((part[key] for key in keys if part.get(key) is not None), None)
+    inside.append(None if own is None and kind == "image" else _image(own))
+    return IMAGE_MARK
 
 
 def _images(row: dict) -> list[Media]:
@@ -208,7 +227,7 @@ def _images(row: dict) -> list[Media]:
 
 
 def _image(value: Any) -> Media:
-    """A path as it is given, or an encoded picture with the name it has in its file, if any."""
+    """Read a path as it is given, or an encoded picture with the name it has in its file, if any."""
     if isinstance(value, dict) and value.get("bytes") is not None:
         if not isinstance(value["bytes"], bytes | bytearray):
             raise Fault(f"bytes of an image must be bytes, got {type(value['bytes']).__name__}")
@@ -236,15 +255,13 @@ def _refuse_other_media(row: dict) -> None:
 
 
 def _with_images_first(turns: list[Turn], moved: bool) -> tuple[Turn, ...]:
-    """Marks taken out where all of them begin the first human turn, or are moved there; else left at their places."""
+    """Take out marks that all begin the first human turn, or are moved there; leave others at their places."""
     first = next(position for position, turn in enumerate(turns) if turn.role == "user")
     text = turns[first].text
-    marks = text.count(IMAGE_MARK)
-    begin = "".join(text.split()).startswith(IMAGE_MARK * marks)
+    begin = "".join(text.split()).startswith(IMAGE_MARK * text.count(IMAGE_MARK))
     if not (begin or moved) or any(IMAGE_MARK in turn.text for turn in turns[first + 1 :]):
         return tuple(turns)
-    plain = text.replace(IMAGE_MARK, "").strip() if marks else text
-    return (*turns[:first], Turn("user", plain), *turns[first + 1 :])
+    return (*turns[:first], Turn("user", without_marks(text)), *turns[first + 1 :])
 
 
 def _text(row: dict, key: str) -> str:
@@ -255,5 +272,4 @@ def _text(row: dict, key: str) -> str:
 
 
 def _identifier(row: dict) -> str:
-    given = next((row[key] for key in ("question_id", "id") if row.get(key) is not None), "")
-    return str(given)
+    return str(next((row[key] for key in ("question_id", "id") if row.get(key) is not None), ""))

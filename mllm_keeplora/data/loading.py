@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from pydantic import ValidationError
@@ -32,43 +33,22 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
         UserError: unknown benchmark, domain, scorer or generator; a key that does not belong.
     """
     benchmark, origin = _definition(config)
-    faults = [
-        f"domain or suite {name}: unknown scorer {part.scorer!r}; known: {known(SCORERS)} ({origin})"
-        for name, part in [*benchmark.domains.items(), *benchmark.suites.items()]
-        if part.scorer not in SCORERS and part.scorer not in UNGRADED
-    ]
-    wanted = _wanted(config, benchmark, faults, origin)
-    faults += [
-        f"{key} names {name!r}; {benchmark.name} has {known(benchmark.domains)} ({whose})"
-        for key, names, whose in [("domains", wanted, origin), ("per_domain", config.per_domain, f"run {config.name}")]
-        for name in names
-        if name not in benchmark.domains
-    ]
-    faults += [f"domains names {name!r} twice" for name in {n for n in wanted if wanted.count(n) > 1}]
-    faults += [
-        f"{name!r} is both a domain and a suite ({origin})" for name in benchmark.suites if name in benchmark.domains
-    ]
-    if config.eval.split == "validation":
-        asked = [(name, benchmark.domains[name]) for name in wanted if name in benchmark.domains]
-        told = "eval.split is validation, but domain"
-        faults += [f"{told} {name} names no validation file ({origin})" for name, part in asked if not part.validation]
-        faults += [f"{told} {name} keeps its gold answers for the test set" for name, part in asked if part.references]
-    odd = [name for name in [*benchmark.domains, *benchmark.suites] if not NAME.fullmatch(name)]
-    faults += [
-        f"{name!r} cannot name a domain or suite: letters, digits, dots, - and _ only ({origin})" for name in odd
-    ]
-    if not wanted:
-        faults.append(f"domains is empty; {benchmark.name} has {known(benchmark.domains)}")
+    faults = list(_faults(config, benchmark, origin))
     if faults:
         raise several(faults)
-    benchmark.domains = {name: benchmark.domains[name] for name in wanted}
+    benchmark.domains = {name: benchmark.domains[name] for name in _wanted(config, benchmark)}
     benchmark.split = config.eval.split
     benchmark.anchor_suites = benchmark.suites
     if benchmark.split == "validation":
         benchmark.suites = {}
-    if benchmark.generator is not None:
-        benchmark.root = _generate(benchmark.generator, origin, progress)
-    elif config.data_root or (os.environ.get(DATA_ROOT) and not _lies_beside(config, benchmark)):
+    # The data of a plugin's benchmark may lie beside its YAML, wherever those of the shipped ones are.
+    is_plugged = isinstance(config.benchmark, str) and ("BENCHMARKS", config.benchmark) in ENTERED
+    lies_beside = is_plugged and any(map(benchmark.has_training, benchmark.domains))
+    if benchmark.generator in GENERATORS:
+        benchmark.root = resolve_name(GENERATORS[benchmark.generator])(progress=progress)
+    elif benchmark.generator is not None:
+        raise UserError(f"unknown generator {benchmark.generator!r}; known: {known(GENERATORS)} ({origin})")
+    elif config.data_root or (os.environ.get(DATA_ROOT) and not lies_beside):
         benchmark.root = Path(config.data_root or os.environ[DATA_ROOT])
     elif benchmark.root == find_config("benchmarks", SHIPPED).parent:
         first = next(iter(benchmark.domains.values()))
@@ -78,14 +58,46 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
     return benchmark
 
 
-def _lies_beside(config: RunConfig, benchmark: Benchmark) -> bool:
-    """Whether the data of a plugin's benchmark lie beside its YAML, wherever those of the shipped ones are."""
-    is_plugged = isinstance(config.benchmark, str) and ("BENCHMARKS", config.benchmark) in ENTERED
-    return is_plugged and any(map(benchmark.has_training, benchmark.domains))
+def _wanted(config: RunConfig, benchmark: Benchmark) -> list[str]:
+    """List domains in the order of the run: as named, by the name of an order, or as the benchmark has them."""
+    if isinstance(config.domains, list):
+        return config.domains
+    return benchmark.orders.get(config.domains or "", list(benchmark.domains))
+
+
+def _faults(config: RunConfig, benchmark: Benchmark, origin: str) -> Iterator[str]:
+    """Tell in a sentence each what is wrong with the benchmark, or with what the run wants of it."""
+    domains, wanted = benchmark.domains, _wanted(config, benchmark)
+    for name, part in [*domains.items(), *benchmark.suites.items()]:
+        if part.scorer not in SCORERS and part.scorer not in UNGRADED:
+            yield f"domain or suite {name}: unknown scorer {part.scorer!r}; known: {known(SCORERS)} ({origin})"
+    if isinstance(config.domains, str) and config.domains not in benchmark.orders:
+        orders = known(benchmark.orders)
+        yield f"domains: {benchmark.name} has no order {config.domains!r}; known: {orders} ({origin})"
+    for key, names, whose in (("domains", wanted, origin), ("per_domain", config.per_domain, f"run {config.name}")):
+        for name in names:
+            if name not in domains:
+                yield f"{key} names {name!r}; {benchmark.name} has {known(domains)} ({whose})"
+    for name in dict.fromkeys(wanted):
+        if wanted.count(name) > 1:
+            yield f"domains names {name!r} twice"
+    for name in benchmark.suites:
+        if name in domains:
+            yield f"{name!r} is both a domain and a suite ({origin})"
+    for name in wanted if config.eval.split == "validation" else ():
+        if name in domains and not domains[name].validation:
+            yield f"eval.split is validation, but domain {name} names no validation file ({origin})"
+        if name in domains and domains[name].references:
+            yield f"eval.split is validation, but domain {name} keeps its gold answers for the test set"
+    for name in [*domains, *benchmark.suites]:
+        if not NAME.fullmatch(name):
+            yield f"{name!r} cannot name a domain or suite: letters, digits, dots, - and _ only ({origin})"
+    if not wanted:
+        yield f"domains is empty; {benchmark.name} has {known(domains)}"
 
 
 def with_published_epochs(config: RunConfig, benchmark: Benchmark) -> RunConfig:
-    """The config with epochs for every domain: its own, else the run's, else as published, else one."""
+    """Fill in a config's epochs for every domain: its own, else the run's, else as published, else one."""
     own = dict(config.per_domain)
     for name, domain in benchmark.domains.items():
         settings = own.get(name, DomainOverride())
@@ -95,40 +107,19 @@ def with_published_epochs(config: RunConfig, benchmark: Benchmark) -> RunConfig:
     return config.model_copy(update={"train": train, "per_domain": own})
 
 
-def _wanted(config: RunConfig, benchmark: Benchmark, faults: list[str], origin: str) -> list[str]:
-    """Domains in the order of the run: as listed, by the name of an order, or as the benchmark has them."""
-    if config.domains is None:
-        return list(benchmark.domains)
-    if isinstance(config.domains, list):
-        return config.domains
-    if config.domains in benchmark.orders:
-        return benchmark.orders[config.domains]
-    faults.append(
-        f"domains: {benchmark.name} has no order {config.domains!r}; known: {known(benchmark.orders)} ({origin})"
-    )
-    return list(benchmark.domains)
-
-
 def _definition(config: RunConfig) -> tuple[Benchmark, str]:
-    given = config.benchmark
+    """Read the benchmark before anything is chosen of it, and where it comes from."""
+    given, origin = config.benchmark, f"benchmark of run {config.name}"
     if isinstance(given, str):
         path = find_config("benchmarks", given)
         return _parse(read_yaml(path), given, path.parent)
     if isinstance(given, list):
-        names = [entry.get("name") for entry in given]
-        if not all(isinstance(name, str) for name in names):
+        if not all(isinstance(entry.get("name"), str) for entry in given):
             raise UserError("benchmark: every domain of an inline list needs a `name`")
-        given = {
-            name: {k: v for k, v in entry.items() if k != "name"} for name, entry in zip(names, given, strict=True)
-        }
-    if "from" in given:
-        return _varied(given, f"benchmark of run {config.name}")
-    values = given if "domains" in given else {"domains": given}
-    return _parse(values, f"benchmark of run {config.name}", Path())
-
-
-def _varied(given: dict[str, Any], origin: str) -> tuple[Benchmark, str]:
-    """A benchmark by name with other defaults or other settings of single domains: `{from: ucit, defaults: {...}}`."""
+        given = {entry["name"]: {key: value for key, value in entry.items() if key != "name"} for entry in given}
+    if "from" not in given:
+        return _parse(given if "domains" in given else {"domains": given}, origin, Path())
+    # By name with other defaults or other settings of single domains: `{from: ucit, defaults: {...}}`.
     changed = {key: value for key, value in given.items() if key != "from"}
     if not set(changed) <= {"defaults", "domains"}:
         raise UserError(
@@ -136,12 +127,11 @@ def _varied(given: dict[str, Any], origin: str) -> tuple[Benchmark, str]:
         )
     path = find_config("benchmarks", given["from"])
     values = read_yaml(path)
-    defaults = changed.get("defaults") or {}
     for name, own in (changed.get("domains") or {}).items():
         if name not in values["domains"]:
             raise UserError(f"benchmark.domains.{name}: {given['from']} has {known(values['domains'])} ({origin})")
         values["domains"][name] = {**values["domains"][name], **own}
-    values["defaults"] = {**(values.get("defaults") or {}), **defaults}
+    values["defaults"] = {**(values.get("defaults") or {}), **(changed.get("defaults") or {})}
     return _parse(values, f"{origin}, from {given['from']}", path.parent)
 
 
@@ -160,12 +150,3 @@ def _parse(values: dict[str, Any], origin: str, root: Path) -> tuple[Benchmark, 
         return Benchmark.model_validate({"root": root, **values}), origin
     except ValidationError as error:
         raise several(validation_faults(error, origin, Benchmark)) from None
-
-
-def _generate(name: str, origin: str, progress: Callable[[int, int], None] | None) -> Path:
-    if name not in GENERATORS:
-        raise UserError(f"unknown generator {name!r}; known: {known(GENERATORS)} ({origin})")
-    from importlib import import_module
-
-    module, function = GENERATORS[name].split(":")
-    return getattr(import_module(module), function)(progress=progress)

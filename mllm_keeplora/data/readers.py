@@ -14,8 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
-from mllm_keeplora.data.formats import Fault, question_record, test_record, train_record
-from mllm_keeplora.data.layout import Layout
+from mllm_keeplora.data.formats import Fault, Layout, question_record, test_record, train_record
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import VERSION, Source, StoredRecords, write_records
 from mllm_keeplora.errors import UserError, several
@@ -51,7 +50,7 @@ def read_test(path: Path, images: Path, pad: bool = False, needs_answers: bool =
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a data file, kept in the run so that changed data is noticed; of a folder's files the two ends."""
+    """Digest a data file (SHA-256), so that changed data is noticed; of a folder's files the two ends are read."""
     if path.is_dir():
         total = hashlib.sha256()
         for each in sorted(each for each in path.rglob("*") if each.is_file()):
@@ -73,6 +72,7 @@ _kept_digest = lru_cache(1024)(_digest)  # of large files, as long as neither ti
 
 
 def _records(source: Source, parse: Callable[[Any, Layout], Record]) -> Sequence[Record]:
+    """Read a small file into memory; a large one is parsed once into an Arrow file, which later reads map."""
     path = source.path
     if not path.exists():
         raise UserError(f"data file {path} does not exist")
@@ -80,6 +80,7 @@ def _records(source: Source, parse: Callable[[Any, Layout], Record]) -> Sequence
     if path.is_file() and path.suffix != PARQUET and path.stat().st_size < SMALL:
         found = enumerate(_understood(path, layout, parse))
         return [source.placed(record, index, [media.data for media in record.media]) for index, record in found]
+    # The file's name says what the records depend on, so that other content or rules are read anew.
     told = [digest(path), parse.__name__, VERSION, layout.formatting, layout.columns, layout.tags]
     if (reader := ENTERED.get(("READERS", path.suffix))) is not None:
         told.append(version_of(reader))
@@ -96,11 +97,11 @@ def _records(source: Source, parse: Callable[[Any, Layout], Record]) -> Sequence
 
 
 def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Record]) -> Iterator[Record]:
-    """Every record understood; at the end one error with every fault, if there was any."""
-    faults, more, count = [], 0, 0
+    """Yield every record that is understood; at the end one error with every fault, if there was any."""
+    faults, more, index = [], 0, None
     seen: set[str] = set()
-    for index, row in enumerate(_rows(path)):
-        count += 1
+    rows = _saved_rows(path) if path.is_dir() else READERS.get(path.suffix, _json_rows)(path)
+    for index, row in enumerate(rows):
         try:
             record = parse(row, layout)
             record = record if record.id else replace(record, id=str(index))
@@ -117,16 +118,10 @@ def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Recor
             continue
         if not faults:
             yield record
-    if not count:
+    if index is None:
         raise UserError(f"data file {path} is empty: it holds no record")
     if faults:
         raise several(faults, SHOWN, more)
-
-
-def _rows(path: Path) -> Iterable[Any]:
-    if path.is_dir():
-        return _saved_rows(path)
-    return READERS.get(path.suffix, _json_rows)(path)
 
 
 def _saved_rows(path: Path) -> Iterator[dict]:
@@ -182,7 +177,7 @@ READERS: dict[str, Callable[[Path], Iterable[Any]]] = {  # ending of a file -> i
 
 
 def _array_rows(handle: TextIO) -> Iterator[Any]:
-    """Values of a JSON array whose opening bracket has been read, without holding more than one and a chunk."""
+    """Yield the values of a JSON array behind its opening bracket, without holding more than one and a chunk."""
     decoder, text, number = json.JSONDecoder(), "", 0
     while not (text := text.lstrip()).startswith("]"):
         if number and text and not text.startswith(","):
@@ -205,7 +200,7 @@ def _array_rows(handle: TextIO) -> Iterator[Any]:
 
 
 def _layout(path: Path) -> Layout:
-    """What a LLaMA-Factory `dataset_info.json` beside the file says about it."""
+    """Read what a LLaMA-Factory `dataset_info.json` beside the file says about it."""
     info = next((folder / INFO for folder in (path.parent, path.parent.parent) if (folder / INFO).is_file()), None)
     if info is None or path.is_dir():
         return Layout()

@@ -6,14 +6,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.errors import UserError, several
 
 
 def with_references(records: Iterable[Record], path: Path) -> list[Record]:
-    """Records with the gold answers that a reference file gives them.
+    """Give records the gold answers of a reference file.
 
     Args:
         records: questions in the order of their file.
@@ -23,22 +22,6 @@ def with_references(records: Iterable[Record], path: Path) -> list[Record]:
     Raises:
         UserError: the file is absent or of another shape, or has no answer for some record; all are told.
     """
-    found, by_line = _read(path)
-    answered, faults = [], []
-    for number, record in enumerate(records, start=1):
-        answers = found.get(str(number) if by_line else record.id)
-        if not answers:
-            key = f"image_id {number}" if by_line else f"question_id {record.id}"
-            faults.append(f"{record.origin}: {path} has no answer for {key}")
-        else:
-            answered.append(replace(record, answer=tuple(answers)))
-    if faults:
-        raise several(faults)
-    return answered
-
-
-def _read(path: Path) -> tuple[dict[str, list[str]], bool]:
-    """Key -> gold answers, and whether the keys are line numbers of the question file."""
     if not path.is_file():
         raise UserError(f"reference file {path} does not exist")
     try:
@@ -55,14 +38,20 @@ def _read(path: Path) -> tuple[dict[str, list[str]], bool]:
             by_line = True
             found.setdefault(str(row["image_id"]), []).append(str(row["caption"]))
         elif "question_id" in row and isinstance(row.get("answers"), list):
-            found[str(row["question_id"])] = [_text(answer) for answer in row["answers"]]
+            told = [each.get("answer", each) if isinstance(each, dict) else each for each in row["answers"]]
+            found[str(row["question_id"])] = [str(each) for each in told]
         else:
             raise UserError(
                 f"reference file {path}: a row has `image_id` and `caption`, or `question_id` and `answers`; "
                 f"got keys {sorted(row)}"
             )
-    return found, by_line
-
-
-def _text(answer: Any) -> str:
-    return str(answer["answer"]) if isinstance(answer, dict) and "answer" in answer else str(answer)
+    # Answers that are numbered belong to the lines of the question file.
+    answered, faults = [], []
+    for number, record in enumerate(records, start=1):
+        name, key = ("image_id", str(number)) if by_line else ("question_id", record.id)
+        answered.append(replace(record, answer=tuple(found.get(key, ()))))
+        if not answered[-1].answer:
+            faults.append(f"{record.origin}: {path} has no answer for {name} {key}")
+    if faults:
+        raise several(faults)
+    return answered

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Reservoir:
-    """At most so many references out of all that were offered, each with the same probability.
+    """A sample of at most `capacity` references, in which all that were offered have the same chance.
 
     Args:
         capacity: N, references held at most; at least 1.
@@ -47,7 +47,7 @@ class Reservoir:
                 self.references[slot] = (domain, number)
 
     def state(self) -> Tensor:
-        """(1 + n, 2) int64: capacity and how many were seen, then domain and number of each reference."""
+        """Give (1 + n, 2) int64: capacity and how many were seen, then domain and number of each reference."""
         import torch
 
         return torch.tensor([(self.capacity, self.seen), *self.references], dtype=torch.int64)

@@ -52,21 +52,21 @@ class Record:
     origin: str = field(default="", compare=False)
 
     def untrained(self) -> Record:
-        """The same conversation, of which no answer is trained: it fills a batch up."""
+        """Take the loss off every answer: such a conversation fills a batch up."""
         return replace(self, turns=tuple(replace(turn, trained=False) for turn in self.turns))
 
     @property
     def question(self) -> str:
-        """Text of the first user turn, without image marks."""
+        """The text of the first user turn, without image marks."""
         return without_marks(next(turn.text for turn in self.turns if turn.role == "user"))
 
     def question_answers(self) -> list[tuple[str, str]]:
-        """Pairs of a user turn and the assistant turn that follows it."""
+        """Pair each user turn with the assistant turn that follows it."""
         talk = [turn for turn in self.turns if turn.role != "system"]
         return [(without_marks(user.text), answer.text) for user, answer in zip(talk[::2], talk[1::2], strict=False)]
 
     def first_exchange(self) -> Record:
-        """The same record up to its first answer, with the images that it shows until then."""
+        """Cut the record behind its first answer, with the images that it shows until then."""
         stop = next(position for position, turn in enumerate(self.turns) if turn.role == "assistant") + 1
         marks = [sum(turn.text.count(IMAGE_MARK) for turn in turns) for turns in (self.turns[:stop], self.turns)]
         media = self.media[: marks[0]] if marks[1] else self.media
@@ -74,5 +74,5 @@ class Record:
 
 
 def without_marks(text: str) -> str:
-    """A turn's text without image marks."""
+    """Take the image marks out of a turn's text."""
     return text.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in text else text

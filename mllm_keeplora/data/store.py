@@ -30,9 +30,10 @@ class Source:
     pad: bool = False
 
     def placed(self, record: Record, index: int, pictures: Iterable[bytes | None]) -> Record:
-        """Return a record as its row tells it, with its place in the file and its pictures where they are.
+        """Add to a record its place in the file, and where its pictures are.
 
         Args:
+            record: as its row tells it.
             index: of the row, from 0.
             pictures: for each image the encoded picture; None for a file in the folder.
         """
@@ -47,7 +48,7 @@ class Source:
 
 
 class StoredRecords(Sequence[Record]):
-    """Records by index, in the order of their file.
+    """The records of a large data file by index, in its order.
 
     Args:
         arrow: from `write_records`.
@@ -74,7 +75,7 @@ class StoredRecords(Sequence[Record]):
 
 
 class Selection(Sequence[Record]):
-    """Some records of others, in a given order and as often as they are named; a slice is made no sooner."""
+    """A choice of records, in a given order and as often as they are named; each is made when it is asked for."""
 
     def __init__(self, records: Sequence[Record], places: Sequence[int]):
         self._records, self._places = records, places

@@ -24,7 +24,7 @@ model = PeftModel.from_pretrained(base, ".")
 
 
 def model_card(saved: SavedRun, after: int, content: str, library: str) -> str:
-    """Markdown with the front matter that model hubs read.
+    """Write Markdown with the front matter that model hubs read.
 
     Args:
         saved: the run that is exported.
@@ -32,31 +32,31 @@ def model_card(saved: SavedRun, after: int, content: str, library: str) -> str:
         content: what the folder holds.
         library: `transformers` or `peft`.
     """
-    config, learnt = saved.config, saved.run.units[:after]
-    name = resolve(config.base)
-    front = {"base_model": name, "library_name": library, "pipeline_tag": "image-text-to-text"}
-    domains = [domain for unit in learnt for domain in unit.domains]
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {config.name}", ""]
-    lines += [
-        f"`{name}` after {', '.join(domains) or 'no domain'}, learnt one after another by `{config.strategy.name}`"
-    ]
-    lines += [f"(mllm_keeplora). This folder holds {content}.", ""]
-    if config.base.quantization is not None:
-        lines += [f"It was learnt beside weights quantised as {config.base.quantization}; these are not quantised.", ""]
+    config, name = saved.config, resolve(saved.config.base)
+    domains = ", ".join(domain for unit in saved.run.units[:after] for domain in unit.domains) or "no domain"
     scores = _scores(saved, after)
+    front = {"base_model": name, "library_name": library, "pipeline_tag": "image-text-to-text"}
+    parts = [
+        "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---"]),
+        f"# {config.name}",
+        f"`{name}` after {domains}, learnt one after another by `{config.strategy.name}`\n"
+        f"(mllm_keeplora). This folder holds {content}.",
+    ]
+    if config.base.quantization is not None:
+        parts.append(f"It was learnt beside weights quantised as {config.base.quantization}; these are not quantised.")
     if scores:
-        lines += ["| set | score |", "|---|---|", *(f"| {key} | {value:.1f} |" for key, value in scores.items()), ""]
-        lines += [
-            f"In percent, by the scorers of `{saved.benchmark.name}`: the run's own scores, before its weights were"
+        parts += [
+            "\n".join(["| set | score |", "|---|---|", *(f"| {key} | {value:.1f} |" for key, value in scores.items())]),
+            f"In percent, by the scorers of `{saved.benchmark.name}`: the run's own scores, before its weights were\n"
+            "rounded to what is stored here.",
         ]
-        lines += ["rounded to what is stored here.", ""]
-    lines += ["```python", LOAD[library].format(base=json.dumps(name)).strip(), "```", ""]
-    lines += ["Settings of the run:", "", "```json", json.dumps(config.result_defining(), indent=1), "```", ""]
-    return "\n".join(lines)
+    parts.append("```python\n" + LOAD[library].format(base=json.dumps(name)) + "```")
+    parts += ["Settings of the run:", "```json\n" + json.dumps(config.result_defining(), indent=1) + "\n```"]
+    return "\n\n".join(parts) + "\n"
 
 
 def _scores(saved: SavedRun, after: int) -> dict[str, float]:
-    """Scores of domains and suites after so many units, where they were measured."""
+    """Read the scores of domains and suites after so many units, where they were measured."""
     path = saved.run.path / "results.json"
     if not path.is_file():
         return {}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mllm_keeplora.adapters import Factors, concatenate, merge_for_good
 from mllm_keeplora.adapters.stored import past_of
@@ -53,8 +52,13 @@ def export(
     saved.refuse_domain(domain, after)
     past = past_of(saved.run, saved.first(after), domain)
     learnt = past.merged("a merged checkpoint" if form == "merged" else "an adapter for plain peft")
-    write = _merged if form == "merged" else _adapter
-    _whole_folder(folder, lambda part: write(saved, after, *learnt, part))
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # renamed when all is there
+    part.mkdir(parents=True)
+    try:
+        (_merged if form == "merged" else _adapter)(saved, after, *learnt, part)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _merged(saved: SavedRun, after: int, past: list[Factors], full: list[dict[str, Tensor]], folder: Path) -> None:
@@ -68,18 +72,20 @@ def _merged(saved: SavedRun, after: int, past: list[Factors], full: list[dict[st
 
 
 def _adapter(saved: SavedRun, after: int, past: list[Factors], full: list[dict[str, Tensor]], folder: Path) -> None:
+    from torch.nn.functional import pad
+
     if not past:
         raise UserError(
             f"{saved.run.path}: after 0 domains there is nothing to put into an adapter; use the base itself"
         )
-    whole = _one_rank(concatenate(past))
-    tensors = {f"{PREFIX}{layer}.lora_A.weight": A for layer, A in whole.A.items()}
-    tensors |= {f"{PREFIX}{layer}.lora_B.weight": B for layer, B in whole.B.items()}
+    # All layers are filled up with zeros to one rank, which every loader of adapters understands; scaling stays 1.
+    whole = concatenate(past)
     rank = max(whole.ranks.values())
-    settings = {
-        "peft_type": "LORA", "base_model_name_or_path": resolve(saved.config.base), "r": rank, "lora_alpha": rank,
-        "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(whole.A), "inference_mode": True,
-    }  # fmt: skip
+    tensors = {f"{PREFIX}{layer}.lora_A.weight": pad(A, (0, 0, 0, rank - len(A))) for layer, A in whole.A.items()}
+    tensors |= {f"{PREFIX}{layer}.lora_B.weight": pad(B, (0, rank - B.shape[1])) for layer, B in whole.B.items()}
+    settings = {"peft_type": "LORA", "base_model_name_or_path": resolve(saved.config.base), "r": rank}
+    settings |= {"lora_alpha": rank, "lora_dropout": 0.0, "bias": "none"}
+    settings |= {"target_modules": sorted(whole.A), "inference_mode": True}
     if full:
         base = _stored_base(saved)
         merge_for_good(base.model, [], full)
@@ -92,41 +98,20 @@ def _adapter(saved: SavedRun, after: int, past: list[Factors], full: list[dict[s
 
 
 def _describe(saved: SavedRun, after: int, folder: Path, content: str, library: str) -> None:
-    """A model card, and how the model was prompted: without it a folder would be asked by its own template."""
+    """Write a model card, and how the model was prompted: a folder would be asked by its own template else."""
     files.write_text(folder / "README.md", model_card(saved, after, content, library))
     modes = {part.image_mode for part in saved.benchmark.domains.values()}
     files.write_json(folder / NOTES, {"prompt": prompt_style(saved.config.base), "image_modes": sorted(modes)})
 
 
-def _one_rank(factors: Factors) -> Factors:
-    """All layers filled up with zeros to one rank, which every loader of adapters understands; scaling stays 1."""
-    from torch.nn.functional import pad
-
-    rank = max(factors.ranks.values())
-    A = {layer: pad(each, (0, 0, 0, rank - each.shape[0])) for layer, each in factors.A.items()}
-    B = {layer: pad(each, (0, rank - each.shape[1])) for layer, each in factors.B.items()}
-    return Factors(A, B, dict.fromkeys(A, float(rank)))
-
-
 def _stored_base(saved: SavedRun) -> Base:
-    """The run's base, not quantised, in the dtype that its checkpoint is stored in."""
+    """Load the run's base, not quantised, in the dtype that its checkpoint is stored in."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(resolve(saved.config.base))
     dtype = config.dtype or config.get_text_config().dtype or "float32"
     changes = {"quantization": None, "dtype": str(dtype).removeprefix("torch.")}
     return saved.load_base(saved.config.base.model_copy(update=changes))
-
-
-def _whole_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a folder beside `folder`, and rename it when all is there."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
-        write(part)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _refuse_broken(folder: Path, tensors: dict[str, Tensor]) -> None:

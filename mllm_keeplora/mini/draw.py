@@ -55,22 +55,22 @@ class Sample:
 
 
 def pick(rng: np.random.Generator, options):
-    """One of `options`, uniformly."""
+    """Choose one of `options` uniformly."""
     return options[int(rng.integers(len(options)))]
 
 
 def pick_some(rng: np.random.Generator, options, count: int) -> list:
-    """`count` different ones of `options`, in random order."""
+    """Choose `count` different ones of `options`, in random order."""
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
 
 def shade(color: Color, factor: float) -> Color:
-    """`color` multiplied by `factor`, clipped to the byte range."""
+    """Multiply `color` by `factor`, clipped to the byte range."""
     return tuple(int(min(255, max(0, c * factor))) for c in color)
 
 
 def vary(rng: np.random.Generator, color: Color, amount: int = 10) -> Color:
-    """`color` with each channel moved by at most `amount`."""
+    """Move each channel of `color` by at most `amount`."""
     return tuple(int(min(255, max(0, c + d))) for c, d in zip(color, rng.integers(-amount, amount + 1, 3), strict=True))
 
 
@@ -169,7 +169,7 @@ class Canvas:
             raise ValueError(f"texture must be one of {TEXTURES}, got {kind!r}")
 
     def finish(self, rng: np.random.Generator, noise: int = 6) -> Image.Image:
-        """Reduce to the final size and add light uniform noise of at most `noise` grey levels per channel."""
+        """Reduce to the final size and add uniform noise of at most `noise` grey levels per channel."""
         pixels = np.asarray(self.image.reduce(SCALE), dtype=np.int16)
         grain = rng.integers(-noise, noise + 1, pixels.shape, dtype=np.int16)
         return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
@@ -184,7 +184,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digit_mask(rng: np.random.Generator, value: int, side: int, held_out: bool) -> Image.Image:
-    """A hand-written digit as a grey mask of `side` final pixels; the first 1400 of the set are for training.
+    """Draw a hand-written digit as a grey mask of `side` final pixels; the set's first 1400 are for training.
 
     Training digits are leaned, turned and thickened a little, since 1400 are few; held-out ones stay as written.
     """
@@ -212,7 +212,7 @@ def _photo(name: str) -> Image.Image:
 
 
 def photo_patch(rng: np.random.Generator, side: int, held_out: bool) -> Image.Image:
-    """A square piece of a real photograph, `side` final pixels wide; the right third is for held-out pictures."""
+    """Cut a square out of a real photograph, `side` final pixels wide; the right third is for held-out pictures."""
     photo = _photo(pick(rng, ("china", "flower")))
     span = int(rng.integers(100, 200))
     border = photo.width * 2 // 3

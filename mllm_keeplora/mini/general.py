@@ -114,7 +114,7 @@ def _attribute_qas(objects: list[dict]) -> list[tuple[str, str, str]]:
 
 
 def _relation_qas(objects: list[dict]) -> list[tuple[str, str, str]]:
-    """Which of two objects, told apart by colour, is further in some direction, or bigger; the answer is its colour."""
+    """Ask which of two objects, told apart by colour, is further in some direction or bigger; its colour answers."""
     qas = []
     unique = [o for o in objects if sum(p["color"] == o["color"] for p in objects) == 1]
     for a in unique:
@@ -143,7 +143,7 @@ def _object_facts(objects: list[dict], background: str) -> list[str]:
 
 
 def object_scene(rng: np.random.Generator, quarters: bool, held_out: bool, most: int = 5) -> Sample:
-    """Objects in the four quarters, or anywhere on a loose 3 x 3 grid.
+    """Draw objects in the four quarters, or anywhere on a loose 3 x 3 grid.
 
     Args:
         rng: source of all randomness.

@@ -28,7 +28,7 @@ CHANNELS = {
 
 
 def new_cells(background: str, count: int, texture: str = "plain") -> np.ndarray:
-    """(8, 8, 8) uint8 targets of an empty picture; the first axis is that of CHANNELS."""
+    """Make the targets of an empty picture: (8, 8, 8) uint8, with CHANNELS along the first axis."""
     cells = np.zeros((len(CHANNELS), CELL, CELL), np.uint8)
     cells[3] = TEXTURES.index(texture)
     cells[4] = HUES.index(background)
@@ -60,7 +60,7 @@ def _ground(rng, exclude: str = "") -> tuple[str, Canvas]:
 
 
 def visible_colors(background: str) -> list[str]:
-    """The colours that stand out against a background."""
+    """List the colours that stand out against a background."""
     return [c for c in COLORS if c != background and (c, background) != ("purple", "brown")]
 
 
@@ -69,7 +69,7 @@ def _hues(rng, background: str, count: int) -> list[str]:
 
 
 def texture_scene(rng: np.random.Generator) -> Sample:
-    """Four quarters of colour and texture; three of them alike, so that one texture is the main one."""
+    """Draw four quarters of colour and texture, three of them alike, so that one texture is the main one."""
     main, other = pick_some(rng, TEXTURES, 2)
     odd = pick(rng, tuple(QUARTERS))
     hue, odd_hue = _hues(rng, "", 2)
@@ -94,7 +94,7 @@ def texture_scene(rng: np.random.Generator) -> Sample:
 
 
 def line_scene(rng: np.random.Generator) -> Sample:
-    """One to three parallel lines, or a single slanted one."""
+    """Draw one to three parallel lines, or a single slanted one."""
     background, canvas = _ground(rng)
     way = pick(rng, ("horizontal", "vertical", "rising", "falling"))
     count = int(rng.integers(1, 4)) if way in ("horizontal", "vertical") else 1
@@ -130,7 +130,7 @@ def _line_cells(cells: np.ndarray, ends, hue: str, attribute: str) -> None:
 
 
 def trend_scene(rng: np.random.Generator) -> Sample:
-    """A bent line that goes up, goes down or stays flat from left to right."""
+    """Draw a bent line that goes up, goes down or stays flat from left to right."""
     background, canvas = _ground(rng)
     way = pick(rng, ("up", "down", "flat"))
     hue = _hues(rng, background, 1)[0]
@@ -152,7 +152,7 @@ def trend_scene(rng: np.random.Generator) -> Sample:
 
 
 def bar_scene(rng: np.random.Generator) -> Sample:
-    """Two to five loose bars of clearly different lengths, standing or lying."""
+    """Draw two to five loose bars of clearly different lengths, standing or lying."""
     background, canvas = _ground(rng)
     count, lying = int(rng.integers(2, 6)), bool(rng.random() < 0.4)
     hues = _hues(rng, background, count)
@@ -186,7 +186,7 @@ def bar_scene(rng: np.random.Generator) -> Sample:
 
 
 def digit_scene(rng: np.random.Generator, held_out: bool) -> Sample:
-    """One large hand-written digit, or two side by side."""
+    """Draw one large hand-written digit, or two side by side."""
     background, canvas = _ground(rng)
     count = 1 if rng.random() < 0.6 else 2
     hues, values = _hues(rng, background, count), [int(v) for v in rng.integers(0, 10, count)]
@@ -218,7 +218,7 @@ def digit_scene(rng: np.random.Generator, held_out: bool) -> Sample:
 
 
 def arrow_scene(rng: np.random.Generator) -> Sample:
-    """One thick arrow."""
+    """Draw one thick arrow."""
     background, canvas = _ground(rng)
     way, hue = pick(rng, ("up", "down", "left", "right")), _hues(rng, background, 1)[0]
     length = float(rng.uniform(24, 44))
@@ -237,7 +237,7 @@ def arrow_scene(rng: np.random.Generator) -> Sample:
 
 
 def half_scene(rng: np.random.Generator) -> Sample:
-    """A disc with one dark and one bright half, on a bright or dark background."""
+    """Draw a disc with one dark and one bright half, on a bright or dark background."""
     background, canvas = _ground(rng)
     side = pick(rng, ("left", "right", "up", "down"))
     r, (x, y) = float(rng.uniform(14, 24)), rng.uniform(26, 38, 2)

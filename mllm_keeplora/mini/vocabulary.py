@@ -28,5 +28,5 @@ WORDS = tuple(_LIST.split())
 
 
 def vocabulary() -> list[str]:
-    """All tokens in the order of their ids: special tokens, words, single characters, continuation characters."""
+    """List all tokens in the order of their ids: special tokens, words, characters, continuation characters."""
     return [*SPECIAL_TOKENS, *WORDS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]

@@ -40,9 +40,9 @@ class _Balance:
         return counts[answer] > 1.06 * statistics.median(known.values()) + 1
 
     def pick(self, rng: np.random.Generator, sample: Sample, most: int) -> list[tuple[str, str, str]]:
-        """At most `most` questions of a picture, one of a type, in random order so that none always follows another.
+        """Choose at most `most` questions of a picture, one of a type, in random order.
 
-        Empty if every question would unbalance the set.
+        The order is random so that none always follows another. Empty if every question would unbalance the set.
         """
         chosen = []
         for _ in range(most):
@@ -76,7 +76,7 @@ def _pictures(draw: Callable[..., Sample], seed: tuple[int, int], count: int, mo
 
 
 def _anchor(rng: np.random.Generator, held_out: bool) -> Sample:
-    """A general picture of another make than the test set's: every kind of scene alike, at most three objects."""
+    """Draw a general picture unlike the test set's: every kind of scene as often, at most three objects."""
     scenes = dict.fromkeys(general.SCENES, 1 / len(general.SCENES))
     return general.sample(rng, held_out, most=3, scenes=scenes)
 
@@ -140,7 +140,7 @@ def write_mini_dcl(root: Path, sizes: Mapping[str, int] = SIZES, progress: Progr
 
 
 def generator_hash(sizes: Mapping[str, int] = SIZES) -> str:
-    """Twelve hexadecimal digits that name the drawn data: those of the shipped sizes are pinned."""
+    """Name the drawn data by twelve hexadecimal digits; those of the shipped sizes are pinned."""
     if dict(sizes) == SIZES:
         return DRAWN
     return hashlib.sha256((DRAWN + json.dumps(dict(sizes), sort_keys=True)).encode()).hexdigest()[:12]
@@ -149,7 +149,7 @@ def generator_hash(sizes: Mapping[str, int] = SIZES) -> str:
 def ensure_mini_dcl(
     cache_dir: Path | None = None, sizes: Mapping[str, int] = SIZES, progress: Progress | None = None
 ) -> Path:
-    """The folder of the miniature benchmark, drawn first if it is not there yet.
+    """Find the folder of the miniature benchmark; it is drawn first if it is not there yet.
 
     Safe against several processes: each draws under a name of its own, the first to finish wins.
 

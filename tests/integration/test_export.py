@@ -92,7 +92,7 @@ def test_an_export_is_asked_as_the_run_was(settings, tmp_path, command):
     for form in ("merged", "adapter"):
         export(tmp_path / "run", form, tmp_path / form)
     assert prompt_style(BaseConfig(model=str(tmp_path / "merged"))) == "llava_mistral"
-    assert Checkpoint.named(tmp_path / "adapter").base_settings["prompt"] == "llava_mistral"
+    assert Checkpoint.named(tmp_path / "adapter").config("mini_dcl", tmp_path / "out").base.prompt == "llava_mistral"
     assert prompt_style(BaseConfig(model="llava-hf/llava-1.5-7b-hf")) == "vicuna_v1"  # a shipped base by its hub id
 
 

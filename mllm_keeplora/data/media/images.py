@@ -27,7 +27,7 @@ def read_image(media: Media):
 
 
 def images_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> list:
-    """Decoded images of a record.
+    """Decode the images of a record.
 
     Args:
         record: names them.
@@ -46,7 +46,7 @@ def images_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> l
 
 
 def image_size(media: Media) -> tuple[int, int]:
-    """Width and height of an image as the processor gets it, from its header alone.
+    """Read width and height of an image as the processor gets it, from its header alone.
 
     Raises:
         UserError: the file is missing, outside its folder or no image.
@@ -57,7 +57,10 @@ def image_size(media: Media) -> tuple[int, int]:
 
 
 def padded_to_square(picture, background: tuple[int, int, int]):
-    """The picture in the middle of a square of its longer side. Source: LLaVA-1.5, `image_aspect_ratio = pad`."""
+    """Put a picture into the middle of a square of its longer side.
+
+    Source: LLaVA-1.5, `image_aspect_ratio = pad`.
+    """
     from PIL import Image
 
     width, height = picture.size
@@ -70,12 +73,22 @@ def padded_to_square(picture, background: tuple[int, int, int]):
 
 
 def unreadable_images(records: Iterable[Record], advance: Callable[[int], None] = lambda n: None) -> Iterator[str]:
-    """Decode every image once, on several threads; a sentence for each that fails, with the record that names it.
+    """Decode every image once, on several threads, and tell each that fails with the record that names it.
 
     Args:
         records: any number of them; only a few are held at once.
         advance: told after every record.
     """
+
+    def first_uses() -> Iterator[tuple[str, Media]]:
+        seen: set[int] = set()
+        for record in records:
+            for media in record.media:
+                key = hash((media.path, media.folder, media.data))
+                if key not in seen:
+                    seen.add(key)
+                    yield record.origin, media
+            advance(1)
 
     def fault(use: tuple[str, Media]) -> str | None:
         try:
@@ -84,49 +97,30 @@ def unreadable_images(records: Iterable[Record], advance: Callable[[int], None] 
             return f"{use[0]}: {error}"
         return None
 
-    uses = _first_uses(records, advance)
+    uses = first_uses()
     with ThreadPoolExecutor(4) as pool:
         while window := list(islice(uses, WINDOW)):
             yield from (found for found in pool.map(fault, window) if found)
 
 
-def _first_uses(records: Iterable[Record], advance: Callable[[int], None]) -> Iterator[tuple[str, Media]]:
-    """The first record that names each picture, with the picture."""
-    seen: set[int] = set()
-    for record in records:
-        for media in record.media:
-            key = hash((media.path, media.folder, media.data))
-            if key not in seen:
-                seen.add(key)
-                yield record.origin, media
-        advance(1)
-
-
 @contextmanager
 def _opened(media: Media) -> Iterator:
-    """The picture (PIL), read as far as the caller needs it; whatever is wrong with it is told with its name."""
+    """Open a picture (PIL), read as far as the caller needs it; what is wrong with it is told with its name."""
     from PIL import Image, UnidentifiedImageError
 
+    path, folder = media.path, media.folder
     try:
-        with Image.open(_checked_path(media) if media.data is None else io.BytesIO(media.data)) as picture:
+        if media.data is None:
+            name = path.relative_to(folder) if folder is not None and path.is_relative_to(folder) else path
+            # The name may not lead out of the data folder; links inside it are followed.
+            if folder is not None and not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
+                raise UserError(f"image {str(name)!r} leaves the data folder {folder}; `images` may name one above it")
+            if not path.is_file():
+                what = "is no file" if path.exists() else "does not exist"
+                raise UserError(f"image {str(name)!r} {what} in {folder or path.parent}")
+        with Image.open(path if media.data is None else io.BytesIO(media.data)) as picture:
             yield picture
     except UserError:
         raise
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {media.path} cannot be read: {error}") from None
-
-
-def _checked_path(media: Media) -> Path:
-    """The image's path, whose name may not lead out of the data folder; links inside it are followed."""
-    name = media.path
-    if media.folder is not None:
-        name = media.path.relative_to(media.folder) if media.path.is_relative_to(media.folder) else media.path
-        inside = os.path.normpath(media.path)
-        if not Path(inside).is_relative_to(os.path.normpath(media.folder)):
-            raise UserError(
-                f"image {str(name)!r} leaves the data folder {media.folder}; `images` may name one above it"
-            )
-    if not media.path.is_file():
-        what = "is no file" if media.path.exists() else "does not exist"
-        raise UserError(f"image {str(name)!r} {what} in {media.folder or media.path.parent}")
-    return media.path
+        raise UserError(f"image {path} cannot be read: {error}") from None

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.data.formats import Fault, test_record, train_record
-from mllm_keeplora.data.layout import Layout
+from mllm_keeplora.data.formats import Fault, Layout, test_record, train_record
 from mllm_keeplora.data.schema import Media, Turn
 
 QUESTION, ANSWER = Turn("user", "What is shown?"), Turn("assistant", "A bridge.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mllm_keeplora.config import EvalConfig
 from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.readers import read_test
 from mllm_keeplora.eval import harness
@@ -38,7 +39,7 @@ PART = TestSet(test="test.json", max_new_tokens=4)
 
 def answers(base, records, folder: Path, batch_size: int, part: TestSet = PART) -> list[str]:
     path = folder / f"batch{batch_size}.jsonl"
-    evaluate_set(base, base.model, records, part, path, "test", batch_size)
+    evaluate_set(base, base.model, records, part, path, EvalConfig(batch_size=batch_size))
     return [row["prediction"] for row in files.read_json_lines(path)]
 
 
@@ -51,7 +52,7 @@ def test_batches_answer_as_single_questions_do(batch_size, base, records, tmp_pa
 
 def test_predictions_are_in_the_order_of_the_file_with_scores(base, records, tmp_path):
     path = tmp_path / "p.jsonl"
-    percent = evaluate_set(base, base.model, records, PART, path, "test", 5)
+    percent = evaluate_set(base, base.model, records, PART, path, EvalConfig(batch_size=5))
     rows = files.read_json_lines(path)
     assert [row["id"] for row in rows] == [record.id for record in records]
     assert [row["question"] for row in rows] == [record.question for record in records]
@@ -82,7 +83,7 @@ def test_an_answer_that_reached_the_token_limit_is_marked(base, records, tmp_pat
     monkeypatch.setattr(causal, "greedy", spoken)
     answers = generate(base, base.model, records, [""] * len(records), 4)
     assert [answer.is_cut for answer in answers] == [False, True] * (len(records) // 2)
-    evaluate_set(base, base.model, records, PART, tmp_path / "p.jsonl", "test", 12)
+    evaluate_set(base, base.model, records, PART, tmp_path / "p.jsonl", EvalConfig(batch_size=12))
     assert sum(row.get("cut", False) for row in files.read_json_lines(tmp_path / "p.jsonl")) == len(records) // 2
 
 
@@ -119,7 +120,7 @@ def test_a_suffix_may_depend_on_the_gold_answer(records):
 def test_a_set_that_is_graded_elsewhere_leaves_what_to_hand_in(base, records, tmp_path):
     part = TestSet(test="t.json", max_new_tokens=2, scorer="mathvista", prompt_suffix=" yes ?")
     unknown = [replace(record, answer=None) for record in records]
-    assert evaluate_set(base, base.model, unknown, part, tmp_path / "p.jsonl", "test", 5) is None
+    assert evaluate_set(base, base.model, unknown, part, tmp_path / "p.jsonl", EvalConfig(batch_size=5)) is None
     assert {row["score"] for row in files.read_json_lines(tmp_path / "p.jsonl")} == {None}
     lines = files.read_json_lines(tmp_path / "p.submit.jsonl")
     assert [line["question_id"] for line in lines] == [record.id for record in records]
@@ -142,7 +143,7 @@ def test_an_interrupted_evaluation_asks_nothing_twice_and_ends_the_same(base, re
     monkeypatch.setattr(harness, "generate", counted)
     path = tmp_path / "again.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        evaluate_set(base, base.model, records, PART, path, "test", 3)
+        evaluate_set(base, base.model, records, PART, path, EvalConfig(batch_size=3))
     assert not path.exists()
     [journal] = tmp_path.glob("*.part")
     with open(journal, "a") as handle:
@@ -151,7 +152,7 @@ def test_an_interrupted_evaluation_asks_nothing_twice_and_ends_the_same(base, re
     first = list(asked)
     asked[:] = []
     monkeypatch.setattr(harness, "generate", lambda *a: asked.append([r.id for r in a[2]]) or generate(*a))
-    evaluate_set(base, base.model, records, PART, path, "test", 3)
+    evaluate_set(base, base.model, records, PART, path, EvalConfig(batch_size=3))
     assert [row["prediction"] for row in files.read_json_lines(path)] == whole
     assert len(first) == len(asked) == 2
     assert sorted(name for batch in first + asked for name in batch) == sorted(record.id for record in records)
@@ -177,14 +178,14 @@ def test_a_journal_keeps_whole_lines_and_drops_a_half_one(tmp_path):
 def test_a_kept_journal_answers_a_second_time_and_another_model_is_asked_anew(base, records, tmp_path, monkeypatch):
     path, asked = tmp_path / "predictions" / "p.jsonl", []
     path.parent.mkdir()
-    keep = {"batch_size": 5, "keep_journal": True}
-    evaluate_set(base, base.model, records, PART, path, "test", asked_of="one", **keep)
+    keep = {"settings": EvalConfig(batch_size=5), "keep_journal": True}
+    evaluate_set(base, base.model, records, PART, path, asked_of="one", **keep)
     first = path.read_bytes()
     path.unlink()
     monkeypatch.setattr(harness, "generate", lambda *a: asked.append(1) or generate(*a))
-    evaluate_set(base, base.model, records, PART, path, "test", asked_of="one", **keep)
+    evaluate_set(base, base.model, records, PART, path, asked_of="one", **keep)
     assert path.read_bytes() == first and not asked
-    evaluate_set(base, base.model, records, PART, path, "test", asked_of="two", **keep)
+    evaluate_set(base, base.model, records, PART, path, asked_of="two", **keep)
     assert len(asked) == 3
     (path.parent / "p.jsonl.rank7.part").write_text("of a process that no longer takes part")
     (path.parent / "q.jsonl.rank0.part").write_text("of a set that is not done")
