@@ -18,6 +18,7 @@ from mllm_keeplora.stages.units import plan_units
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log
 
+ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers
 MAY_DIFFER_FROM_PARENT = ("name:", "seed:", "eval.domains:", "eval.zero_shot:")
 
 
@@ -34,8 +35,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
     run = RunDir(config.output_dir)
     source = RunDir(parent).load() if parent is not None else None
     if run.exists():
-        run.load()
-        inherited = run.record["parent"]
+        inherited = run.load().record["parent"]
         if source is not None and (inherited or {}).get("run") != str(parent):
             raise UserError(f"{run.path} was not started from {parent}; choose another `output`")
         if source is not None and after not in (None, inherited["after"]):
@@ -67,6 +67,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
 def _record(
     config: RunConfig, checked: Checked, identity: Identity, source: RunDir | None, after: int
 ) -> dict[str, Any]:
+    """What a new run enters in its ledger."""
     inherited = source.record["domains"][:after] if source is not None else []
     base = identity.base  # None of a hub's: the parent's is the one to load
     if base is None and source is not None:
@@ -81,7 +82,7 @@ def _record(
         "seed": config.seed,
         "parent": {"run": str(source.path), "after": after} if source is not None else None,
         "config": dict(identity.config),
-        **({"plugins": plugins} if (plugins := plugin_versions(config)) else {}),
+        **({"plugins": plugin_versions(config)} if config.plugins else {}),
         "domains": [*inherited, *identity.domains[after:]],
         "units": [asdict(unit) for unit in plan_units(list(checked.benchmark.domains), checked.strategy.stream)],
         "suites": list(identity.suites),
@@ -113,7 +114,11 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
         record["plugins"] = plugins
     _forget_lost_answers(run)
     run.save()
-    _note_runtime_changes(run, config)
+    before, defining = flatten(read_yaml(run.config)) if run.config.is_file() else {}, config.result_defining()
+    for line in differences(before, flatten(config.resolved()), "before") if before else ():
+        if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):
+            run.note(f"runtime key changed: {line}")
+            log.info("runtime key changed: %s", line)
 
 
 def _forget_lost_answers(run: RunDir) -> None:
@@ -127,20 +132,6 @@ def _forget_lost_answers(run: RunDir) -> None:
                 log.warning("%s is gone: the questions are asked again", answers)
 
 
-ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers
-
-
-def _note_runtime_changes(run: RunDir, config: RunConfig) -> None:
-    if not run.config.is_file():
-        return
-    before = flatten(read_yaml(run.config))
-    defining = config.result_defining()
-    for line in differences(before, flatten(config.resolved()), "before"):
-        if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):
-            run.note(f"runtime key changed: {line}")
-            log.info("runtime key changed: %s", line)
-
-
 def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int | None) -> None:
     names = [each["name"] for each in source.record["domains"]]
     if checked.strategy.stream == "union":
@@ -151,11 +142,8 @@ def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int
         raise UserError(f"--from {source.path}: domain {names[after - 1]} (--after {after}) is not finished there")
     if checked.base_fingerprint not in (None, source.record["base"]["fingerprint"]):
         raise UserError(f"--from {source.path}: its base model is not {config.base.model} as it is now")
-    lines = [
-        line
-        for line in differences(Identity.of_record(source.record).config, comparable(config), str(source.path))
-        if not line.startswith(MAY_DIFFER_FROM_PARENT)
-    ]
+    told = differences(Identity.of_record(source.record).config, comparable(config), str(source.path))
+    lines = [line for line in told if not line.startswith(MAY_DIFFER_FROM_PARENT)]
     if lines:
         raise UserError("\n  ".join([f"--from {source.path}: its state does not fit this config:", *lines]))
 
@@ -180,8 +168,8 @@ def _inherited_stages(source: RunDir, after: int, names: set[str]) -> dict[str, 
     kept = {}
     for stage, entry in source.record["stages"].items():
         unit, _, rest = stage.partition("/")
-        graded = rest.removeprefix("evaluate/") if rest.startswith("evaluate/") else None
-        if stage == "prepare" or (unit in keys and (graded is None or graded in names)):
+        kind, _, graded = rest.partition("/")
+        if stage == "prepare" or (unit in keys and (kind != "evaluate" or graded in names)):
             kept[stage] = entry
     return kept
 
@@ -191,9 +179,8 @@ def _copy_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> Non
 
     def passed_over(folder: str, entries: list[str]) -> set[str]:
         unfinished = {entry for entry in entries if entry == "checkpoints" or entry.endswith((".part", ".tmp"))}
-        told = {entry: ANSWERS.fullmatch(entry) for entry in entries}
-        foreign = {entry for entry, match in told.items() if match and match["name"] not in names}
-        return unfinished | foreign
+        answers = filter(None, map(ANSWERS.fullmatch, entries))
+        return unfinished | {match.string for match in answers if match["name"] not in names}
 
     run.refuse_foreign_content()
     if source.kept_by_prepare.is_file():
