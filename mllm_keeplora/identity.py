@@ -14,7 +14,6 @@ from typing import Any
 from mllm_keeplora.config import EXPONENT, RunConfig, flatten
 from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
 from mllm_keeplora.data.readers import digest
-from mllm_keeplora.system.plugins import version_of
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "torchvision")
 
@@ -185,11 +184,6 @@ def environment() -> dict[str, str]:
     found = {"python": platform.python_version(), "machine": platform.machine()}
     found["mllm_keeplora"] = _version("mllm-keeplora")
     return found | {name: version for name in LIBRARIES if (version := _version(name))}
-
-
-def plugin_versions(config: RunConfig) -> dict[str, str]:
-    """Give version and digest of each of a run's plugins, by its name."""
-    return {name: version_of(name) for name in config.plugins}
 
 
 def _version(package: str) -> str:

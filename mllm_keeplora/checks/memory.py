@@ -38,10 +38,6 @@ class Estimate:
     host: float  # of states that are offloaded, and of what a strategy keeps there beside a GPU
     where: str  # device, precision and record length that it is for
 
-    def total(self, stage: str) -> float:
-        """Bytes of a stage on one device."""
-        return sum(self.stages[stage].values())
-
 
 def estimate(
     config: RunConfig,

@@ -83,7 +83,7 @@ def check_run(
     faults = _Faults()
     strategy = faults.of(build_strategy, config.strategy, f"run {config.name}")
     location = faults.of(resolve, config.base)
-    base_fingerprint, parts = None, None
+    base_fingerprint = parts = None
     if location is not None:
         if Path(location).is_dir():
             base_fingerprint = faults.of(fingerprint, Path(location))

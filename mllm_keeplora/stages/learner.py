@@ -125,19 +125,11 @@ class Learner:
         if records is None:
             records, _ = training_records(unit, self.benchmark, self.config)
         limit = token_limit([name for each in self.units for name in each.domains], self.config)
-        names = [each.name for each in self.units]
-        return Context(
-            self.base,
-            self.adapters,
-            self.kept,
-            DomainInfo(unit.index - 1, unit.name, len(names)),
-            records,
-            Collator(self.base.family, limit),
-            torch.Generator().manual_seed(seed),
-            self.config.train.probe_batch_size,
-            Sources(self.benchmark.anchor_records, self.benchmark.train_records, names),
-            seed,
-        )
+        collate, rng = Collator(self.base.family, limit), torch.Generator().manual_seed(seed)
+        names, size = [each.name for each in self.units], self.config.train.probe_batch_size
+        info = DomainInfo(unit.index - 1, unit.name, len(names))
+        sources = Sources(self.benchmark.anchor_records, self.benchmark.train_records, names)
+        return Context(self.base, self.adapters, self.kept, info, records, collate, rng, size, sources, seed)
 
 
 def add_facts(folder: DomainDir, facts: dict[str, Any]) -> None:

@@ -12,11 +12,12 @@ from mllm_keeplora.checks.run import Checked
 from mllm_keeplora.config import RunConfig, as_yaml, flatten, read_yaml
 from mllm_keeplora.data import Benchmark, Domain
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.identity import Identity, comparable, differences, environment, plugin_versions
+from mllm_keeplora.identity import Identity, comparable, differences, environment
 from mllm_keeplora.runs import BASE_UNIT, RunDir, now
 from mllm_keeplora.stages.units import plan_units
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log
+from mllm_keeplora.system.plugins import version_of
 
 ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers
 MAY_DIFFER_FROM_PARENT = ("name:", "seed:", "eval.domains:", "eval.zero_shot:")
@@ -54,9 +55,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
         record = _record(config, checked, identity, source, after or 0)
         if source is not None:
             names = Identity.of_record(source.record).graded_like(Identity.of_record(record))
-            record["stages"] = _inherited_stages(source, after, names)
-            if distributed.is_main():
-                _copy_state(source, run, after, names)
+            record["stages"] = _inherit_state(source, run, after, names)
         run.create(record)
     if distributed.is_main():
         files.write_text(run.config, as_yaml(config.resolved()))
@@ -82,7 +81,7 @@ def _record(
         "seed": config.seed,
         "parent": {"run": str(source.path), "after": after} if source is not None else None,
         "config": dict(identity.config),
-        **({"plugins": plugin_versions(config)} if config.plugins else {}),
+        **({"plugins": {name: version_of(name) for name in config.plugins}} if config.plugins else {}),
         "domains": [*inherited, *identity.domains[after:]],
         "units": [asdict(unit) for unit in plan_units(list(checked.benchmark.domains), checked.strategy.stream)],
         "suites": list(identity.suites),
@@ -106,7 +105,7 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
         run.note(f"domain {domain['name']} appended")
         log.info("domain %s appended to %s", domain["name"], origin)
     record["units"] = [asdict(unit) for unit in plan_units(new, checked.strategy.stream)]
-    plugins, before = plugin_versions(config), record.get("plugins", {})
+    plugins, before = {name: version_of(name) for name in config.plugins}, record.get("plugins", {})
     for line in differences(before, plugins, "before"):
         run.note(f"plugin changed: {line}")
         log.warning("plugin changed: %s", line)
@@ -114,8 +113,9 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
         record["plugins"] = plugins
     _forget_lost_answers(run)
     run.save()
-    before, defining = flatten(read_yaml(run.config)) if run.config.is_file() else {}, config.result_defining()
-    for line in differences(before, flatten(config.resolved()), "before") if before else ():
+    now, defining = flatten(config.resolved()), config.result_defining()
+    before = flatten(read_yaml(run.config)) if run.config.is_file() else now
+    for line in differences(before, now, "before"):
         if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):
             run.note(f"runtime key changed: {line}")
             log.info("runtime key changed: %s", line)
@@ -162,30 +162,30 @@ def _inherit_definitions(benchmark: Benchmark, inherited: list[dict[str, Any]]) 
     benchmark.domains = {**before, **{name: benchmark.domains[name] for name in own if name not in before}}
 
 
-def _inherited_stages(source: RunDir, after: int, names: set[str]) -> dict[str, Any]:
-    """Ledger entries of the base and of the inherited units; of evaluations only those of `names`."""
-    keys = {unit.key for unit in [BASE_UNIT, *source.units[:after]]}
-    kept = {}
-    for stage, entry in source.record["stages"].items():
-        unit, _, rest = stage.partition("/")
-        kind, _, graded = rest.partition("/")
-        if stage == "prepare" or (unit in keys and (kind != "evaluate" or graded in names)):
-            kept[stage] = entry
-    return kept
+def _inherit_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> dict[str, Any]:
+    """Copy what base and inherited units left, so that the parent is not needed afterwards; give their ledger entries.
 
-
-def _copy_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> None:
-    """Copy what the inherited units left; the parent is not needed afterwards."""
+    Args:
+        names: domains and suites whose evaluations are inherited.
+    """
+    units = [BASE_UNIT, *source.units[:after]]
 
     def passed_over(folder: str, entries: list[str]) -> set[str]:
         unfinished = {entry for entry in entries if entry == "checkpoints" or entry.endswith((".part", ".tmp"))}
         answers = filter(None, map(ANSWERS.fullmatch, entries))
         return unfinished | {match.string for match in answers if match["name"] not in names}
 
-    run.refuse_foreign_content()
-    if source.kept_by_prepare.is_file():
-        shutil.copytree(source.kept_by_prepare.parent, run.kept_by_prepare.parent, dirs_exist_ok=True)
-    for unit in [BASE_UNIT, *source.units[:after]]:
-        folder = source.folder(unit).path
-        if folder.is_dir():
-            shutil.copytree(folder, run.folder(unit).path, ignore=passed_over, dirs_exist_ok=True)
+    if distributed.is_main():
+        run.refuse_foreign_content()
+        folders = {source.kept_by_prepare.parent: run.kept_by_prepare.parent}
+        folders |= {source.folder(unit).path: run.folder(unit).path for unit in units}
+        for before, now in folders.items():
+            if before.is_dir():
+                shutil.copytree(before, now, ignore=passed_over, dirs_exist_ok=True)
+    kept, keys = {}, {unit.key for unit in units}
+    for stage, entry in source.record["stages"].items():
+        unit, _, rest = stage.partition("/")
+        kind, _, graded = rest.partition("/")
+        if stage == "prepare" or (unit in keys and (kind != "evaluate" or graded in names)):
+            kept[stage] = entry
+    return kept

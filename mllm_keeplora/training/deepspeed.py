@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,6 @@ def deepspeed_file(name: str | None) -> str | None:
     path = Path(str(folder / f"{name}.json")) if name in names else Path(name)
     if not path.is_file():
         raise UserError(f"deepspeed {name!r} is neither a shipped name ({known(names)}) nor a file")
-    from importlib.util import find_spec
-
     if find_spec("deepspeed") is None:
         raise UserError("deepspeed is asked for but not installed: pip install 'mllm-keeplora[deepspeed]'")
     return str(path)

@@ -36,8 +36,6 @@ def fit_domain(
     """Train the open branch on the context's records, on from the last whole checkpoint of the same identity.
 
     Args:
-        settings, epochs: the domain's training settings.
-        arguments: from `training_arguments`.
         metrics_file: JSON lines of loss, rate and gradient norm are appended here.
         identity: facts that a checkpoint must share to be continued.
 

@@ -38,10 +38,8 @@ class DomainTrainer(Trainer):
     """The Trainer with a strategy's hooks, and checkpoints that hold the trained parameters only.
 
     Args:
-        strategy, context, identity: as in `fit.fit_domain`.
         batch_size: records of a whole optimizer step, of all processes.
         lr_full: rate of the parameters that are trained in full; None for that of the others.
-        arguments: of the Trainer.
     """
 
     def __init__(
