@@ -40,7 +40,7 @@ BASE_UNIT = Unit(0, "base", ())
 
 
 class Within:
-    """A path below the folder of the object that has it as an attribute."""
+    """Stands for a path below the folder of the object that has it as an attribute."""
 
     def __init__(self, name: str):
         self.name = name
@@ -73,7 +73,7 @@ class DomainDir:
 
 
 class RunDir:
-    """A run's folder and its ledger."""
+    """Knows a run's folder and its ledger."""
 
     ledger = Within("run.json")
     config = Within("config.yaml")

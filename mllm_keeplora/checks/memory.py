@@ -29,7 +29,7 @@ HOOKS = {"prepare": "prepare", "gradient": "before_domain", "consolidate": "afte
 
 @dataclass(frozen=True)
 class Estimate:
-    """The bytes that each stage takes on each device, by what takes them, and those on the host.
+    """Tells the bytes that each stage takes on each device, by what takes them, and those on the host.
 
     Not counted: the vision tower's own temporaries, what libraries reserve, fragmentation (10 to 20 % on a GPU).
     """

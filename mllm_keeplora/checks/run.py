@@ -34,7 +34,7 @@ LOOKED_AT = 50  # records of a domain, for the estimate of memory
 
 @dataclass
 class Checked:
-    """What a faultless config resolves to."""
+    """Holds what a faultless config resolves to."""
 
     strategy: Strategy
     benchmark: Benchmark

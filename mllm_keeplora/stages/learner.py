@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Learner:
-    """The model, strategy and kept bases of a run, brought to wherever the next stage starts."""
+    """Brings model, strategy and kept bases of a run to wherever the next stage starts."""
 
     config: RunConfig
     run: RunDir
@@ -49,7 +49,7 @@ class Learner:
 
     @property
     def units(self) -> list[Unit]:
-        """The sequence."""
+        """The units of the sequence."""
         return self.run.units
 
     @cached_property

@@ -16,7 +16,7 @@ IDLE = -1
 
 
 class TrainingRecords(Dataset):
-    """The records by index, and an idle one that trains nothing."""
+    """Gives records by index, and at `IDLE` one that trains nothing."""
 
     def __init__(self, records: Sequence[Record]):
         self.records = records
@@ -46,7 +46,7 @@ class Collator:
 
 
 class FilledSampler(Sampler):
-    """Random order over a dataset, ended by idle records up to a multiple of what the processes take at once.
+    """Orders a dataset at random, and ends with idle records up to a multiple of what the processes take.
 
     Otherwise a data loader gives some records twice to fill the last step of an epoch, and what is learnt depends on
     the number of processes.

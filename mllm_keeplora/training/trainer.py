@@ -35,7 +35,7 @@ def answer_loss(
 
 
 class DomainTrainer(Trainer):
-    """The Trainer with a strategy's hooks, and checkpoints that hold the trained parameters only.
+    """Trains with a strategy's hooks, and writes checkpoints that hold the trained parameters only.
 
     Args:
         batch_size: records of a whole optimizer step, of all processes.
@@ -146,7 +146,7 @@ class DomainTrainer(Trainer):
         return super()._clip_grad_norm(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the trained parameters, without putting the whole base together, as the Trainer would by DeepSpeed."""
+        """Save the trained parameters alone; under DeepSpeed the Trainer would put the whole base together first."""
         self._save(output_dir or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
