@@ -23,22 +23,26 @@ ModuleName = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$")]
 
 
 def runtime(default: Any, **constraints: Any) -> Any:
-    """Field of a key that never defines results (device counts, logging); continuing a run may change it."""
+    """Declare a key that never defines results (device counts, logging); continuing a run may change it."""
     return Field(default, json_schema_extra=RUNTIME, **constraints)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    def result_defining(self) -> dict[str, Any]:
+        """Flatten the keys that can change results to dotted names, for comparison with a run's own."""
+        return flatten(self.model_dump(mode="json", exclude=_runtime_keys(type(self))))
+
 
 class BaseConfig(Section):
     """The base MLLM: a name in configs/models, a folder, or a hub id."""
 
-    model: str
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantization: Literal["nf4", "int8"] | None = None
-    prompt: str = "auto"
-    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    model: str  # a name, a folder, or a hub id
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights; auto = bfloat16 on a GPU
+    quantization: Literal["nf4", "int8"] | None = None  # of the frozen weights; needs bitsandbytes
+    prompt: str = "auto"  # chat_template, or a style; auto = as the base's YAML says
+    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # the attention kernel
     tower_cache_mb: int | None = runtime(None, ge=0, description="kept tower outputs; null = 512 on a CPU, 0 on a GPU")
 
 
@@ -56,30 +60,30 @@ class StrategyConfig(BaseModel):
 
 class AdaptersConfig(Section):
     target: Literal["language_linears"] | list[str] = Field("language_linears", min_length=1)
-    projector: Literal["keeplora", "full", "frozen"] = "keeplora"
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    history: Literal["auto", "merged", "factors"] = "auto"
+    projector: Literal["keeplora", "full", "frozen"] = "keeplora"  # adapted as other layers, or trained in full, or not
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the branches' inputs in a training")
+    history: Literal["auto", "merged", "factors"] = "auto"  # how the past is applied; auto merges into float32 weights
 
 
 class TrainConfig(Section):
     """One domain's training. `batch_size` is global: the number of processes does not change it."""
 
-    lr: float = Field(2e-4, gt=0.0)
+    lr: float = Field(2e-4, gt=0.0, description="learning rate at its peak")
     lr_projector: float | None = Field(None, gt=0.0, description="only for adapters.projector=full; null = lr")
     epochs: float | None = Field(None, gt=0.0, description="null = as the benchmark publishes it, else 1")
-    batch_size: int = Field(64, ge=1)
-    micro_batch_size: int | None = runtime(None, ge=1)
+    batch_size: int = Field(64, ge=1, description="records of an optimizer step, over all processes")
+    micro_batch_size: int | None = runtime(None, ge=1, description="records per forward; null = all of a process")
     probe_batch_size: int = runtime(8, ge=1, description="records per forward of gradient and feature passes")
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # of the learning rate, by its name in transformers
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)  # from 1 on the Trainer reads a number of steps
     weight_decay: float = Field(0.0, ge=0.0)
-    max_grad_norm: float = Field(1.0, ge=0.0)
-    max_length: int | None = Field(None, ge=8)
-    gradient_checkpointing: bool = runtime(False)
+    max_grad_norm: float = Field(1.0, ge=0.0, description="0 = gradients are not clipped")
+    max_length: int | None = Field(None, ge=8, description="most tokens of a record; null = no limit")
+    gradient_checkpointing: bool = runtime(False)  # less memory, more time
     workers: int | None = runtime(None, ge=0, description="processes that read records; null = 4 beside a GPU, else 0")
-    checkpoint_steps: int = runtime(200, ge=1)
-    log_steps: int = runtime(10, ge=1)
-    args: dict[str, Any] = Field(default_factory=dict)
+    checkpoint_steps: int = runtime(200, ge=1, description="optimizer steps between checkpoints")
+    log_steps: int = runtime(10, ge=1, description="optimizer steps between lines of metrics.jsonl")
+    args: dict[str, Any] = Field(default_factory=dict)  # further arguments of transformers' Trainer
 
 
 class DomainOverride(Section):
@@ -87,31 +91,22 @@ class DomainOverride(Section):
 
 
 class EvalConfig(Section):
-    """`split: validation` grades the validation questions instead, and no suite: for choosing settings.
+    """What is asked after every domain, and how."""
 
-    `weights` is for ZeRO-3: whole on every process (`gathered`) or fetched block by block (`divided`). `settle_ties`
-    asks again alone where an answer hangs on rounding, so that batches do not tip it; in half precision that is so for
-    a few of a hundred one-word answers, and for most of fifty words.
-
-    `base_answers` is a folder that runs share: what one was answered by the untouched base, another need not ask.
-    """
-
-    domains: Literal["seen", "all"] = "seen"
-    split: Literal["test", "validation"] = "test"
-    batch_size: int = runtime(16, ge=1)
-    max_new_tokens: int | None = Field(None, ge=1)
-    limit: int | None = Field(None, ge=1)
-    suite_limit: int | None = Field(None, ge=1)
-    weights: Literal["auto", "gathered", "divided"] = runtime("auto")
-    settle_ties: bool = True
-    zero_shot: bool = True
-    base_answers: str | None = runtime(None)
+    domains: Literal["seen", "all"] = "seen"  # which domains are asked: those learnt so far, or all
+    split: Literal["test", "validation"] = "test"  # for choosing settings: the validation questions, and no suite
+    batch_size: int = runtime(16, ge=1, description="questions per forward")
+    max_new_tokens: int | None = Field(None, ge=1, description="longest answer; null = as the benchmark says")
+    limit: int | None = Field(None, ge=1, description="most questions of a domain; null = all")
+    suite_limit: int | None = Field(None, ge=1, description="most questions of a suite; null = all")
+    weights: Literal["auto", "gathered", "divided"] = runtime("auto")  # under ZeRO-3: whole, or fetched block by block
+    settle_ties: bool = True  # ask again alone where an answer hangs on rounding, so that batches do not tip it
+    zero_shot: bool = True  # ask the untouched base, too
+    base_answers: str | None = runtime(None, description="folder of answers of the untouched base, shared by runs")
 
 
 class DiagnosticsConfig(Section):
-    """Measured after every domain on `samples` records of every set; 0 leaves it out."""
-
-    samples: int = runtime(16, ge=0)
+    samples: int = runtime(16, ge=0, description="records of every set that a finished domain is measured on; 0 = none")
 
 
 class RunConfig(Section):
@@ -120,19 +115,19 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     base: BaseConfig
     benchmark: str | list[dict[str, Any]] | dict[str, Any]
-    data_root: str | None = runtime(None)
+    data_root: str | None = runtime(None, description="folder that the benchmark's files lie in")
     domains: list[str] | str | None = None  # names, the name of one of the benchmark's orders, or its own order
     strategy: StrategyConfig
     adapters: AdaptersConfig = AdaptersConfig()
     train: TrainConfig = TrainConfig()
     per_domain: dict[str, DomainOverride] = Field(default_factory=dict)
-    deepspeed: str | None = runtime(None)
+    deepspeed: str | None = runtime(None, description="zero1, zero2, zero3, zero3_offload, or a JSON file")
     eval: EvalConfig = EvalConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
-    seed: int = Field(0, ge=0)
-    threads: int | None = runtime(None, ge=1)
+    seed: int = Field(0, ge=0, description="of everything that is drawn")
+    threads: int | None = runtime(None, ge=1, description="CPU threads of a process; null = as the libraries choose")
     distributed_timeout_s: int = runtime(600, ge=1, description="longest wait for other processes in a training")
-    output: str | None = runtime(None)
+    output: str | None = runtime(None, description="the run directory; null = runs/NAME")
     plugins: list[ModuleName] = runtime([], description="modules of one's own strategies, scorers, benchmarks, readers")
 
     @property
@@ -140,16 +135,12 @@ class RunConfig(Section):
         return Path(self.output or f"runs/{self.name}")
 
     def train_of(self, domain: str) -> TrainConfig:
-        """Training settings of one domain: `train` with the keys of `per_domain.<domain>.train` on top."""
+        """Lay the keys of `per_domain.<domain>.train` over `train`."""
         own = self.per_domain.get(domain)
         return TrainConfig.model_validate({**self.train.model_dump(), **own.train}) if own else self.train
 
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude=None if self.plugins else {"plugins"})
-
-    def result_defining(self) -> dict[str, Any]:
-        """The resolved config without its runtime keys, flattened to dotted names, for comparison with a run's own."""
-        return result_defining(self)
 
 
 def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -185,13 +176,8 @@ def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
     return config
 
 
-def result_defining(section: BaseModel) -> dict[str, Any]:
-    """Keys of a section that can change results, flattened to dotted names."""
-    return flatten(_without_runtime(type(section), section.model_dump(mode="json")))
-
-
 def find_config(kind: str, source: str | Path) -> Path:
-    """A config file by path, or by its name: within configs/<kind>, or of a plugin's benchmark."""
+    """Find a config file by path, or by its name: within configs/<kind>, or of a plugin's benchmark."""
     path = Path(source)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
@@ -205,12 +191,12 @@ def find_config(kind: str, source: str | Path) -> Path:
 
 
 def shipped(kind: str) -> list[str]:
-    """Names of the configs of a kind: runs, models, benchmarks (those of loaded plugins, too) or sweeps."""
+    """Name the configs of a kind: runs, models, benchmarks (those of loaded plugins, too) or sweeps."""
     return sorted(_named(kind))
 
 
 def benchmarks() -> dict[str, str | Path]:
-    """Benchmarks by name: YAML files, to which plugins add theirs."""
+    """Give the benchmarks by name: YAML files, to which plugins add theirs."""
     return _named("benchmarks")
 
 
@@ -221,7 +207,7 @@ def _named(kind: str) -> dict[str, str | Path]:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one place, of which YAML's readers drop the first without a word.
+    """Refuses a key that stands twice, whose first value YAML's readers drop without a word.
 
     And reads `1e-4` as a number, as people mean it; to YAML 1.1 it is a string.
     """
@@ -244,7 +230,7 @@ for _each in (StrictLoader, StrictDumper):
 
 
 def as_yaml(values: Any) -> str:
-    """YAML that `read_yaml` reads as the same."""
+    """Write YAML that `read_yaml` reads as the same."""
     return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
 
 
@@ -259,7 +245,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to dotted names; an empty dictionary stays a value."""
+    """Flatten nested dictionaries to dotted names; an empty dictionary stays a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -293,13 +279,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _without_runtime(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
-    for key, value in values.items():
-        field = model.model_fields.get(key)
-        if field is not None and field.json_schema_extra == RUNTIME:
-            continue
-        section = field.annotation if field is not None else None
-        nested = isinstance(section, type) and issubclass(section, BaseModel) and isinstance(value, dict)
-        kept[key] = _without_runtime(section, value) if nested else value
-    return kept
+def _runtime_keys(model: type[BaseModel]) -> dict[str, Any]:
+    """Runtime keys of a section and of those within it, as pydantic is told to leave them out."""
+    found: dict[str, Any] = {}
+    for key, field in model.model_fields.items():
+        if field.json_schema_extra == RUNTIME:
+            found[key] = True
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found[key] = _runtime_keys(field.annotation)
+    return found

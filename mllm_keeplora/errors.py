@@ -30,12 +30,12 @@ class UserError(ValueError):
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """One sentence for each fault that is spelled out."""
+        """The sentences, one for each fault that is spelled out."""
         return self.faults or (str(self),)
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, as part of a sentence."""
+    """Give what another library's error says, as part of a sentence."""
     said = str(error).strip()
     return said.splitlines()[0] if said else type(error).__name__
 
@@ -58,14 +58,14 @@ def several(faults: list[str], shown: int = 20, more: int = 0) -> UserError:
 
 
 def known(names) -> str:
-    """The allowed names, as error messages show them."""
+    """List the allowed names, as error messages show them."""
     return ", ".join(sorted(names)) or "none"
 
 
 def validation_faults(
     error: ValidationError, origin: str, model: type[BaseModel], prefix: str = "", of: str = ""
 ) -> list[str]:
-    """One sentence a fault: key, what is allowed, the value got, where it came from.
+    """Say each fault in a sentence: key, what is allowed, the value got, where it came from.
 
     Args:
         error: what `model` refused.

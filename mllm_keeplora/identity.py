@@ -11,22 +11,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.config import EXPONENT, RunConfig, flatten, result_defining
+from mllm_keeplora.config import EXPONENT, RunConfig, flatten
 from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
 from mllm_keeplora.data.readers import digest
-from mllm_keeplora.system.plugins import version_of
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "torchvision")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A run is the same run as long as these are the same; a run directory records them in `run.json`.
+    """What a run is known by: it is the same run as long as these are the same. They are recorded in `run.json`.
 
     Attributes:
         config: result-defining keys by dotted name, but those that `domains` stand for.
         base: fingerprint of the base's weights; None of a hub's base that has not been loaded yet.
-        domains: in order, each as `domain_record` has it.
+        domains: in order, each as `graded_record` has it, and in `train` how it is trained.
         suites: as `graded_record` has them.
         generator: name of drawn data; None where the data is somebody's own.
     """
@@ -39,18 +38,22 @@ class Identity:
 
     @classmethod
     def of_config(cls, config: RunConfig, benchmark: Benchmark, base: str | None) -> Identity:
-        """The identity that a run of this config has with the data as they are now; reads every data file once."""
+        """Identify a run of this config with the data as they are now; reads every data file once."""
+        trained = with_published_epochs(config, benchmark)
         return cls(
             comparable(config),
             base,
-            tuple(domain_record(config, benchmark, name) for name in benchmark.domains),
+            tuple(
+                {**graded_record(benchmark, name), "train": trained.train_of(name).result_defining()}
+                for name in benchmark.domains
+            ),
             tuple(graded_record(benchmark, name) for name in benchmark.suites),
             benchmark.root.name if benchmark.generator is not None else None,
         )
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Identity:
-        """The identity that a run was started with.
+        """Identify a run by what it was started with.
 
         A key that came later has the value that everything had before it. An option that a YAML has as 1e5 was kept as
         a string once.
@@ -64,7 +67,7 @@ class Identity:
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Domains and suites by name."""
+        """The domains and suites by name."""
         return {each["name"]: each for each in (*self.domains, *self.suites)}
 
     def differences(self, now: Identity, origin: str, inherited: int = 0) -> list[str]:
@@ -87,7 +90,7 @@ class Identity:
         return lines
 
     def graded_like(self, other: Identity) -> set[str]:
-        """Names of domains and suites that both grade by the same files and rules, however they are trained."""
+        """Name the domains and suites that both grade by the same files and rules, however they are trained."""
         shared = self.parts.keys() & other.parts.keys()
         pairs = {name: ({**each.parts[name], "train": {}} for each in (self, other)) for name in shared}
         return {name for name, pair in pairs.items() if not part_differences(*pair, "")}
@@ -106,27 +109,13 @@ class Identity:
         return digest_of(told)
 
     def told(self) -> dict[str, str | None]:
-        """What results say of it: `split`, `data` (a digest), `generator`, `base`."""
+        """Give what results say of it: `split`, `data` (a digest), `generator`, `base`."""
         split = self.config["eval.split"]
         return {"split": split, "data": self.digest(), "generator": self.generator, "base": self.base}
 
 
-def training_identity(
-    record: Mapping[str, Any], unit: str, epochs: float, train: Mapping[str, Any], engine: list | None
-) -> dict[str, Any]:
-    """Facts that a checkpoint must share with a training that goes on from it.
-
-    Args:
-        record: of the run.
-        unit: key of the unit.
-        epochs, train: over its records, and the result-defining keys of its training settings.
-        engine: DeepSpeed's setting and the number of processes, whose states are not read by others; None without.
-    """
-    return {"config": record["config"], "unit": unit, "epochs": epochs, "train": train, "engine": engine}
-
-
 def digest_of(facts: Any) -> str:
-    """Twelve hexadecimal digits of JSON values."""
+    """Digest JSON values in twelve hexadecimal digits."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
@@ -134,12 +123,6 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     """Select the result-defining keys that are compared as they are; domains are compared by what they are."""
     by_definition = {"domains", "benchmark", "train", "per_domain"}
     return {key: value for key, value in config.result_defining().items() if key.split(".")[0] not in by_definition}
-
-
-def domain_record(config: RunConfig, benchmark: Benchmark, name: str) -> dict[str, Any]:
-    """Describe a domain as a run records it: its files and how it is trained."""
-    train = with_published_epochs(config, benchmark).train_of(name)
-    return {**graded_record(benchmark, name), "train": result_defining(train)}
 
 
 def graded_record(benchmark: Benchmark, name: str) -> dict[str, Any]:
@@ -183,7 +166,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], origin: str
 
 
 def settings_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Result-defining keys of a run's record without name and seed; training keys by domain only where they differ."""
+    """Select a record's result-defining keys but name and seed; training keys by domain only where they differ."""
     found = {key: value for key, value in record["config"].items() if key not in {"name", "seed"}}
     if record["parent"] is not None:
         found["parent"] = f"{record['parent']['run']} after {record['parent']['after']}"
@@ -201,11 +184,6 @@ def environment() -> dict[str, str]:
     found = {"python": platform.python_version(), "machine": platform.machine()}
     found["mllm_keeplora"] = _version("mllm-keeplora")
     return found | {name: version for name in LIBRARIES if (version := _version(name))}
-
-
-def plugin_versions(config: RunConfig) -> dict[str, str]:
-    """Version and digest of each of a run's plugins, by its name."""
-    return {name: version_of(name) for name in config.plugins}
 
 
 def _version(package: str) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Unit:
-    """What is trained at once: a place in the sequence (1-based) and the domains that are trained there together."""
+    """What is trained at once: a place in the sequence (from 1) and the domains trained there together."""
 
     index: int
     name: str
@@ -39,7 +40,7 @@ BASE_UNIT = Unit(0, "base", ())
 
 
 class Within:
-    """A path below the folder of the object that has it as an attribute."""
+    """Stands for a path below the folder of the object that has it as an attribute."""
 
     def __init__(self, name: str):
         self.name = name
@@ -50,7 +51,7 @@ class Within:
 
 @dataclass(frozen=True)
 class DomainDir:
-    """Paths of what one trained unit of the sequence leaves; `00_base` stands for the untouched base model."""
+    """The paths of what one trained unit leaves; `00_base` stands for the untouched base model."""
 
     path: Path
 
@@ -72,7 +73,7 @@ class DomainDir:
 
 
 class RunDir:
-    """A run's folder and its ledger."""
+    """Knows a run's folder and its ledger."""
 
     ledger = Within("run.json")
     config = Within("config.yaml")
@@ -90,20 +91,13 @@ class RunDir:
 
     @property
     def units(self) -> list[Unit]:
-        """Units of the sequence as recorded, finished or not."""
+        """The units of the sequence as recorded, finished or not."""
         return [Unit(each["index"], each["name"], tuple(each["domains"])) for each in self.record["units"]]
 
     @property
     def finished_units(self) -> list[Unit]:
         """The leading units that can be loaded: trained and consolidated."""
-        finished = []
-        for unit in self.units:
-            if not self.is_done(f"{unit.key}/consolidate"):
-                break
-            finished.append(unit)
-        return finished
-
-    # -- opening -------------------------------------------------------------------------------------------------
+        return list(takewhile(lambda unit: self.is_done(f"{unit.key}/consolidate"), self.units))
 
     def exists(self) -> bool:
         return self.ledger.is_file()
@@ -122,7 +116,7 @@ class RunDir:
         return self
 
     def refuse_foreign_content(self) -> None:
-        """A new run's folder must be absent or empty, but for what a run killed at its very start left."""
+        """Refuse a new run's folder that holds more than what a run killed at its very start left."""
         ours = {".lock", "log.txt", "domains", "prepare"}
         entries = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if any(name not in ours and not (name.startswith("run.json.") and name.endswith(".tmp")) for name in entries):
@@ -172,8 +166,6 @@ class RunDir:
                     with contextlib.suppress(OSError):
                         self.path.rmdir()
 
-    # -- the ledger ----------------------------------------------------------------------------------------------
-
     def is_done(self, stage: str) -> bool:
         return stage in self.record["stages"]
 
@@ -196,7 +188,7 @@ class RunDir:
         self.save()
 
     def seconds_by_kind(self) -> dict[str, float]:
-        """Wall seconds summed over the sequence: prepare, gradient, train, consolidate, evaluate."""
+        """Sum the wall seconds of each kind of stage over the sequence: prepare, gradient, train and so on."""
         total: dict[str, float] = {}
         for stage, entry in self.record["stages"].items():
             kind = stage.split("/")[1] if "/" in stage else stage
@@ -208,12 +200,12 @@ class RunDir:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far (host), or the GPU's peak where there is one."""
+    """Measure the largest resident size of this process so far, or the GPU's peak if that is larger."""
     import resource
 
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     import torch
 
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return max(host, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else host
 
 

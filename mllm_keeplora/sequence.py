@@ -22,7 +22,7 @@ from mllm_keeplora.checks.run import Checked, check_everywhere
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import with_published_epochs
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
+from mllm_keeplora.runs import BASE_UNIT, RunDir
 from mllm_keeplora.stages.consolidate import consolidate
 from mllm_keeplora.stages.diagnose import diagnose
 from mllm_keeplora.stages.evaluate import evaluate
@@ -38,7 +38,7 @@ from mllm_keeplora.training.deepspeed import deepspeed_file
 
 
 def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: int | None = None) -> Results:
-    """Run a whole sequence, or continue it; returns its results, which are also in the run directory.
+    """Run a whole sequence, or continue it; give its results, which are also in the run directory.
 
     Args:
         config: from `load_config`.
@@ -74,7 +74,8 @@ def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:
     run.once("prepare", partial(prepare, learner))
     evaluate(learner, BASE_UNIT)
     for unit in run.units:
-        _announce(run, unit)
+        if not run.is_done(f"{unit.key}/consolidate"):
+            log.info("[%d/%d] %s", unit.index, len(run.units), ", ".join(unit.domains))
         run.once(f"{unit.key}/gradient", partial(gradient, learner, unit))
         run.once(f"{unit.key}/train", partial(train, learner, unit))
         run.once(f"{unit.key}/consolidate", partial(consolidate, learner, unit))
@@ -93,8 +94,3 @@ def _limit_threads(config: RunConfig) -> None:
 
         threadpool_limits(config.threads)
         torch.set_num_threads(config.threads)
-
-
-def _announce(run: RunDir, unit: Unit) -> None:
-    if not run.is_done(f"{unit.key}/consolidate"):
-        log.info("[%d/%d] %s", unit.index, len(run.units), ", ".join(unit.domains))

@@ -72,7 +72,7 @@ def compared(name: str) -> list[dict[str, Any]]:
     measured["train"] += 4 * sum(RANK * m.in_features for m in layers.values())  # A
     answers = int((batch["labels"] != -100).sum()) / BATCH
     found = estimate(
-        config, build_strategy(config.strategy, "mini_dcl"), skeleton(resolve_path(name), torch.float32),
+        config, build_strategy(config.strategy, "mini_dcl"), base.family, skeleton(resolve_path(name), torch.float32),
         base.parts, batch["input_ids"].shape[1], answers, 0, torch.float32, on_gpu=False,
     )  # fmt: skip
     return [

@@ -12,17 +12,4 @@ if [[ $# -eq 0 || "$1" == -h || "$1" == --help ]]; then
     sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"
     exit "$(($# == 0 ? 2 : 0))"
 fi
-python="${VENV:-$(dirname "${BASH_SOURCE[0]}")/../.venv}/bin/python"
-[[ -n "${VENV:-}" || -x "$python" ]] || python=python
-
-run="$1"
-shift
-if [[ "${1:-}" =~ ^[0-9]+$ ]]; then
-    processes="$1"
-    shift
-else
-    processes="$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')"
-fi
-program=(-m mllm_keeplora eval "$run" "$@")
-[[ "$processes" -gt 1 ]] || exec "$python" "${program[@]}"
-exec "$python" -m mllm_keeplora.system.launch --standalone --nproc_per_node "$processes" "${program[@]}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/launch.sh" eval "$@"

@@ -16,6 +16,7 @@ import transformers as hf
 
 from mllm_keeplora import load_config
 from mllm_keeplora.checks.memory import Estimate, estimate
+from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.causal.parts import name_parts
 from mllm_keeplora.strategies import build_strategy
 
@@ -59,7 +60,7 @@ def main() -> None:
     print("|---" * (4 + len(stages)) + "|")
     for preset in PRESETS:
         found = estimated(preset)
-        gigabytes = " | ".join(f"{found.total(stage) / 1e9:.0f}" for stage in stages)
+        gigabytes = " | ".join(f"{sum(found.stages[stage].values()) / 1e9:.0f}" for stage in stages)
         settings = " ".join(f"`{each}`" for each in preset.overrides)
         base, host = f"LLaVA-1.5-{preset.size}", f"{found.host * preset.local / 1e9:.0f}"
         print(f"| {preset.machine} | {base} | {settings} | {gigabytes} | {host} |")
@@ -73,7 +74,7 @@ def estimated(preset: Preset) -> Estimate:
     parts = name_parts(model, config.adapters.projector, config.adapters.target)
     strategy = build_strategy(config.strategy)
     shape = (TOKENS, ANSWER, DOMAINS, torch.bfloat16, True, preset.gpus)
-    return estimate(config, strategy, model, parts, *shape)
+    return estimate(config, strategy, CausalFamily(None), model, parts, *shape)  # sizes need no prompt
 
 
 def skeleton(width: int, inner: int, blocks: int, heads: int) -> Any:

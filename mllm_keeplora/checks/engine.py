@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from mllm_keeplora.adapters.stored import LIVE
@@ -17,7 +18,7 @@ IN_ZERO3 = {  # what a strategy may need that it does not have there
 
 
 def unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list[str]:
-    """What a strategy cannot do under a run's DeepSpeed, or with a projector that is trained in full."""
+    """Say what a strategy cannot do under a run's DeepSpeed, or with a projector that is trained in full."""
     faults, name = [], config.strategy.name
     if strategy.stream == "none":
         faults.append(f"strategy {name} trains nothing")
@@ -43,25 +44,23 @@ def unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list[
     return faults
 
 
-def refuse_merged(config: RunConfig) -> None:
-    if config.base.quantization is not None and config.adapters.history == "merged":
-        raise UserError(
-            f"adapters.history is merged, but weights quantised as {config.base.quantization} cannot be merged into; "
-            "allowed: auto, factors"
-        )
-
-
-def refuse_divided(config: RunConfig, stage: int | None) -> None:
-    if stage == 3 and config.base.quantization is not None:
-        raise UserError(
-            f"base.quantization {config.base.quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
-            "quantised weights; deepspeed may be null, zero1 or zero2"
-        )
-
-
-def try_training_settings(config: RunConfig) -> None:
-    """Let the Trainer look at the arguments of every domain, which may differ."""
+def settings_faults(config: RunConfig, stage: int | None) -> Iterator[str]:
+    """Say which settings of base, DeepSpeed and Trainer do not fit together, whatever the strategy."""
     from mllm_keeplora.training.arguments import training_arguments
 
-    for settings in {repr(each): each for each in [config.train, *map(config.train_of, config.per_domain)]}.values():
-        training_arguments(settings, settings.epochs or 1.0, Path(config.output_dir), 0, None, bf16=False)
+    quantization = config.base.quantization
+    if quantization is not None and config.adapters.history == "merged":
+        yield (
+            f"adapters.history is merged, but weights quantised as {quantization} cannot be merged into; "
+            "allowed: auto, factors"
+        )
+    if quantization is not None and stage == 3:
+        yield (
+            f"base.quantization {quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
+            "quantised weights; deepspeed may be null, zero1 or zero2"
+        )
+    try:
+        for settings in [config.train, *map(config.train_of, config.per_domain)]:
+            training_arguments(settings, settings.epochs or 1.0, Path(config.output_dir), 0, None, bf16=False)
+    except UserError as error:
+        yield str(error)

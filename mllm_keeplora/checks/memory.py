@@ -7,13 +7,13 @@ they were checked.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.strategies.footprint import ALWAYS, PassSizes
+from mllm_keeplora.training.deepspeed import zero_settings
 
 if TYPE_CHECKING:
     import torch
@@ -29,18 +29,14 @@ HOOKS = {"prepare": "prepare", "gradient": "before_domain", "consolidate": "afte
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on each device, by what takes them, for every stage; and on the host where states are offloaded to it.
+    """Tells the bytes that each stage takes on each device, by what takes them, and those on the host.
 
     Not counted: the vision tower's own temporaries, what libraries reserve, fragmentation (10 to 20 % on a GPU).
     """
 
     stages: dict[str, dict[str, float]]
-    host: float
+    host: float  # of states that are offloaded, and of what a strategy keeps there beside a GPU
     where: str  # device, precision and record length that it is for
-
-    def total(self, stage: str) -> float:
-        """Bytes of a stage on one device."""
-        return sum(self.stages[stage].values())
 
 
 def estimate(
@@ -68,10 +64,15 @@ def estimate(
     """
     train, rank = config.train, getattr(strategy.options, "rank", 0)
     layers = tuple((m.out_features, m.in_features) for m in map(model.get_submodule, parts.target_layers))
-    stage, offloaded = _zero(config.deepspeed)
+    zero = zero_settings(config.deepspeed)
+    stage, offloaded = zero.get("stage", 0), "offload_optimizer" in zero
+    # Numbers that train: of the branches, and of projectors in full.
+    projectors = map(model.get_submodule, parts.projectors if config.adapters.projector == "full" else ())
+    in_full = sum(parameter.numel() for projector in projectors for parameter in projector.parameters())
     frozen = rank * sum(d_in for _, d_in in layers) if "A" not in strategy.trains else 0
-    numbers = rank * sum(map(sum, layers)) - frozen + _trained_in_full(config, model, parts)
-    weights, past = _weights(config, model, parts, dtype.itemsize), _past(config, strategy, layers, dtype, domains)
+    numbers = rank * sum(map(sum, layers)) - frozen + in_full
+    weights = _weights(config, model, parts, dtype.itemsize)
+    past, is_merged = _past(config, strategy, layers, dtype, domains)
     whole, without = (sum(family.feature_sizes(model, pictures)) for pictures in (True, False))
     sizes = PassSizes(
         base=family.sizes(model, parts, dtype),
@@ -87,6 +88,7 @@ def estimate(
         question=(whole, without),
         checkpointing=train.gradient_checkpointing,
     )
+    # What ZeRO leaves to each process, and what it moves to the host.
     divided = {1: ADAM, 2: ADAM + GRADIENT, 3: ADAM + GRADIENT + MASTER}.get(stage, 0)
     share = numbers * divided / world  # of the states that ZeRO divides
     states = numbers * (ADAM + GRADIENT + MASTER - divided) + 4 * frozen
@@ -95,7 +97,7 @@ def estimate(
     on_host = (weights if offloaded and stage == 3 else 0.0) + (share if offloaded else 0.0)
     common = {
         "weights": 0.0 if offloaded and stage == 3 else weights / (world if stage == 3 else 1),  # come layer by layer
-        "past domains": past / (world if stage == 3 and _is_merged(config, strategy, dtype) else 1),
+        "past domains": past / (world if stage == 3 and is_merged else 1),
         **({} if on_gpu else always),  # beside a GPU it is on the host
     }
     asked = config.eval.batch_size
@@ -107,41 +109,28 @@ def estimate(
         },
         "evaluate": {"keys and values": cache * asked, "forward": sizes.forward(asked)},
     }
+    # A stage takes memory of its own where the run or a hook of the strategy has something to do in it.
     stages = {
         name: {**common, **plain.get(name, {}), **own.get(name, {})}
         for name in ("prepare", "gradient", "train", "consolidate", "evaluate")
-        if name in plain or has_hook(strategy, HOOKS[name])
+        if name in plain or getattr(type(strategy), HOOKS[name]) is not getattr(Strategy, HOOKS[name])
     }
     where = f"{'GPU' if on_gpu else 'CPU'}, {str(dtype).removeprefix('torch.')}, records of {tokens} tokens"
     return Estimate(stages, on_host + (sum(always.values()) if on_gpu else 0.0), where)
 
 
-def has_hook(strategy: Strategy, hook: str) -> bool:
-    """Whether a strategy does something in a hook."""
-    return getattr(type(strategy), hook) is not getattr(Strategy, hook)
-
-
-def _is_merged(config: RunConfig, strategy: Strategy, dtype: torch.dtype) -> bool:
-    """Whether the past is merged into the weights; branches that are weighed by the question never are."""
-    by_itself = config.adapters.history == "auto" and config.base.quantization is None and dtype.itemsize == 4
-    return strategy.combine not in LIVE and (config.adapters.history == "merged" or by_itself)
-
-
 def _past(
     config: RunConfig, strategy: Strategy, layers: tuple[tuple[int, int], ...], dtype: torch.dtype, domains: int
-) -> float:
-    """Merged: pristine copies of the target weights. Factors: of all domains, or dense ones where these are smaller."""
+) -> tuple[float, bool]:
+    """Bytes of the past, and whether it is merged: pristine weights; else all factors, or dense ones if smaller."""
     numel = sum(d_out * d_in for d_out, d_in in layers)
-    if _is_merged(config, strategy, dtype):
-        return numel * dtype.itemsize
     factors = 4 * getattr(strategy.options, "rank", 0) * domains * sum(map(sum, layers))
-    return factors if strategy.combine in LIVE else min(factors, 4 * numel)
-
-
-def _trained_in_full(config: RunConfig, model: Any, parts: Parts) -> int:
-    """How many numbers of the projector train by themselves."""
-    projectors = parts.projectors if config.adapters.projector == "full" else ()
-    return sum(each.numel() for name in projectors for each in model.get_submodule(name).parameters())
+    if strategy.combine in LIVE:  # branches that are weighed by the question are never merged
+        return factors, False
+    by_itself = config.adapters.history == "auto" and config.base.quantization is None and dtype.itemsize == 4
+    if config.adapters.history == "merged" or by_itself:
+        return numel * dtype.itemsize, True
+    return min(factors, 4 * numel), False
 
 
 def _weights(config: RunConfig, model: Any, parts: Parts, item: int) -> float:
@@ -155,13 +144,3 @@ def _weights(config: RunConfig, model: Any, parts: Parts, item: int) -> float:
     language, head = model.get_submodule(parts.language_model), model.get_output_embeddings()
     packed = sum(m.weight.numel() for m in language.modules() if isinstance(m, torch.nn.Linear) and m is not head)
     return packed * QUANTISED[config.base.quantization] + (total - packed) * 4
-
-
-def _zero(deepspeed: str | None) -> tuple[int, bool]:
-    """Stage, 0 for none, and whether the optimizer is on the host."""
-    from mllm_keeplora.system import files
-    from mllm_keeplora.training.deepspeed import deepspeed_file
-
-    path = deepspeed_file(deepspeed)
-    zero = files.read_json(Path(path)).get("zero_optimization", {}) if path else {}
-    return int(zero.get("stage", 0)), "offload_optimizer" in zero

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,14 +22,14 @@ ALIKE_ONLY = {"MllamaProcessor"}  # fail on batches of which only some records h
 
 
 def load_prompt(location: str, style: str) -> ChatPrompt | None:
-    """The prompt of a base whose processor is on this machine; None where it would have to be downloaded."""
+    """Load the prompt of a base whose processor is on this machine; None where it would have to be downloaded."""
     from transformers import AutoProcessor, GenerationConfig
 
     from_hub = not Path(location).is_dir()
     try:
         processor = AutoProcessor.from_pretrained(location, local_files_only=from_hub)
     except (OSError, ValueError, ImportError) as error:
-        if not Path(location).is_dir() and not isinstance(error, ImportError):
+        if from_hub and not isinstance(error, ImportError):
             return None
         raise UserError(f"base {location}: its processor cannot be loaded: {first_line(error)}") from None
     generation = None
@@ -38,33 +38,26 @@ def load_prompt(location: str, style: str) -> ChatPrompt | None:
     return prompt_of(processor, style, generation)
 
 
-def gold_faults(part: TestSet, records: Sequence[Record]) -> list[str]:
-    """Gold answers that the set's scorer cannot grade by: no option letter, no box, no ten human answers."""
-    faults: list[str] = []
+def gold_faults(part: TestSet, records: Sequence[Record]) -> Iterator[str]:
+    """Name the gold answers that the set's scorer cannot grade by: no option letter, no box, no ten human answers."""
     if part.scorer in UNGRADED:
-        return faults
+        return
     for record in records:
         gold = record.answer if isinstance(record.answer, str) else record.answer[0]
         try:
             score(part.scorer, prediction=gold, answer=record.answer, question=record.question)
         except ValueError as error:
-            faults.append(f"{record.origin}: {error}")
+            yield f"{record.origin}: {error}"
         if part.scorer in SET_SCORERS:  # one is enough to see that its libraries are there
-            break
-    return faults
+            return
 
 
 def token_faults(
-    prompt: ChatPrompt,
-    records: Iterable[Record],
-    max_length: int | None,
-    advance: Callable[[int], None] = lambda n: None,
+    prompt: ChatPrompt, records: Iterable[Record], max_length: int | None, advance: Callable[[int], None]
 ) -> Iterator[str]:
-    """A sentence for each training record that trains no token, or that is longer than the limit.
+    """Yield a sentence for each training record that trains no token, or that is longer than the limit.
 
     Args:
-        prompt: of the base.
-        records: training records.
         max_length: most tokens of a record, image tokens included; None for no limit.
         advance: told after every record.
     """
@@ -79,7 +72,7 @@ def token_faults(
                 )
                 return  # the same for every record
             elif max_length is not None:
-                length = prompt.total_tokens(record, [image_size(media) for media in record.media])
+                length = prompt.total_tokens(record, list(map(image_size, record.media)))
                 if length > max_length:
                     yield (
                         f"{record.origin}: {length} tokens, train.max_length allows {max_length}; cutting would take "
@@ -98,7 +91,7 @@ def mixed_faults(
     stage: int | None,
     joined: bool,
 ) -> Iterator[str]:
-    """A sentence for each set of which only some records have pictures, where the base or ZeRO-3 cannot have that.
+    """Yield a sentence for each set with and without pictures, where the base or ZeRO-3 cannot have that.
 
     Args:
         trained, graded: whole sets by name.
@@ -115,17 +108,17 @@ def mixed_faults(
     for name, records in sets.items():
         kinds = {bool(record.media): record.origin for record in records}
         if len(kinds) == 2:
-            why = "this base cannot batch them; part them"
-            if stage == 3:
-                why = (
-                    "under ZeRO-3 processes with unlike batches wait for each other for ever; split the domain, or "
-                    "take zero2"
-                )
+            why = (
+                "under ZeRO-3 processes with unlike batches wait for each other for ever; split the domain, or "
+                "take zero2"
+                if stage == 3
+                else "this base cannot batch them; part them"
+            )
             yield f"{name} mixes records with images ({kinds[True]}) and without ({kinds[False]}): {why}"
 
 
 def as_seen(prompt: ChatPrompt, record: Record) -> RenderableType:
-    """A training record as the model will see it: prompt with the trained tokens marked, pictures, token counts."""
+    """Show a training record as the model will see it: prompt with the trained tokens marked, pictures, counts."""
     from rich.console import Group
     from rich.text import Text
 
@@ -133,31 +126,21 @@ def as_seen(prompt: ChatPrompt, record: Record) -> RenderableType:
     batch = prompt.training_batch([record], [pictures], None)
     tokens, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     text = Text()
-    for part, is_trained in _runs(tokens, [label != IGNORED for label in labels]):
-        text.append(_shortened(prompt, part), style="bold green" if is_trained else "")
+    for is_trained, pairs in groupby(zip(tokens, labels, strict=True), lambda pair: pair[1] != IGNORED):
+        text.append(_shortened(prompt, [token for token, _ in pairs]), style="bold green" if is_trained else "")
     trained = sum(label != IGNORED for label in labels)
     facts = [f"{record.origin}, id {record.id or '-'}"]
-    facts += [f"picture {media.path.name}: {picture.width} x {picture.height} pixels as the processor gets it"
-              for media, picture in zip(record.media, pictures, strict=True)]  # fmt: skip
+    for media, picture in zip(record.media, pictures, strict=True):
+        facts.append(f"picture {media.path.name}: {picture.width} x {picture.height} pixels as the processor gets it")
     shapes = [f"{key} {tuple(value.shape)}" for key, value in batch.items() if value.ndim > 2]
-    facts += [f"pixel values {', '.join(shapes)}"] if shapes else []
-    facts += [f"{len(tokens)} tokens, {trained} of them trained (green)"]
+    if shapes:
+        facts.append(f"pixel values {', '.join(shapes)}")
+    facts.append(f"{len(tokens)} tokens, {trained} of them trained (green)")
     return Group(*(Text(fact, style="dim") for fact in facts), text)
-
-
-def _runs(tokens: list[int], trained: list[bool]) -> Iterator[tuple[list[int], bool]]:
-    """Consecutive tokens that are trained alike."""
-    start = 0
-    for position in range(1, len(tokens) + 1):
-        if position == len(tokens) or trained[position] != trained[start]:
-            yield tokens[start:position], trained[start]
-            start = position
 
 
 def _shortened(prompt: ChatPrompt, tokens: list[int]) -> str:
     """Text of tokens; a long row of the same token (a picture's patches) as one with its count."""
-    from itertools import groupby
-
     texts: list[str] = []
     plain: list[int] = []
     for token, same in groupby(tokens):

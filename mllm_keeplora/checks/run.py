@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mllm_keeplora.checks.engine import refuse_divided, refuse_merged, try_training_settings, unfit_for
+from mllm_keeplora.checks.engine import settings_faults, unfit_for
 from mllm_keeplora.checks.memory import Estimate, estimate
 from mllm_keeplora.checks.records import gold_faults, load_prompt, mixed_faults, token_faults
 from mllm_keeplora.config import RunConfig
@@ -29,10 +28,13 @@ from mllm_keeplora.system.log import log
 from mllm_keeplora.system.progress import progress_bar
 from mllm_keeplora.training.deepspeed import zero_stage
 
+T = TypeVar("T")
+LOOKED_AT = 50  # records of a domain, for the estimate of memory
+
 
 @dataclass
 class Checked:
-    """What a faultless config resolves to."""
+    """Holds what a faultless config resolves to."""
 
     strategy: Strategy
     benchmark: Benchmark
@@ -43,7 +45,7 @@ class Checked:
 
 
 def check_everywhere(config: RunConfig, seen: Collection[str] = ()) -> Checked:
-    """`check_run` by all processes of a run: the main one reads the data first, then each looks into its share.
+    """Check a run by all its processes: the main one reads the data first, then each looks into its share.
 
     Raises:
         UserError: on every process, with the faults that all of them found.
@@ -78,52 +80,64 @@ def check_run(
     Raises:
         UserError: one sentence a fault, all of them in one error.
     """
-    faults: list[str] = []
-    uncounted = 0
-
-    def collect(work: Callable[[], Any]) -> Any:
-        nonlocal uncounted
-        try:
-            return work()
-        except UserError as error:
-            faults.extend(error.sentences)
-            uncounted += error.more
-            return None
-
-    strategy = collect(lambda: build_strategy(config.strategy, origin=f"run {config.name}"))
-    location = collect(lambda: resolve(config.base))
-    base_fingerprint = None
-    if location is not None and Path(location).is_dir():
-        base_fingerprint = collect(lambda: fingerprint(Path(location)))
-        collect(lambda: refuse_original_llava(config.base.model, location))
-    parts = (collect(lambda: _target_layers(config, location)) if location is not None else None) or []
-    stage = collect(lambda: zero_stage(config.deepspeed))
-    for refuse in (refuse_merged, partial(refuse_divided, stage=stage), try_training_settings):
-        collect(partial(refuse, config))
-    benchmark = collect(lambda: load_benchmark(config, _drawing()))
+    faults = _Faults()
+    strategy = faults.of(build_strategy, config.strategy, f"run {config.name}")
+    location = faults.of(resolve, config.base)
+    base_fingerprint = parts = None
+    if location is not None:
+        if Path(location).is_dir():
+            base_fingerprint = faults.of(fingerprint, Path(location))
+            faults.of(refuse_original_llava, config.base.model, location)
+        parts = faults.of(_target_layers, config, location)
+    stage = faults.of(zero_stage, config.deepspeed)
+    faults += settings_faults(config, stage)
+    benchmark = faults.of(load_benchmark, config, _drawing())
     counts: dict[str, dict[str, int]] = {}
     if benchmark is not None:
-        trained, graded = _read_all(benchmark, counts, collect)
+        # Every set is read; one that cannot be read is a fault and goes on as empty.
+        trained = {name: faults.of(benchmark.train_records, name) or () for name in benchmark.domains}
+        asked = [*benchmark.domains, *benchmark.suites]
+        graded = {name: faults.of(benchmark.test_records, name) or () for name in asked}
+        counts = {name: {"train": len(records)} for name, records in trained.items()}
+        for name, records in graded.items():
+            counts.setdefault(name, {})["test"] = len(records)
         for name in strategy.options.record_sets if strategy is not None else ():
-            records = collect(lambda name=name: benchmark.anchor_records(name)) or ()
+            records = faults.of(benchmark.anchor_records, name) or ()
             trained[f"anchors of {name}"] = [record.first_exchange() for record in records]
         if look_inside:
+            prompt = faults.of(_prompt, config, location) if location is not None else None
             rank, world = share
-            prompt = collect(lambda: _prompt(config, location)) if location is not None else None
-            new = [{n: records for n, records in sets.items() if n not in seen} for sets in (trained, graded)]
             if rank == 0:  # over all sets, whole: engines change, domains are appended, a share may be of one kind
                 faults += mixed_faults(trained, graded, prompt, stage, strategy is not None and strategy.joins_domains)
-            own = [{n: records[rank::world] for n, records in sets.items()} for sets in new]
-            _look_inside(config, benchmark, prompt, *own, faults, collect)
+            own = [
+                {name: records[rank::world] for name, records in sets.items() if name not in seen}
+                for sets in (trained, graded)
+            ]
+            _look_inside(config, benchmark, prompt, *own, faults)
     if strategy is not None:
         faults += unfit_for(config, strategy, stage)
     if faults:
-        raise several(faults, more=uncounted)
-    return Checked(strategy, benchmark, location, base_fingerprint, counts, parts)
+        raise several(faults, more=faults.more)
+    return Checked(strategy, benchmark, location, base_fingerprint, counts, parts or [])
+
+
+class _Faults(list[str]):
+    """Faults that were found, and how many there are beyond those that are spelled out."""
+
+    more = 0
+
+    def of(self, work: Callable[..., T], *given: Any) -> T | None:
+        """Give what some work gives; None where it finds faults, which are added."""
+        try:
+            return work(*given)
+        except UserError as error:
+            self.extend(error.sentences)
+            self.more += error.more
+            return None
 
 
 def _target_layers(config: RunConfig, location: str) -> list[str]:
-    """Name the base's parts by its config alone; one line for each, none where the base is not on this machine."""
+    """Name the base's parts by its config alone, a line each; none where the base is not on this machine."""
     try:
         model = skeleton(location)
     except ImportError as error:
@@ -135,7 +149,7 @@ def _target_layers(config: RunConfig, location: str) -> list[str]:
 
 
 def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
-    """What a faultless run will take on this machine's device; None where the base cannot be looked at beforehand."""
+    """Estimate a faultless run's memory on this machine; None where the base cannot be looked at beforehand."""
     import torch
 
     prompt = load_prompt(checked.base_location, prompt_style(config.base))
@@ -146,20 +160,25 @@ def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
     try:
         model = skeleton(checked.base_location, dtype)
         parts = name_parts(model, config.adapters.projector, config.adapters.target)
-        long, answers = _lengths(prompt, checked.benchmark)
-        shape = (long, answers, len(checked.benchmark.domains), dtype, torch.cuda.is_available())
-        family = CausalFamily(prompt)
-        return estimate(config, checked.strategy, family, model, parts, *shape, distributed.world_size())
+        # The longest of some records of every domain, and the one with the most tokens that carry loss.
+        sets = map(checked.benchmark.train_records, checked.benchmark.domains)
+        some = [record for records in sets for record in evenly_spaced(records, LOOKED_AT)]
+        return estimate(
+            config,
+            checked.strategy,
+            CausalFamily(prompt),
+            model,
+            parts,
+            tokens=max(prompt.total_tokens(record, list(map(image_size, record.media))) for record in some),
+            answer_tokens=max(map(prompt.trained_tokens, some)),
+            domains=len(checked.benchmark.domains),
+            dtype=dtype,
+            on_gpu=torch.cuda.is_available(),
+            world=distributed.world_size(),
+        )
     except (OSError, RuntimeError, AttributeError, ValueError) as error:
         log.info("memory is not estimated: %s", first_line(error))
         return None
-
-
-def _lengths(prompt: ChatPrompt, benchmark: Benchmark, looked_at: int = 50) -> tuple[int, int]:
-    """Tokens of the longest of some records of every domain, and those that carry loss in the most talkative."""
-    some = [r for name in benchmark.domains for r in evenly_spaced(benchmark.train_records(name), looked_at)]
-    totals = [prompt.total_tokens(record, [image_size(media) for media in record.media]) for record in some]
-    return max(totals), max(prompt.trained_tokens(record) for record in some)
 
 
 def _prompt(config: RunConfig, location: str) -> ChatPrompt | None:
@@ -169,52 +188,27 @@ def _prompt(config: RunConfig, location: str) -> ChatPrompt | None:
     return prompt
 
 
-def _token_faults(config: RunConfig, prompt: ChatPrompt, trained: dict[str, Sequence[Record]]) -> list[str]:
-    """Training records that train nothing or are too long, of every domain, as its own settings have it."""
-    faults: list[str] = []
-    for name, records in trained.items():
-        with progress_bar(f"check tokens: {name}", len(records)) as advance:
-            faults += token_faults(prompt, records, config.train_of(name).max_length, advance)
-    return faults
-
-
-def _read_all(
-    benchmark: Benchmark, counts: dict[str, dict[str, int]], collect: Callable
-) -> tuple[dict[str, Sequence[Record]], dict[str, Sequence[Record]]]:
-    """Records to be trained and to be graded, by domain or suite; what cannot be read is a fault and left out."""
-    trained, graded = {}, {}
-    for name in benchmark.domains:
-        trained[name] = collect(lambda name=name: benchmark.train_records(name)) or ()
-        counts[name] = {"train": len(trained[name])}
-    for name in [*benchmark.domains, *benchmark.suites]:
-        graded[name] = collect(lambda name=name: benchmark.test_records(name)) or ()
-        counts.setdefault(name, {})["test"] = len(graded[name])
-    return trained, graded
-
-
 def _look_inside(
     config: RunConfig,
     benchmark: Benchmark,
     prompt: ChatPrompt | None,
     trained: dict[str, Sequence[Record]],
     graded: dict[str, Sequence[Record]],
-    faults: list[str],
-    collect: Callable,
+    faults: _Faults,
 ) -> None:
     """Decode every image, try every gold answer, tokenise every training record; add the faults."""
     parts = [*trained.values(), *graded.values()]
     with progress_bar("check images", sum(map(len, parts))) as advance:
         faults += unreadable_images(chain.from_iterable(parts), advance)
     for name, records in graded.items():
-        collect(lambda name=name, records=records: faults.extend(gold_faults(benchmark.graded(name), records)))
-    if prompt is not None:
-        collect(lambda: faults.extend(_token_faults(config, prompt, trained)))
+        faults.of(faults.extend, gold_faults(benchmark.graded(name), records))
+    for name, records in trained.items() if prompt is not None else ():
+        with progress_bar(f"check tokens: {name}", len(records)) as advance:
+            faults.of(faults.extend, token_faults(prompt, records, config.train_of(name).max_length, advance))
 
 
 def _drawing() -> Callable[[int, int], None]:
-    """Progress of data that is drawn at first use, told in the log at every fifth of the way."""
-    from mllm_keeplora.system.log import log
-
+    """Tell the progress of data that is drawn at first use, in the log at every fifth of the way."""
     told: set[int] = set()
 
     def progress(done: int, total: int) -> None:

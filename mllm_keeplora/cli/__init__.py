@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,6 +42,7 @@ def run(
     """
     from mllm_keeplora.config import load_config
     from mllm_keeplora.errors import UserError
+    from mllm_keeplora.report.render.tables import results_table
     from mllm_keeplora.sequence import run_sequence
     from mllm_keeplora.system.distributed import is_main
 
@@ -50,7 +51,7 @@ def run(
     loaded = load_config(config, overrides or [])
     results = run_sequence(loaded, from_run=from_run, after=after)
     if is_main():
-        _print_results(results.to_dict())
+        _show(results_table(results.to_dict()))
         typer.echo(f"\nresults  {loaded.output_dir}/results.json\nreport   {loaded.output_dir}/report.html")
 
 
@@ -73,10 +74,11 @@ def report(
     from mllm_keeplora.eval.saved import load_run
     from mllm_keeplora.report.page import refresh_results
     from mllm_keeplora.report.render.export import exported, run_tables
+    from mllm_keeplora.report.render.tables import results_table
     from mllm_keeplora.system import files
 
     results = refresh_results(load_run(run)).to_dict()
-    _print_results(results)
+    _show(results_table(results))
     typer.echo(f"\nreport   {run}/report.html")
     for name, text in exported(run_tables(results)).items() if export is not None else ():
         files.write_text(export / name, text)
@@ -107,8 +109,6 @@ def inspect(run: Run) -> None:
 
     Example: mllm-keeplora inspect runs/mini_dcl
     """
-    from rich.console import Console
-
     from mllm_keeplora.errors import UserError
     from mllm_keeplora.report.page import unit_facts
     from mllm_keeplora.report.render.diagnostics import inspection
@@ -117,7 +117,7 @@ def inspect(run: Run) -> None:
     units = unit_facts(RunDir(run).load())
     if not units:
         raise UserError(f"{run} has finished no domain yet: there is nothing to inspect")
-    Console().print(inspection(units))
+    _show(inspection(units))
 
 
 @app.command()
@@ -131,13 +131,11 @@ def compare(
 
     Example: mllm-keeplora compare runs/mini_dcl runs/mini_dcl_finetune --output runs/comparison
     """
-    from rich.console import Console
-
     from mllm_keeplora.report.compared import load_results, write_comparison
     from mllm_keeplora.report.render.tables import compare_table
 
     results = load_results(runs)
-    Console().print(compare_table(results))
+    _show(compare_table(results))
     if output is not None:
         write_comparison(output, output.name, results)
         typer.echo(f"report   {output}/report.html")
@@ -158,8 +156,6 @@ def check(
 
     Example: mllm-keeplora check my_run.yaml --show RS/12
     """
-    from rich.console import Console
-
     from mllm_keeplora.checks.run import check_run, memory_of
     from mllm_keeplora.config import load_config
     from mllm_keeplora.report.render.tables import memory_table
@@ -178,14 +174,12 @@ def check(
         typer.echo(f"  {line}")
     memory = memory_of(loaded, checked)
     if memory is not None:
-        Console().print(memory_table(memory.stages, memory.host, memory.where))
+        _show(memory_table(memory.stages, memory.host, memory.where))
     typer.echo("no faults found")
 
 
 def _show_record(config: RunConfig, which: str) -> None:
     """Print one training record, by domain and number, as the model will see it."""
-    from rich.console import Console
-
     from mllm_keeplora.checks.records import as_seen, load_prompt
     from mllm_keeplora.data import load_benchmark
     from mllm_keeplora.errors import UserError, known
@@ -202,7 +196,7 @@ def _show_record(config: RunConfig, which: str) -> None:
     prompt = load_prompt(resolve(config.base), prompt_style(config.base))
     if prompt is None:
         raise UserError(f"--show needs the processor of {config.base.model}, which is not on this machine")
-    Console().print(as_seen(prompt, records[int(number)]))
+    _show(as_seen(prompt, records[int(number)]))
 
 
 @app.command(name="list")
@@ -231,9 +225,8 @@ def list_names(
         raise UserError(f"list knows strategies, models, benchmarks, runs and sweeps, got {kind!r}")
 
 
-def _print_results(results: dict) -> None:
+def _show(renderable: Any) -> None:
+    """Print a table or a picture of rich's."""
     from rich.console import Console
 
-    from mllm_keeplora.report.render.tables import results_table
-
-    Console().print(results_table(results))
+    Console().print(renderable)

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="a run directory, a model, or a peft adapter's folder")]
+After = Annotated[int | None, typer.Option(help="of a run: after so many domains; 0 is the base model")]
+Base = Annotated[str | None, typer.Option(help="of an adapter: its base, where it names none")]
+
 
 def evaluate(
-    target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", help="a run directory, a model, or a peft adapter's folder"),
-    ],
-    after: Annotated[int | None, typer.Option(help="of a run: after so many domains; 0 is the base model")] = None,
+    target: Target,
+    after: After = None,
     domains: Annotated[str | None, typer.Option(help="comma-separated domains or suites; default: all")] = None,
     suite: Annotated[str | None, typer.Option(help="of a run: a suite's name, or a JSON file of test records")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="questions per forward; default: as in the run")] = None,
@@ -21,7 +22,7 @@ def evaluate(
     benchmark: Annotated[
         str | None, typer.Option(help="of a model: a shipped benchmark, a YAML, or a run's YAML")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="of an adapter: its base, where it names none")] = None,
+    base: Base = None,
     data_root: Annotated[str | None, typer.Option(help="of a model: folder that the benchmark's files lie in")] = None,
     output: Annotated[Path | None, typer.Option(help="of a model: folder for answers and scores")] = None,
 ) -> None:
@@ -36,6 +37,7 @@ def evaluate(
     from mllm_keeplora.system.distributed import is_main, process_group
     from mllm_keeplora.system.log import start_logging
 
+    # An option that belongs to the other kind of target is refused.
     is_run = (Path(target) / "run.json").is_file()
     if benchmark is None and not is_run:
         raise UserError(f"{target} is not a run directory; to ask a model or an adapter, name a --benchmark")
@@ -51,54 +53,32 @@ def evaluate(
     with process_group(), watch.watched():
         watch.enter("evaluate")
         if benchmark is None:
-            scores = _evaluate_run(Path(target), after, names, suite, size)
+            from mllm_keeplora.eval.saved import evaluate as evaluate_run
+            from mllm_keeplora.eval.saved import load_run
+            from mllm_keeplora.report.page import refresh_results
+
+            saved = load_run(target)
+            scores = evaluate_run(saved, after, names, suite, size)
+            refresh_results(saved)
         else:
-            scores = _evaluate_checkpoint(target, base, benchmark, names, size, data_root, output)
+            from mllm_keeplora.eval.checkpoints import Checkpoint, evaluate_checkpoint
+
+            overrides = [f"eval.batch_size={size}"] if size is not None else []
+            overrides += [f"data_root={data_root}"] if data_root is not None else []
+            folder = output or Path("runs") / f"eval-{Path(target).name}"
+            scores = evaluate_checkpoint(Checkpoint.named(target, base), benchmark, folder, names, overrides)
+            typer.echo(f"scores   {folder}/scores.json", err=True)
     if is_main():
         for name, percent in scores.items():
             typer.echo(f"{name:<12} " + ("not graded" if percent is None else f"{percent:6.2f}"))
 
 
-def _evaluate_run(
-    run: Path, after: int | None, names: list[str] | None, suite: str | None, size: int | None
-) -> dict[str, float | None]:
-    from mllm_keeplora.eval.saved import evaluate as evaluate_run
-    from mllm_keeplora.eval.saved import load_run
-    from mllm_keeplora.report.page import refresh_results
-
-    saved = load_run(run)
-    scores = evaluate_run(saved, after, names, suite, size)
-    refresh_results(saved)
-    return scores
-
-
-def _evaluate_checkpoint(
-    target: str,
-    base: str | None,
-    benchmark: str,
-    names: list[str] | None,
-    size: int | None,
-    data_root: str | None,
-    output: Path | None,
-) -> dict[str, float | None]:
-    from mllm_keeplora.eval.checkpoints import Checkpoint, evaluate_checkpoint
-
-    overrides = [f"eval.batch_size={size}"] if size is not None else []
-    overrides += [f"data_root={data_root}"] if data_root is not None else []
-    folder = output or Path("runs") / f"eval-{Path(target).name}"
-    scores = evaluate_checkpoint(Checkpoint.named(target, base), benchmark, folder, names, overrides)
-    typer.echo(f"scores   {folder}/scores.json", err=True)
-    return scores
-
-
 def ask(
-    target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="a run directory, a model, or a peft adapter's folder")
-    ],
+    target: Target,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="<image> marks a picture's place in the text")],
     image: Annotated[list[Path] | None, typer.Option(help="a picture; may be given several times")] = None,
-    after: Annotated[int | None, typer.Option(help="of a run: after so many domains; 0 is the base model")] = None,
-    base: Annotated[str | None, typer.Option(help="of an adapter: its base, where it names none")] = None,
+    after: After = None,
+    base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
     domain: Annotated[str | None, typer.Option(help="of a run with a branch for each domain: which to ask")] = None,
 ) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from mllm_keeplora.sweeps.plan import SweepConfig
 
 
 def sweep(
@@ -51,9 +48,10 @@ def sweep(
 
     from mllm_keeplora.errors import UserError
     from mllm_keeplora.report.render.tables import compare_table
-    from mllm_keeplora.sweeps.jobs import run_part
+    from mllm_keeplora.sweeps.jobs import run_part, slurm_script
     from mllm_keeplora.sweeps.plan import load_sweep
-    from mllm_keeplora.sweeps.sweep import run_sweep
+    from mllm_keeplora.sweeps.sweep import check_sweep, run_sweep
+    from mllm_keeplora.system import files
     from mllm_keeplora.system.distributed import world_size
     from mllm_keeplora.system.log import start_logging
 
@@ -64,7 +62,11 @@ def sweep(
     if slurm is not None:
         if only is not None or jobs is not None:
             raise UserError("--slurm goes with neither --only nor --jobs: every job of the script runs what it is for")
-        _write_script(slurm, loaded, [config, *(overrides or [])])
+        check_sweep(loaded)  # faults are told here and not by a hundred jobs; data that are drawn are drawn once
+        command = [sys.executable, "-m", "mllm_keeplora", "sweep", config, *(overrides or [])]
+        files.write_text(slurm, slurm_script(loaded, command, Path.cwd()))
+        submit = f"bash {shlex.quote(str(slurm))} --gpus 1 --time 8:00:00  (options of sbatch)"
+        typer.echo(f"written  {slurm}\nsubmit   {submit}")
         return
     if only is not None:
         typer.echo("\n".join(run_part(loaded, only, jobs)))
@@ -72,14 +74,3 @@ def sweep(
     results = run_sweep(loaded, jobs)
     Console().print(compare_table(results))
     typer.echo(f"\nreport   {loaded.folder}/report.html\ntables   {loaded.folder}/tables.md")
-
-
-def _write_script(path: Path, loaded: SweepConfig, words: list[str]) -> None:
-    from mllm_keeplora.sweeps.jobs import slurm_script
-    from mllm_keeplora.sweeps.sweep import check_sweep
-    from mllm_keeplora.system import files
-
-    check_sweep(loaded)  # faults are told here and not by a hundred jobs; data that are drawn are drawn once
-    command = [sys.executable, "-m", "mllm_keeplora", "sweep", *words]
-    files.write_text(path, slurm_script(loaded, command, Path.cwd()))
-    typer.echo(f"written  {path}\nsubmit   bash {shlex.quote(str(path))} --gpus 1 --time 8:00:00  (options of sbatch)")

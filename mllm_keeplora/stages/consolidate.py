@@ -11,8 +11,8 @@ from mllm_keeplora.system import distributed, files
 
 
 def consolidate(learner: Learner, unit: Unit) -> dict[str, Any]:
-    """Grow what is kept, with the finished branch still active; then merge from pristine base and all factors."""
-    folder = learner.folder(unit)
+    """Grow what is kept, with the finished branch still active; then merge."""
+    folder = learner.run.folder(unit)
     if learner.open_unit != unit:
         learner.start(unit)
         learner.reopen(unit, trained=True)

@@ -14,15 +14,15 @@ from mllm_keeplora.system.log import log
 
 
 def evaluate(learner: Learner, unit: Unit) -> None:
-    """Row of the score matrix after a unit; cells that are measured already are left alone."""
+    """Fill a unit's row of the score matrix; cells that are measured already are left alone."""
     config, run, benchmark = learner.config, learner.run, learner.benchmark
+    shared = config.eval.base_answers if unit == BASE_UNIT else None
 
     def answered(name: str) -> dict[str, Any]:
         learner.bring_to(unit.index, asked=name)
         return evaluate_named(learner.base, learner.adapters.model, benchmark, name, config, run.folder(unit))
 
     def ask(name: str) -> dict[str, Any]:
-        shared = config.eval.base_answers if unit == BASE_UNIT else None
         if shared is None:
             return answered(name)
         return asked_once(Path(shared), run, config, benchmark, name, partial(answered, name))
@@ -30,9 +30,6 @@ def evaluate(learner: Learner, unit: Unit) -> None:
     names = sets_after(unit, run.units, benchmark, config)
     asked = [run.once(f"{unit.key}/evaluate/{name}", partial(ask, name)) for name in names]
     if any(asked):
-        scores = (f"{name} {_text(run.record['stages'][f'{unit.key}/evaluate/{name}']['score'])}" for name in names)
-        log.info("after %s: %s", unit.name, ", ".join(scores))
-
-
-def _text(score: float | None) -> str:
-    return "not graded" if score is None else f"{score:.1f}"
+        scores = {name: run.record["stages"][f"{unit.key}/evaluate/{name}"]["score"] for name in names}
+        told = (f"{name} " + ("not graded" if score is None else f"{score:.1f}") for name, score in scores.items())
+        log.info("after %s: %s", unit.name, ", ".join(told))

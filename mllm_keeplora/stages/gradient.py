@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mllm_keeplora.adapters import Branch
-from mllm_keeplora.runs import DomainDir, Unit
+from mllm_keeplora.runs import Unit
 from mllm_keeplora.stages.learner import Learner
 from mllm_keeplora.system import distributed, files
 
@@ -17,22 +17,17 @@ def gradient(learner: Learner, unit: Unit) -> dict[str, Any]:
     begun = learner.strategy.before_domain(context)
     if begun is not None:
         learner.adapters.open(begun)
-    branch = learner.adapters.branch  # a strategy of the old form opened it itself
+    # A strategy of the old form has opened it itself.
+    branch = learner.adapters.branch
     assert branch is not None, f"{type(learner.strategy).__name__}.before_domain began no branch"
-    folder = learner.folder(unit)
+    folder = learner.run.folder(unit)
     if distributed.is_main():
         branch.save(folder.init)
         files.write_json(folder.gradient, context.facts)
-    learner.open_unit = unit
-    _same_start_everywhere(learner, folder)
-    return {"rank_min": min(branch.ranks.values(), default=0), "rank_max": max(branch.ranks.values(), default=0)}
-
-
-def _same_start_everywhere(learner: Learner, folder: DomainDir) -> None:
-    """Singular vectors may differ in sign or order between processes: all start from the main one's file."""
     if distributed.world_size() > 1:
+        # Singular vectors may differ in sign or order between processes: all start from the main one's file.
         distributed.barrier()
-        unit, learner.open_unit = learner.open_unit, None
         learner.adapters.restore(learner.adapters.past, learner.adapters.past_full, learner.adapters.past_mixer)
         learner.adapters.open(Branch.load(folder.init))
-        learner.open_unit = unit
+    learner.open_unit = unit
+    return {"rank_min": min(branch.ranks.values(), default=0), "rank_max": max(branch.ranks.values(), default=0)}

@@ -6,6 +6,8 @@ killed goes on as if it had not been.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from mllm_keeplora.adapters.mixers import load_mixer
 from mllm_keeplora.adapters.placed import PlacedModel
 from mllm_keeplora.adapters.stored import kept_of
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.data import Benchmark
+from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.models import Base, cache_tower, load_base
 from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import DomainDir, RunDir, Unit
@@ -26,32 +28,33 @@ from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
 from mllm_keeplora.training.deepspeed import divided_loading
 from mllm_keeplora.training.order import Collator
-from mllm_keeplora.training.seeds import seed_everything, stage_seed
+from mllm_keeplora.training.seeds import stage_seed
 from mllm_keeplora.training.state import read_training_state
 
 if TYPE_CHECKING:
     from mllm_keeplora.linalg import Basis
 
 
+@dataclass(eq=False)
 class Learner:
-    """Model, strategy and kept bases of a run, brought to wherever the next stage starts.
+    """Brings model, strategy and kept bases of a run to wherever the next stage starts."""
 
-    Args:
-        config, run, benchmark, strategy: of the run; `run.units` are the sequence.
-    """
+    config: RunConfig
+    run: RunDir
+    benchmark: Benchmark
+    strategy: Strategy
+    kept: dict[str, Basis] = field(default_factory=dict)
+    known: int | None = None  # units that kept bases and strategy know of; None where files must be read
+    open_unit: Unit | None = None
 
-    def __init__(self, config: RunConfig, run: RunDir, benchmark: Benchmark, strategy: Strategy):
-        self.config = config
-        self.run = run
-        self.benchmark = benchmark
-        self.strategy = strategy
-        self.units = run.units
-        self.kept: dict[str, Basis] = {}
-        self.known: int | None = None  # units that kept bases and strategy know of; None where files must be read
-        self.open_unit: Unit | None = None
+    @property
+    def units(self) -> list[Unit]:
+        """The units of the sequence."""
+        return self.run.units
 
     @cached_property
     def base(self) -> Base:
+        """The base, loaded at first use; of a hub's base the fingerprint is recorded then."""
         log.info("loading base %s", self.config.base.model)
         bf16 = compute_dtype(self.config.base.dtype).itemsize == 2
         expected, parts = self.run.record["base"]["fingerprint"], self.config.adapters
@@ -87,24 +90,22 @@ class Learner:
         self.placed.at(self.units[:learnt], asked)
         if self.known != known:
             self.kept = kept_of(self.run, self.units[:known])
-            state = self.folder(self.units[known - 1]).strategy if known else None
+            state = self.run.folder(self.units[known - 1]).strategy if known else None
             self.strategy.load_state_dict(files.read_tensors(state) if state is not None and state.is_file() else {})
             self.known = known
 
     def leave(self) -> None:
-        """Let memory go: the next stage reads the files, the same whether the run was interrupted or not."""
+        """Let memory go, so that the next stage reads the files, whether or not the run was interrupted."""
         self.placed.leave()
         self.known, self.open_unit = None, None
 
-    def folder(self, unit: Unit) -> DomainDir:
-        return self.run.folder(unit)
-
     def start(self, unit: Unit) -> None:
-        """Where the unit's training starts: its model may be the base, but what is known of earlier units is kept."""
+        """Go to where the unit's training starts: perhaps at the base, but knowing of the earlier units."""
         self.bring_to(0 if self.strategy.start_from == "base" else unit.index - 1, known=unit.index - 1)
 
     def reopen(self, unit: Unit, trained: bool) -> None:
-        folder = self.folder(unit)
+        """Open a unit's branch from its files, as it was at its start or as it was `trained`."""
+        folder = self.run.folder(unit)
         self.adapters.open(Branch.load(folder.init))
         if trained:
             full = files.read_tensors(folder.projector) if folder.projector.is_file() else {}
@@ -114,21 +115,20 @@ class Learner:
             read_training_state(self.strategy, folder.training_state)
         self.open_unit = unit
 
-    def context(self, unit: Unit, stage: str, records: list | None = None) -> Context:
+    def context(self, unit: Unit, stage: str, records: Sequence[Record] | None = None) -> Context:
+        """Seed a stage and describe the unit to the strategy; with its training records, if no others are given."""
         import torch
+        from transformers import set_seed
 
         seed = stage_seed(self.config.seed, unit.key, stage)
-        seed_everything(seed)
+        set_seed(seed)
         if records is None:
             records, _ = training_records(unit, self.benchmark, self.config)
         limit = token_limit([name for each in self.units for name in each.domains], self.config)
-        collate = Collator(self.base.family, limit)
-        rng = torch.Generator().manual_seed(seed)
-        info = DomainInfo(unit.index - 1, unit.name, len(self.units))
-        size = self.config.train.probe_batch_size
-        sources = Sources(
-            self.benchmark.anchor_records, self.benchmark.train_records, [each.name for each in self.units]
-        )
+        collate, rng = Collator(self.base.family, limit), torch.Generator().manual_seed(seed)
+        names, size = [each.name for each in self.units], self.config.train.probe_batch_size
+        info = DomainInfo(unit.index - 1, unit.name, len(names))
+        sources = Sources(self.benchmark.anchor_records, self.benchmark.train_records, names)
         return Context(self.base, self.adapters, self.kept, info, records, collate, rng, size, sources, seed)
 
 
@@ -139,7 +139,7 @@ def add_facts(folder: DomainDir, facts: dict[str, Any]) -> None:
 
 
 def ranks_of(kept: dict[str, Basis]) -> dict[str, int]:
-    """Smallest, median and largest rank of kept bases; empty where nothing is kept."""
+    """Give the smallest, median and largest rank of kept bases; nothing where nothing is kept."""
     ranks = sorted(basis.rank for basis in kept.values())
     if not ranks:
         return {}

@@ -12,12 +12,14 @@ from mllm_keeplora.checks.run import Checked
 from mllm_keeplora.config import RunConfig, as_yaml, flatten, read_yaml
 from mllm_keeplora.data import Benchmark, Domain
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.identity import Identity, comparable, differences, environment, plugin_versions
+from mllm_keeplora.identity import Identity, comparable, differences, environment
 from mllm_keeplora.runs import BASE_UNIT, RunDir, now
 from mllm_keeplora.stages.units import plan_units
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log
+from mllm_keeplora.system.plugins import version_of
 
+ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers
 MAY_DIFFER_FROM_PARENT = ("name:", "seed:", "eval.domains:", "eval.zero_shot:")
 
 
@@ -34,8 +36,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
     run = RunDir(config.output_dir)
     source = RunDir(parent).load() if parent is not None else None
     if run.exists():
-        run.load()
-        inherited = run.record["parent"]
+        inherited = run.load().record["parent"]
         if source is not None and (inherited or {}).get("run") != str(parent):
             raise UserError(f"{run.path} was not started from {parent}; choose another `output`")
         if source is not None and after not in (None, inherited["after"]):
@@ -54,9 +55,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
         record = _record(config, checked, identity, source, after or 0)
         if source is not None:
             names = Identity.of_record(source.record).graded_like(Identity.of_record(record))
-            record["stages"] = _inherited_stages(source, after, names)
-            if distributed.is_main():
-                _copy_state(source, run, after, names)
+            record["stages"] = _inherit_state(source, run, after, names)
         run.create(record)
     if distributed.is_main():
         files.write_text(run.config, as_yaml(config.resolved()))
@@ -67,6 +66,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
 def _record(
     config: RunConfig, checked: Checked, identity: Identity, source: RunDir | None, after: int
 ) -> dict[str, Any]:
+    """What a new run enters in its ledger."""
     inherited = source.record["domains"][:after] if source is not None else []
     base = identity.base  # None of a hub's: the parent's is the one to load
     if base is None and source is not None:
@@ -81,7 +81,7 @@ def _record(
         "seed": config.seed,
         "parent": {"run": str(source.path), "after": after} if source is not None else None,
         "config": dict(identity.config),
-        **({"plugins": plugins} if (plugins := plugin_versions(config)) else {}),
+        **({"plugins": {name: version_of(name) for name in config.plugins}} if config.plugins else {}),
         "domains": [*inherited, *identity.domains[after:]],
         "units": [asdict(unit) for unit in plan_units(list(checked.benchmark.domains), checked.strategy.stream)],
         "suites": list(identity.suites),
@@ -105,7 +105,7 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
         run.note(f"domain {domain['name']} appended")
         log.info("domain %s appended to %s", domain["name"], origin)
     record["units"] = [asdict(unit) for unit in plan_units(new, checked.strategy.stream)]
-    plugins, before = plugin_versions(config), record.get("plugins", {})
+    plugins, before = {name: version_of(name) for name in config.plugins}, record.get("plugins", {})
     for line in differences(before, plugins, "before"):
         run.note(f"plugin changed: {line}")
         log.warning("plugin changed: %s", line)
@@ -113,7 +113,12 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
         record["plugins"] = plugins
     _forget_lost_answers(run)
     run.save()
-    _note_runtime_changes(run, config)
+    now, defining = flatten(config.resolved()), config.result_defining()
+    before = flatten(read_yaml(run.config)) if run.config.is_file() else now
+    for line in differences(before, now, "before"):
+        if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):
+            run.note(f"runtime key changed: {line}")
+            log.info("runtime key changed: %s", line)
 
 
 def _forget_lost_answers(run: RunDir) -> None:
@@ -127,20 +132,6 @@ def _forget_lost_answers(run: RunDir) -> None:
                 log.warning("%s is gone: the questions are asked again", answers)
 
 
-ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers
-
-
-def _note_runtime_changes(run: RunDir, config: RunConfig) -> None:
-    if not run.config.is_file():
-        return
-    before = flatten(read_yaml(run.config))
-    defining = config.result_defining()
-    for line in differences(before, flatten(config.resolved()), "before"):
-        if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):
-            run.note(f"runtime key changed: {line}")
-            log.info("runtime key changed: %s", line)
-
-
 def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int | None) -> None:
     names = [each["name"] for each in source.record["domains"]]
     if checked.strategy.stream == "union":
@@ -151,11 +142,8 @@ def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int
         raise UserError(f"--from {source.path}: domain {names[after - 1]} (--after {after}) is not finished there")
     if checked.base_fingerprint not in (None, source.record["base"]["fingerprint"]):
         raise UserError(f"--from {source.path}: its base model is not {config.base.model} as it is now")
-    lines = [
-        line
-        for line in differences(Identity.of_record(source.record).config, comparable(config), str(source.path))
-        if not line.startswith(MAY_DIFFER_FROM_PARENT)
-    ]
+    told = differences(Identity.of_record(source.record).config, comparable(config), str(source.path))
+    lines = [line for line in told if not line.startswith(MAY_DIFFER_FROM_PARENT)]
     if lines:
         raise UserError("\n  ".join([f"--from {source.path}: its state does not fit this config:", *lines]))
 
@@ -174,31 +162,30 @@ def _inherit_definitions(benchmark: Benchmark, inherited: list[dict[str, Any]]) 
     benchmark.domains = {**before, **{name: benchmark.domains[name] for name in own if name not in before}}
 
 
-def _inherited_stages(source: RunDir, after: int, names: set[str]) -> dict[str, Any]:
-    """Ledger entries of the base and of the inherited units; of evaluations only those of `names`."""
-    keys = {unit.key for unit in [BASE_UNIT, *source.units[:after]]}
-    kept = {}
-    for stage, entry in source.record["stages"].items():
-        unit, _, rest = stage.partition("/")
-        graded = rest.removeprefix("evaluate/") if rest.startswith("evaluate/") else None
-        if stage == "prepare" or (unit in keys and (graded is None or graded in names)):
-            kept[stage] = entry
-    return kept
+def _inherit_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> dict[str, Any]:
+    """Copy what base and inherited units left, so that the parent is not needed afterwards; give their ledger entries.
 
-
-def _copy_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> None:
-    """Copy what the inherited units left; the parent is not needed afterwards."""
+    Args:
+        names: domains and suites whose evaluations are inherited.
+    """
+    units = [BASE_UNIT, *source.units[:after]]
 
     def passed_over(folder: str, entries: list[str]) -> set[str]:
         unfinished = {entry for entry in entries if entry == "checkpoints" or entry.endswith((".part", ".tmp"))}
-        told = {entry: ANSWERS.fullmatch(entry) for entry in entries}
-        foreign = {entry for entry, match in told.items() if match and match["name"] not in names}
-        return unfinished | foreign
+        answers = filter(None, map(ANSWERS.fullmatch, entries))
+        return unfinished | {match.string for match in answers if match["name"] not in names}
 
-    run.refuse_foreign_content()
-    if source.kept_by_prepare.is_file():
-        shutil.copytree(source.kept_by_prepare.parent, run.kept_by_prepare.parent, dirs_exist_ok=True)
-    for unit in [BASE_UNIT, *source.units[:after]]:
-        folder = source.folder(unit).path
-        if folder.is_dir():
-            shutil.copytree(folder, run.folder(unit).path, ignore=passed_over, dirs_exist_ok=True)
+    if distributed.is_main():
+        run.refuse_foreign_content()
+        folders = {source.kept_by_prepare.parent: run.kept_by_prepare.parent}
+        folders |= {source.folder(unit).path: run.folder(unit).path for unit in units}
+        for before, now in folders.items():
+            if before.is_dir():
+                shutil.copytree(before, now, ignore=passed_over, dirs_exist_ok=True)
+    kept, keys = {}, {unit.key for unit in units}
+    for stage, entry in source.record["stages"].items():
+        unit, _, rest = stage.partition("/")
+        kind, _, graded = rest.partition("/")
+        if stage == "prepare" or (unit in keys and (kind != "evaluate" or graded in names)):
+            kept[stage] = entry
+    return kept

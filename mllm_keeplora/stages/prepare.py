@@ -10,7 +10,7 @@ from mllm_keeplora.system import distributed, files
 
 
 def prepare(learner: Learner) -> dict[str, Any]:
-    """Once, on the untouched base: what the strategy keeps of it (principal subspaces of the weights)."""
+    """Find once what the strategy keeps of the untouched base (principal subspaces of the weights)."""
     learner.bring_to(0)
     context = learner.context(BASE_UNIT, "prepare", records=[])
     learner.strategy.prepare(context)

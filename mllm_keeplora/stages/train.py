@@ -6,8 +6,6 @@ import shutil
 from typing import Any
 
 from mllm_keeplora.adapters.mixers import save_mixer
-from mllm_keeplora.config import result_defining
-from mllm_keeplora.identity import training_identity
 from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.runs import Unit
 from mllm_keeplora.stages.learner import Learner, add_facts
@@ -15,7 +13,6 @@ from mllm_keeplora.stages.units import training_records
 from mllm_keeplora.system import distributed, files, watch
 from mllm_keeplora.system.log import log
 from mllm_keeplora.training.deepspeed import deepspeed_file
-from mllm_keeplora.training.seeds import seed_everything, stage_seed
 from mllm_keeplora.training.state import write_training_state
 
 
@@ -24,32 +21,35 @@ def train(learner: Learner, unit: Unit) -> dict[str, Any]:
     from mllm_keeplora.training.arguments import training_arguments
     from mllm_keeplora.training.fit import fit_domain
 
-    folder = learner.folder(unit)
+    config, run = learner.config, learner.run
+    folder = run.folder(unit)
     if learner.open_unit != unit:
         learner.start(unit)
         learner.reopen(unit, trained=False)
-    seed = stage_seed(learner.config.seed, unit.key, "train")
-    settings = learner.config.train_of(unit.domains[0]) if len(unit.domains) == 1 else learner.config.train
-    records, epochs = training_records(unit, learner.benchmark, learner.config)
-    bf16 = compute_dtype(learner.config.base.dtype).itemsize == 2
-    engine = deepspeed_file(learner.config.deepspeed)
-    arguments = training_arguments(settings, epochs, folder.checkpoints, seed, engine, bf16)
-    seed_everything(seed)
+    settings = config.train_of(unit.domains[0]) if len(unit.domains) == 1 else config.train
+    records, epochs = training_records(unit, learner.benchmark, config)
     context = learner.context(unit, "train", records)
-    identity = training_identity(
-        learner.run.record,
-        unit.key,
-        epochs,
-        result_defining(settings),
-        [learner.config.deepspeed, distributed.world_size()] if engine else None,
-    )
-    _log_plan(learner, unit, len(records), epochs, arguments)
-    metrics = learner.run.path / "metrics.jsonl"
-    with watch.until_saved(), distributed.keeping_step(learner.config.distributed_timeout_s):
+    bf16 = compute_dtype(config.base.dtype).itemsize == 2
+    engine, world = deepspeed_file(config.deepspeed), distributed.world_size()
+    arguments = training_arguments(settings, epochs, folder.checkpoints, context.seed, engine, bf16)
+    identity = {  # facts that a checkpoint must share with a training that goes on from it
+        "config": run.record["config"],
+        "unit": unit.key,
+        "epochs": epochs,
+        "train": settings.result_defining(),
+        "engine": [config.deepspeed, world] if engine else None,  # others do not read its states
+    }
+    micro, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    trained = sum(parameter.numel() for parameter in learner.adapters.trainable().values())
+    batch = f"batch {world * micro * steps} = {world} processes x {micro} x {steps} accumulated"
+    told = f"{batch}, {trained:,} trained parameters"
+    log.info("%s: %d records x %g epochs, %s", unit.name, len(records), epochs, told)
+    metrics = run.path / "metrics.jsonl"
+    with watch.until_saved(), distributed.keeping_step(config.distributed_timeout_s):
         facts = fit_domain(learner.strategy, context, settings, epochs, arguments, metrics, identity)
         factors, full = learner.adapters.read(), learner.adapters.read_full()
         if distributed.is_main():
-            factors.save(folder.adapter, learner.config.adapters.dropout)
+            factors.save(folder.adapter, config.adapters.dropout)
             if full:
                 files.write_tensors(folder.projector, full)
             if learner.adapters.mixer is not None:
@@ -63,20 +63,6 @@ def train(learner: Learner, unit: Unit) -> dict[str, Any]:
 
 
 def discard_checkpoints(learner: Learner, unit: Unit) -> None:
-    """Free their disk, once the ledger says that nothing needs them."""
+    """Remove a unit's checkpoints, once the ledger says that nothing needs them."""
     if distributed.is_main():
-        shutil.rmtree(learner.folder(unit).checkpoints, ignore_errors=True)
-
-
-def _log_plan(learner: Learner, unit: Unit, num_records: int, epochs: float, arguments: Any) -> None:
-    trained = learner.adapters.trainable()
-    world, micro, steps = (
-        distributed.world_size(),
-        arguments.per_device_train_batch_size,
-        arguments.gradient_accumulation_steps,
-    )
-    log.info(
-        "%s: %d records x %g epochs, batch %d = %d processes x %d x %d accumulated, %s trained parameters",
-        unit.name, num_records, epochs, world * micro * steps, world, micro, steps,
-        f"{sum(parameter.numel() for parameter in trained.values()):,}",
-    )  # fmt: skip
+        shutil.rmtree(learner.run.folder(unit).checkpoints, ignore_errors=True)

@@ -14,7 +14,7 @@ from mllm_keeplora.training.seeds import stage_seed
 
 
 def plan_units(domains: list[str], stream: str) -> list[Unit]:
-    """Units of a sequence: `sequential` trains each domain by itself, `union` all at once, `none` nothing."""
+    """Plan the units of a sequence: `sequential` trains each domain by itself, `union` all at once, `none` nothing."""
     if stream == "union":
         return [Unit(1, "joint", tuple(domains))]
     if stream == "none":
@@ -23,13 +23,13 @@ def plan_units(domains: list[str], stream: str) -> list[Unit]:
 
 
 def token_limit(domains: Sequence[str], config: RunConfig) -> int | None:
-    """Most tokens that any of the domains allows a record: batches may join records of several. None for no limit."""
+    """Find the most tokens that any domain allows a record, since batches may join several; None for no limit."""
     limits = {config.train_of(name).max_length for name in domains}
     return None if None in limits else max(limits, default=None)
 
 
 def training_records(unit: Unit, benchmark: Benchmark, config: RunConfig) -> tuple[Sequence[Record], float]:
-    """Records of a unit and the number of epochs over them.
+    """Give the records of a unit and the number of epochs over them.
 
     A union repeats each domain's records by that domain's own epochs (a fraction by a seeded sample) and is passed
     once, so that joint training sees every record exactly as often as the sequence does.

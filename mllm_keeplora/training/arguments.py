@@ -16,7 +16,7 @@ from mllm_keeplora.system import distributed
 def training_arguments(
     settings: TrainConfig, epochs: float, folder: Path, seed: int, deepspeed: str | None, bf16: bool
 ) -> TrainingArguments:
-    """The Trainer's arguments; `batch_size` is global, so the number of processes never changes the result.
+    """Make the Trainer's arguments; `batch_size` is global, so the number of processes never changes the result.
 
     Raises:
         UserError: the batch does not divide over processes and micro-batches, or `train.args` names no such field.
@@ -28,6 +28,9 @@ def training_arguments(
             f"train.batch_size {settings.batch_size} must be a multiple of micro_batch_size x processes = "
             f"{settings.micro_batch_size or 1} x {world}"
         )
+    workers = settings.workers
+    if workers is None:  # a GPU would wait for pictures that are not read ahead
+        workers = 4 if torch.cuda.is_available() else 0
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": micro,
@@ -40,7 +43,7 @@ def training_arguments(
         "max_grad_norm": settings.max_grad_norm,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the frozen embeddings' output needs no gradient
-        "dataloader_num_workers": _workers(settings),
+        "dataloader_num_workers": workers,
         "save_strategy": "steps",
         "save_steps": settings.checkpoint_steps,
         "save_total_limit": 2,
@@ -64,8 +67,3 @@ def training_arguments(
     if arguments.n_gpu > 1:  # one process a GPU: several in one would multiply the batch
         arguments._n_gpu = 1
     return arguments
-
-
-def _workers(settings: TrainConfig) -> int:
-    """Processes that read records ahead; beside a GPU, which would wait for pictures, there are some by itself."""
-    return settings.workers if settings.workers is not None else 4 if torch.cuda.is_available() else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def deepspeed_file(name: str | None) -> str | None:
-    """Path of a DeepSpeed JSON by its shipped name (`zero2`) or path; None without DeepSpeed.
+    """Find a DeepSpeed JSON by its shipped name (`zero2`) or path; None without DeepSpeed.
 
     Raises:
         UserError: neither shipped nor a file, or DeepSpeed is not installed.
@@ -28,22 +29,25 @@ def deepspeed_file(name: str | None) -> str | None:
     path = Path(str(folder / f"{name}.json")) if name in names else Path(name)
     if not path.is_file():
         raise UserError(f"deepspeed {name!r} is neither a shipped name ({known(names)}) nor a file")
-    from importlib.util import find_spec
-
     if find_spec("deepspeed") is None:
         raise UserError("deepspeed is asked for but not installed: pip install 'mllm-keeplora[deepspeed]'")
     return str(path)
 
 
-def zero_stage(name: str | None) -> int:
-    """ZeRO stage of settings by name or path; 0 without DeepSpeed."""
+def zero_settings(name: str | None) -> dict[str, Any]:
+    """Read the ZeRO section of settings by name or path; empty without DeepSpeed."""
     path = deepspeed_file(name)
-    return 0 if path is None else files.read_json(Path(path)).get("zero_optimization", {}).get("stage", 0)
+    return files.read_json(Path(path)).get("zero_optimization", {}) if path else {}
+
+
+def zero_stage(name: str | None) -> int:
+    """Read the ZeRO stage of settings by name or path; 0 without DeepSpeed."""
+    return zero_settings(name).get("stage", 0)
 
 
 @contextmanager
 def divided_loading(name: str | None, bf16: bool) -> Iterator[None]:
-    """Under ZeRO-3 a base that is loaded meanwhile is divided over the processes, weight by weight as it is read."""
+    """Divide a base that is loaded meanwhile over the processes under ZeRO-3, weight by weight as it is read."""
     if zero_stage(name) != 3:
         yield
         return
@@ -61,7 +65,7 @@ def divided_loading(name: str | None, bf16: bool) -> Iterator[None]:
 
 
 def release_from_engine(model: Any) -> None:
-    """Take off a model what a destroyed engine leaves there: another engine, and passes outside of one, would meet it.
+    """Take off a model what a destroyed engine leaves there, which later engines and passes would meet.
 
     Parameters that the engine kept whole on every process are divided again.
     """
@@ -79,7 +83,7 @@ def release_from_engine(model: Any) -> None:
 
 
 def parameters_of(branches: Adapters) -> dict[str, tuple[Any, Any]]:
-    """Dtype of every parameter before an engine has it, and the values of those that a mixer holds fixed, else None."""
+    """Note every parameter's dtype before an engine has it, and the values of those that a mixer holds fixed."""
     trained = {id(each) for each in branches.trainable().values()}
     fixed = {id(each) for each in branches.mixer.parameters()} - trained if branches.mixer is not None else set()
     named = branches.model.named_parameters()
@@ -88,7 +92,7 @@ def parameters_of(branches: Adapters) -> dict[str, tuple[Any, Any]]:
 
 @contextmanager
 def exact_afterwards(branches: Adapters, before: Mapping[str, tuple[Any, Any]]) -> Iterator[None]:
-    """For the block that destroys an engine in half precision, which ran everything in it, rounded.
+    """Undo the rounding of an engine in half precision that is destroyed in the block.
 
     Afterwards all parameters have their dtype of before; those of float32 have the values that were trained, and those
     that a mixer holds fixed (gates of earlier domains) the values that they had. What ZeRO-3 divides stays as it is.
@@ -99,14 +103,12 @@ def exact_afterwards(branches: Adapters, before: Mapping[str, tuple[Any, Any]]) 
     """
     named = {name: each for name, each in branches.model.named_parameters() if not hasattr(each, "ds_id")}
     changed = {name: each for name, each in named.items() if each.dtype != before[name][0]}
-    exact = {name: _float32_of(each) for name, each in changed.items() if hasattr(each, "_hp_mapping")}
-    exact |= {name: before[name][1] for name in changed if before[name][1] is not None}
+    exact = {name: before[name][1] for name in changed if before[name][1] is not None}
+    for name, parameter in changed.items():
+        if name not in exact and hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            exact[name] = safe_get_full_fp32_param(parameter)
     yield
     for name, parameter in changed.items():
         parameter.data = exact.get(name, parameter.data).to(parameter.device, before[name][0])
-
-
-def _float32_of(parameter: Any) -> Any:
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return safe_get_full_fp32_param(parameter)

@@ -6,24 +6,21 @@ Only the parameters that the adapters declare are trained, saved in checkpoints 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.strategies import Strategy
-from mllm_keeplora.strategies.context import Context
-from mllm_keeplora.system import distributed, watch
+from mllm_keeplora.strategies.context import Context, Step
+from mllm_keeplora.system import distributed, files, watch
 from mllm_keeplora.system.progress import progress_bar
 from mllm_keeplora.training.deepspeed import exact_afterwards, release_from_engine
 from mllm_keeplora.training.order import TrainingRecords
-from mllm_keeplora.training.reporter import Reporter
-from mllm_keeplora.training.state import (
-    STATE,
-    last_checkpoint,
-    read_training_state,
-)
+from mllm_keeplora.training.state import STATE, last_checkpoint, read_training_state
 from mllm_keeplora.training.trainer import DomainTrainer
 
 
@@ -36,11 +33,9 @@ def fit_domain(
     metrics_file: Path,
     identity: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train the open branch on the context's records; continues from the last whole checkpoint of the same identity.
+    """Train the open branch on the context's records, on from the last whole checkpoint of the same identity.
 
     Args:
-        settings, epochs: the domain's training settings.
-        arguments: from `training_arguments`.
         metrics_file: JSON lines of loss, rate and gradient norm are appended here.
         identity: facts that a checkpoint must share to be continued.
 
@@ -79,6 +74,7 @@ def fit_domain(
         "loss": outcome.training_loss,
         "trained_parameters": sum(parameter.numel() for parameter in branches.trainable().values()),
     }
+    # Nothing of the engine or the Trainer stays on the model.
     with exact_afterwards(branches, trainer.before):
         trainer.accelerator.free_memory()
         release_from_engine(branches.model)
@@ -86,3 +82,47 @@ def fit_domain(
         branches.base.gradient_checkpointing_disable()
     branches.base.eval()
     return facts
+
+
+@dataclass(eq=False)
+class Reporter(TrainerCallback):
+    """Moves the bar, tells the strategy of steps, appends metrics, and ends a training that is to end.
+
+    Attributes:
+        context, strategy: of the domain.
+        step: gives the optimizer step that is under way.
+        metrics_file: gets JSON lines.
+        advance: of the progress bar.
+        stopped: whether the training was ended before its end.
+    """
+
+    context: Context
+    strategy: Strategy
+    step: Callable[[], Step]
+    metrics_file: Path
+    advance: Callable[..., None]
+    stopped: bool = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.advance(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not args.max_grad_norm:  # otherwise the strategy was asked before clipping
+            self.strategy.around_step(self.context, "grad", self.step())
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.strategy.around_step(self.context, "post", self.step())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.advance()
+        if watch.stop_agreed():
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        self.advance(0, note=f"loss {logs['loss']:.3f}")
+        row = {"domain_index": self.context.domain.index, "stage": "train", "optimizer_step": state.global_step, **logs}
+        row.pop("epoch", None)
+        with open(self.metrics_file, "a", encoding="utf-8") as handle:
+            handle.write(files.one_line(row))

@@ -16,7 +16,7 @@ IDLE = -1
 
 
 class TrainingRecords(Dataset):
-    """Records by index; `IDLE` is one of which nothing is learnt."""
+    """Gives records by index, and at `IDLE` one that trains nothing."""
 
     def __init__(self, records: Sequence[Record]):
         self.records = records
@@ -34,14 +34,10 @@ class Collator:
 
     Workers outlive the signals that end a run: a whole process group may be told, and the steps up to the checkpoint
     still need their batches.
-
-    Args:
-        family: of the base.
-        max_length: most tokens of a record; None for no limit.
     """
 
     family: Family
-    max_length: int | None = None
+    max_length: int | None = None  # most tokens of a record
 
     def __call__(self, records: Sequence[Record]) -> Batch:
         if get_worker_info() is not None:
@@ -50,7 +46,7 @@ class Collator:
 
 
 class FilledSampler(Sampler):
-    """Random order over a dataset, ended by idle records up to a multiple of what the processes take at once.
+    """Orders a dataset at random, and ends with idle records up to a multiple of what the processes take.
 
     Otherwise a data loader gives some records twice to fill the last step of an epoch, and what is learnt depends on
     the number of processes.

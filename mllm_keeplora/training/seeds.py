@@ -6,13 +6,6 @@ import hashlib
 
 
 def stage_seed(seed: int, *parts: object) -> int:
-    """A 31-bit seed from the run's seed and the names of unit and stage."""
+    """Make a 31-bit seed of the run's seed and the names of unit and stage."""
     text = "/".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch on all devices."""
-    from transformers import set_seed
-
-    set_seed(seed)

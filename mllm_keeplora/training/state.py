@@ -18,16 +18,13 @@ def read_training_state(strategy: Strategy, path: Path | None) -> None:
 
 
 def write_training_state(strategy: Strategy, path: Path) -> None:
-    """Leave what the strategy has, if it has something."""
+    """Write what the strategy adds up in a training, if it does."""
     state = strategy.training_state()
     if state:
         files.write_tensors(path, state)
 
 
 def last_checkpoint(folder: Path, identity: dict[str, Any]) -> str | None:
-    """The newest checkpoint that was written to its end and belongs to the same training; None to start afresh."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).is_file() and files.read_json(path / COMPLETE) == identity:
-            found.append((int(path.name.split("-")[1]), str(path)))
-    return max(found)[1] if found else None
+    """Find the newest whole checkpoint that belongs to the same training; None to start afresh."""
+    marks = [mark for mark in folder.glob(f"checkpoint-*/{COMPLETE}") if files.read_json(mark) == identity]
+    return max((str(mark.parent) for mark in marks), key=lambda name: int(name.rpartition("-")[2]), default=None)

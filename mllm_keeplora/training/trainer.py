@@ -18,12 +18,7 @@ from mllm_keeplora.strategies.context import Context, Step
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.training.deepspeed import parameters_of
 from mllm_keeplora.training.order import FilledSampler
-from mllm_keeplora.training.state import (
-    COMPLETE,
-    STATE,
-    WEIGHTS,
-    write_training_state,
-)
+from mllm_keeplora.training.state import COMPLETE, STATE, WEIGHTS, write_training_state
 
 
 def answer_loss(
@@ -32,9 +27,7 @@ def answer_loss(
     """Average the losses over all that one optimizer step sees: a scalar.
 
     Args:
-        family: of the base.
         outputs: the model's, of what carries loss alone.
-        labels: of the micro-batch.
         num_items_in_batch: losses of the whole step; None for those of the micro-batch.
     """
     losses, _ = family.losses(outputs.logits, labels)
@@ -42,13 +35,11 @@ def answer_loss(
 
 
 class DomainTrainer(Trainer):
-    """The Trainer with a strategy's hooks, and checkpoints that hold the trained parameters only.
+    """Trains with a strategy's hooks, and writes checkpoints that hold the trained parameters only.
 
     Args:
-        strategy, context, identity: as in `fit.fit_domain`.
         batch_size: records of a whole optimizer step, of all processes.
         lr_full: rate of the parameters that are trained in full; None for that of the others.
-        arguments: of the Trainer.
     """
 
     def __init__(
@@ -79,7 +70,8 @@ class DomainTrainer(Trainer):
         self.looked_at += 1
         total = loss + extra / self.current_gradient_accumulation_steps
         if "pixel_values" not in inputs and not is_partitioned(self.context.branches.base):
-            total = total + self._reach_for_all()
+            # Processes sum gradients up together, and a projector without pictures would have none: all get zero.
+            total = total + 0.0 * sum(each.sum() for each in self.context.branches.trainable().values())
         if total.ndim or not torch.isfinite(total):
             raise RuntimeError(self._blame(loss, extra))
         return (total, outputs) if return_outputs else total
@@ -93,13 +85,6 @@ class DomainTrainer(Trainer):
         left = min(self.batch_size, records - in_epoch)
         return Step(done, left, self.optimizer, self.tokens, self.context.seed, share)
 
-    def _reach_for_all(self) -> torch.Tensor:
-        """Zero, with a gradient of zero for all that trains: a projector is not reached by a batch without pictures.
-
-        Processes sum gradients up together, and one that has none would not take part.
-        """
-        return 0.0 * sum(parameter.sum() for parameter in self.context.branches.trainable().values())
-
     def _blame(self, loss: torch.Tensor, extra: Any) -> str:
         """What is wrong with a loss that is no finite number."""
         where = f"in domain {self.context.domain.name}, optimizer step {self.state.global_step}"
@@ -111,35 +96,26 @@ class DomainTrainer(Trainer):
         return f"{name} is {float(extra)} {where}; lower train.lr or the weight of that loss"
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, changed by the strategy before their tokens are counted.
-
-        None where all steps are done, as after a checkpoint of the last one: the Trainer would do one more where that
-        lies within an epoch.
-        """
+        """Take the micro-batches of one optimizer step; the strategy changes them before their tokens are counted."""
+        # A run that goes on from the checkpoint of its last step would do one more, if that lies within an epoch.
         if self.state.global_step >= self.state.max_steps:
             return [], None
         taken, self.tokens = list(itertools.islice(epoch_iterator, num_batches)), None
         for number, batch in enumerate(taken):
-            changed = self.strategy.batch(self.context, batch, self.step(number, len(taken)))
-            taken[number] = self._pictured(changed)
+            batch = self.strategy.batch(self.context, batch, self.step(number, len(taken)))
+            if self.args.deepspeed is not None and "pixel_values" not in batch and self.idle_picture is not None:
+                # ZeRO-2 sums gradients in the order in which a process's parameters receive theirs, so that a
+                # projector must be reached in each. Batches of a sequence without pictures are left as they are.
+                batch = self.context.data.joined(batch, self.idle_picture)
+            taken[number] = batch
         self.looked_at = 0
         count = self._get_num_items_in_batch(taken, device)  # of all processes
         self.tokens = count / (len(taken) * distributed.world_size()) if taken else None
         return taken, count
 
-    def _pictured(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Under DeepSpeed, a batch with a picture: where it has none, an idle record that has one is joined to it.
-
-        ZeRO-2 sums gradients in the order in which a process's parameters receive theirs, so that a projector must be
-        reached in each. Batches of a sequence without pictures are left as they are.
-        """
-        if self.args.deepspeed is None or "pixel_values" in batch or self.idle_picture is None:
-            return batch
-        return self.context.data.joined(batch, self.idle_picture)
-
     @cached_property
     def idle_picture(self) -> dict[str, torch.Tensor] | None:
-        """Model inputs of a record with a picture, of this domain or an earlier one, of which nothing is learnt."""
+        """The model's inputs of an untrained record with a picture, of this domain or an earlier one."""
         data = self.context.data
         domains = map(data.of_domain, range(self.context.domain.index, -1, -1))
         first = next((record for records in domains for record in records if record.media), None)
@@ -153,14 +129,13 @@ class DomainTrainer(Trainer):
         return FilledSampler(self.train_dataset, self.args.data_seed, at_once, lambda: int(self.state.epoch or 0))
 
     def create_optimizer(self, model=None):
-        """AdamW over the trained parameters; those trained in full may have a rate of their own."""
+        """Make AdamW over the trained parameters; those trained in full may have a rate of their own."""
         if self.optimizer is None:
             cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups: dict[float, list] = {}
             for name, parameter in self.context.branches.trainable().items():
-                is_full = self.context.branches.is_full(name)
-                rate = (self.lr_full if is_full else None) or self.args.learning_rate
-                rate *= self.context.branches.rate_of(name)
+                own = self.lr_full if self.context.branches.is_full(name) else None
+                rate = (own or self.args.learning_rate) * self.context.branches.rate_of(name)
                 groups.setdefault(rate, []).append(parameter)
             decay = self.args.weight_decay
             self.optimizer = cls([{"params": p, "lr": r, "weight_decay": decay} for r, p in groups.items()], **keywords)
@@ -171,7 +146,7 @@ class DomainTrainer(Trainer):
         return super()._clip_grad_norm(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Without putting the whole base together first, as the Trainer would under DeepSpeed."""
+        """Save the trained parameters alone; under DeepSpeed the Trainer would put the whole base together first."""
         self._save(output_dir or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -184,9 +159,8 @@ class DomainTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         distributed.barrier()
         if self.args.should_save:
-            files.write_json(
-                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE, self.identity
-            )
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            files.write_json(folder / COMPLETE, self.identity)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         stored = files.read_tensors(Path(resume_from_checkpoint) / WEIGHTS)

@@ -22,7 +22,7 @@ from tests.integration.processes import results
 
 ROOT = Path(__file__).parents[2]
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
-LAUNCHERS = ("run_sequence.sh", "eval_only.sh", "run_multinode.sh", "run_slurm.sbatch")
+LAUNCHERS = ("run_sequence.sh", "eval_only.sh", "launch.sh", "run_multinode.sh", "run_slurm.sbatch")
 
 
 def bash(*words: object, **changes: str) -> subprocess.CompletedProcess:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.config import as_yaml, flatten, load_config, parse_config, read_yaml, result_defining, shipped
+from mllm_keeplora.config import as_yaml, flatten, load_config, parse_config, read_yaml, shipped
 from mllm_keeplora.errors import UserError, known, several
 
 LEAST = {"name": "x", "base": {"model": "b"}, "benchmark": "m", "strategy": {"name": "keeplora"}}
@@ -171,7 +171,7 @@ def test_a_runtime_change_leaves_what_defines_results_alone():
 
 
 def test_training_settings_of_a_domain_are_compared_without_runtime_keys():
-    defining = result_defining(parse_config(LEAST, origin="test").train)
+    defining = parse_config(LEAST, origin="test").train.result_defining()
     assert "lr" in defining and "workers" not in defining
 
 
