@@ -24,33 +24,35 @@ class PeftBranches:
         self.base = base
         self.peft: Any = None
 
-    def add(self, name: str, A: dict[str, Tensor], alpha: dict[str, float], dropout: float = 0.0) -> None:
-        """Add a branch of the shapes of A, float32 whatever the base is, beside those that run already."""
+    def add(
+        self, name: str, A: dict[str, Tensor], B: dict[str, Tensor], alpha: dict[str, float], dropout: float = 0.0
+    ) -> None:
+        """Add a branch, float32 whatever the base is, beside those that run already; without B it starts at zero."""
         from peft import LoraConfig, PeftModel
 
         if not A:
             return
         ranks = {layer: tensor.shape[0] for layer, tensor in A.items()}
-        settings = peft_settings(ranks, alpha, dropout)
-        config = LoraConfig(**{k: v for k, v in settings.items() if k not in {"peft_type", "inference_mode"}})
+        config = LoraConfig(**peft_settings(ranks, alpha, dropout) | {"inference_mode": False})
         if self.peft is None:
             self.peft = PeftModel(self.base, config, adapter_name=name)
         else:
             self.peft.add_adapter(name, config)
         device = next(self.base.parameters()).device
         for layer in ranks:
-            module = self.module(layer)
+            module = self.base.get_submodule(layer)
             module.lora_A[name].float().to(device)
             module.lora_B[name].float().to(device)
         self.peft.base_model.set_adapter(list(self.peft.peft_config))
+        self.fill(name, A, B)
 
-    def fill(self, name: str, A: dict[str, Tensor], B: dict[str, Tensor] | None) -> None:
-        """Set a branch's factors; None is B = 0."""
+    def fill(self, name: str, A: dict[str, Tensor], B: dict[str, Tensor]) -> None:
+        """Set a branch's factors; an empty B stands for zeros."""
         import torch
 
         for layer, tensor in A.items():
             assign(self.factor(name, "A", layer), tensor)
-            assign(self.factor(name, "B", layer), torch.zeros(()) if B is None else B[layer])
+            assign(self.factor(name, "B", layer), B[layer] if B else torch.zeros(()))
 
     @contextmanager
     def only(self, names: list[str]) -> Iterator[None]:
@@ -75,8 +77,5 @@ class PeftBranches:
             self.peft = None
 
     def factor(self, name: str, part: str, layer: str) -> Any:
-        """A branch's A or B, as a parameter."""
-        return getattr(self.module(layer), f"lora_{part}")[name].weight
-
-    def module(self, layer: str) -> Any:
-        return self.base.get_submodule(layer)
+        """Give a branch's A or B, as a parameter."""
+        return getattr(self.base.get_submodule(layer), f"lora_{part}")[name].weight

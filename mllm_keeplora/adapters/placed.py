@@ -11,7 +11,7 @@ from mllm_keeplora.runs import RunDir, Unit
 
 
 class PlacedModel:
-    """Bring the adapters of a base to the end of a unit. Memory is only a cache of the run directory.
+    """Bring the adapters of a base to the end of a unit; memory is only a cache of the run directory.
 
     Args:
         adapters: of the run's base.
