@@ -6,20 +6,19 @@ Its processor adds a start mark and a line break to any text, so a conversation 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.models.causal.prompt import IGNORED, ChatPrompt
 
 
 class PrefixPrompt(ChatPrompt):
-    """`ChatPrompt` of a base whose `token_type_ids` tell prefix (0) from answer (1).
+    """Encode records for a base whose `token_type_ids` tell prefix (0) from answer (1).
 
     Without them an answer's token would see the ones that follow it while it is learnt.
     """
 
     def training_batch(self, records: Sequence[Record], images: Sequence[list], max_length: int | None) -> dict:
-        """As `ChatPrompt.training_batch`; everything from the first trained token on is causal."""
+        """Make the batch of `ChatPrompt`; everything from the first trained token on is causal."""
         batch = super().training_batch(records, images, max_length)
         batch["token_type_ids"] = (batch["labels"] != IGNORED).int().cummax(dim=1).values.to(batch["input_ids"].dtype)
         return batch
@@ -28,8 +27,7 @@ class PrefixPrompt(ChatPrompt):
         return False
 
     def _process(self, texts: list[str], images: Sequence[list], side: str) -> dict:
-        processor: Any = self.processor
-        mark = processor.image_token
+        processor, mark = self.processor, self.processor.image_token
         widened = [text.replace(mark, mark * processor.image_seq_length) for text in texts]
         batch = dict(
             self.tokenizer(widened, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
