@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.adapters.factors import Branch, Factors, concatenate
+from mllm_keeplora.adapters.factors import Branch, Factors, concatenate, peft_settings
 from mllm_keeplora.adapters.history import (
     PristineWeights,
     add_dense,
@@ -19,7 +19,6 @@ from mllm_keeplora.adapters.history import (
     summed,
     weight_of,
 )
-from mllm_keeplora.adapters.peft_branches import PeftBranches
 from mllm_keeplora.models.partition import assign, copy_of
 from mllm_keeplora.models.running import evaluating
 
@@ -41,10 +40,14 @@ class Adapters:
         history: `merged`, `factors` or `auto`.
         dropout: LoRA dropout of open branches.
         full: names of parameters that train in full beside the branch (the projector's with `projector: full`).
+
+    Attributes:
+        base: the base model itself, whose target layers peft may have wrapped.
+        peft: peft's model around it while a branch is open or the past runs as one; else None.
     """
 
     def __init__(self, base: Base, history: str, dropout: float, full: tuple[str, ...] = ()):
-        self._peft = PeftBranches(base.model)
+        self.base, self.peft = base.model, None
         self.family, self.parts = base.family, base.parts
         self.layers = base.parts.target_layers
         self.mode = choose_history(history, base.model)
@@ -66,16 +69,6 @@ class Adapters:
         return self.base if self.peft is None else self.peft
 
     @property
-    def base(self) -> Any:
-        """The base model itself, whose target layers peft may have wrapped."""
-        return self._peft.base
-
-    @property
-    def peft(self) -> Any:
-        """The model of peft while a branch is open or the past runs as one; else None."""
-        return self._peft.peft
-
-    @property
     def mixer(self) -> Mixer | None:
         """The mixer that weighs the live branches now, trained or restored."""
         return self._mixing.mixer if self._mixing is not None else None
@@ -95,7 +88,8 @@ class Adapters:
         for handle in self._dense:
             handle.remove()
         self._dense = []
-        self._peft.unload()
+        if self.peft is not None:
+            self.base, self.peft = self.peft.unload(), None
 
         self.past, self.past_full, self.past_mixer = list(past), list(past_full), mixer
         self._pristine.shift(self.past_full)
@@ -107,7 +101,7 @@ class Adapters:
         elif self.past:
             together, dense = split_at_break_even(concatenate(self.past))
             self._dense = [add_dense(self.base.get_submodule(layer), delta) for layer, delta in dense.items()]
-            self._peft.add(PAST, together.A, together.B, together.alpha)
+            self._add(PAST, together.A, together.B, together.alpha)
         self._freeze()
 
     def open(self, branch: Branch) -> None:
@@ -124,21 +118,20 @@ class Adapters:
         if mixer is not None:
             self._run_live(mixer, [] if branch.carried else past)
         self.branch = branch
-        self._peft.add(OPEN, branch.A, branch.B, branch.alpha, self.dropout)
+        self._add(OPEN, branch.A, branch.B, branch.alpha, self.dropout)
         if mixer is not None:
             shares, first = mixer.shares or 1, 0 if branch.carried else len(past)
             for layer, rank in branch.ranks.items():
                 self._weigh(OPEN, layer, first, [rank // shares] * shares)
         elif branch.B and not branch.carried:
-            self._peft.add(OFFSET, branch.A, {layer: -B for layer, B in branch.B.items()}, branch.alpha)
+            self._add(OFFSET, branch.A, {layer: -B for layer, B in branch.B.items()}, branch.alpha)
         self._freeze()
 
     def look_at(self, batch: Mapping[str, Tensor]) -> None:
         """Let a mixer weigh live branches by a batch's questions; to be called before the model runs on it."""
-        if self._mixing is not None:
-            from mllm_keeplora.adapters.mixers.mixing import look_at
+        from mllm_keeplora.adapters.mixers.mixing import look_at
 
-            look_at(self.base, batch)
+        look_at(self.base, batch)
 
     def trainable(self) -> dict[str, Any]:
         """Give the parameters that train now, the branch's and those in full, by their name within `model`."""
@@ -161,8 +154,8 @@ class Adapters:
         A, B, alpha = {}, {}, dict(self.branch.alpha)
         trained = "A" in self.branch.train
         for layer, start in self.branch.A.items():
-            B[layer] = copy_of(self._peft.factor(OPEN, "B", layer)).float().cpu()
-            A[layer] = copy_of(self._peft.factor(OPEN, "A", layer)).float().cpu() if trained else start
+            B[layer] = copy_of(self._factor(OPEN, "B", layer)).float().cpu()
+            A[layer] = copy_of(self._factor(OPEN, "A", layer)).float().cpu() if trained else start
             if self.branch.carried or not self.branch.B:
                 continue
             if trained:  # B A - B0 A0 has no common A: both pairs are kept
@@ -186,7 +179,7 @@ class Adapters:
             B = {layer: each[:, : ranks[layer]] for layer, each in B.items()}
         elif self.branch.B and not self.branch.carried:
             B = {layer: each + self.branch.B[layer] for layer, each in B.items()}
-        self._peft.fill(OPEN, A, B)
+        self._fill(OPEN, A, B)
         self._pristine.shift([*self.past_full, full] if full else self.past_full)
 
     def weight(self, layer: str) -> Tensor:
@@ -210,7 +203,7 @@ class Adapters:
         # what is trained in place of the past is set back for the time, and kept beside
         carried, changed = self.branch.carried, [self.base.get_parameter(name) for name in self.full]
         if carried:
-            changed += [self._peft.factor(OPEN, part, layer) for part in "AB" for layer in getattr(self.branch, part)]
+            changed += [self._factor(OPEN, part, layer) for part in "AB" for layer in getattr(self.branch, part)]
         trained = [copy_of(parameter) for parameter in changed]
         self._pristine.shift(self.past_full)
         if carried:
@@ -218,12 +211,22 @@ class Adapters:
                 device = next(self.base.parameters()).device
                 A, B = ({n: each.to(device) for n, each in part.items()} for part in (self.branch.A, self.branch.B))
                 self._start = A, B
-            self._peft.fill(OPEN, *self._start)
+            self._fill(OPEN, *self._start)
+        # the other branches run alone; without any, the base
         others = [name for name in self.peft.peft_config if name not in (OPEN, OFFSET) or carried]
+        trains = {name for name, parameter in self.peft.named_parameters() if parameter.requires_grad}
         try:
-            with evaluating(self.model), self._peft.only(others):
+            if others:
+                self.peft.base_model.set_adapter(others)
+            else:
+                self.peft.base_model.disable_adapter_layers()
+            with evaluating(self.model):
                 yield
         finally:
+            self.peft.base_model.enable_adapter_layers()
+            self.peft.base_model.set_adapter(list(self.peft.peft_config))
+            for name, parameter in self.peft.named_parameters():
+                parameter.requires_grad_(name in trains)
             for parameter, values in zip(changed, trained, strict=True):
                 assign(parameter, values)
 
@@ -249,7 +252,7 @@ class Adapters:
         if not past:
             return
         together = concatenate([factors.unweighted() for factors in past])
-        self._peft.add(PAST, together.A, together.B, together.alpha)
+        self._add(PAST, together.A, together.B, together.alpha)
         for layer in together.A:
             ranks = [factors.A[layer].shape[0] if layer in factors.A else 0 for factors in past]
             if mixer.shares is not None:
@@ -258,6 +261,40 @@ class Adapters:
 
     def _weigh(self, name: str, layer: str, first: int, ranks: list[int]) -> None:
         self._mixing.apply(layer, self.base.get_submodule(layer).lora_A[name], first, ranks)
+
+    def _add(
+        self, name: str, A: dict[str, Tensor], B: dict[str, Tensor], alpha: dict[str, float], dropout: float = 0.0
+    ) -> None:
+        """Add a branch, float32 whatever the base is, beside those that run already; without B it starts at zero."""
+        from peft import LoraConfig, PeftModel
+
+        if not A:
+            return
+        ranks = {layer: tensor.shape[0] for layer, tensor in A.items()}
+        config = LoraConfig(**peft_settings(ranks, alpha, dropout) | {"inference_mode": False})
+        if self.peft is None:
+            self.peft = PeftModel(self.base, config, adapter_name=name)
+        else:
+            self.peft.add_adapter(name, config)
+        device = next(self.base.parameters()).device
+        for layer in A:
+            module = self.base.get_submodule(layer)
+            module.lora_A[name].float().to(device)
+            module.lora_B[name].float().to(device)
+        self.peft.base_model.set_adapter(list(self.peft.peft_config))
+        self._fill(name, A, B)
+
+    def _fill(self, name: str, A: dict[str, Tensor], B: dict[str, Tensor]) -> None:
+        """Set a branch's factors; an empty B stands for zeros."""
+        import torch
+
+        for layer, tensor in A.items():
+            assign(self._factor(name, "A", layer), tensor)
+            assign(self._factor(name, "B", layer), B[layer] if B else torch.zeros(()))
+
+    def _factor(self, name: str, part: str, layer: str) -> Any:
+        """A branch's A or B, as a parameter."""
+        return getattr(self.base.get_submodule(layer), f"lora_{part}")[name].weight
 
     def _freeze(self) -> None:
         """State the plan of what trains, and let nothing else."""

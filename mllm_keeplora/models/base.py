@@ -11,8 +11,7 @@ from mllm_keeplora.config import BaseConfig
 from mllm_keeplora.errors import UserError, first_line, known
 from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.causal.parts import ALL_LINEARS, Parts, expert_weights
-from mllm_keeplora.models.causal.prefix_prompt import PrefixPrompt
-from mllm_keeplora.models.causal.prompt import ChatPrompt
+from mllm_keeplora.models.causal.prompt import ChatPrompt, PrefixPrompt
 from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.fingerprint import identity_of
 from mllm_keeplora.models.shipped import prompt_style, resolve, settings_of
@@ -40,12 +39,9 @@ class Base:
 
 
 def prompt_of(processor: Any, style: str, generation: Any = None) -> ChatPrompt:
-    """Make the prompt of a base.
+    """Make the prompt of a base from its processor and the style that `prompt_style` gives.
 
-    Args:
-        processor: of the base.
-        style: from `prompt_style`.
-        generation: its generation config, which names the tokens that end an answer; None if it has none.
+    Its generation config, if it has one, names the tokens that end an answer.
     """
     ends = getattr(generation, "eos_token_id", None)
     kind = PrefixPrompt if style == "paligemma" else ChatPrompt
@@ -58,8 +54,7 @@ def load_base(
     """Load model and processor; every parameter is frozen and the model is in evaluation mode.
 
     Args:
-        config: the `base` section of a run.
-        projector: `adapters.projector`; with `keeplora` the projector's linear layers are target layers too.
+        config, projector: the `base` section of a run, and `adapters.projector`.
         target: `adapters.target`; empty where nothing is to be adapted.
         known_as: fingerprint of the weights that a run was started with: of a hub's base that revision is loaded.
 

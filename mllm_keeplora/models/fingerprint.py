@@ -10,10 +10,9 @@ from mllm_keeplora.system import files
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the config and, for each weight file, its size and its first and last mebibyte (not the whole)."""
+    """Digest the config and, of each weight file, its size and its first and last mebibyte (not the whole)."""
     total = hashlib.sha256()
-    weights = sorted(folder.glob("*.safetensors"))
-    for path in [folder / "config.json", *weights]:
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         if not path.is_file():
             raise UserError(f"base folder {folder} has no {path.name}")
         files.digest_ends(total, path, path.name)
@@ -21,7 +20,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def identity_of(model: str, location: str, known_as: str | None) -> tuple[str, dict[str, str]]:
-    """Fingerprint of a base, and the arguments that load that revision of it, where it comes from a hub."""
+    """Find a base's fingerprint, and the arguments that load that revision of it from a hub."""
     known_name, _, revision = (known_as or "").partition("@")
     pinned = {"revision": revision} if revision and known_name == location else {}
     identity = fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(location, pinned)

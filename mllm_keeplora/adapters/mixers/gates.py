@@ -64,8 +64,7 @@ class Gates(Mixer):
     """One gate for each branch; the newest can be trained, the earlier ones are fixed.
 
     Args:
-        parts: number of gates.
-        d, width, head: of every gate.
+        parts, d, width, head: number of gates, and what each of them is.
         words: how many of the d features are of words; the others are of pictures.
         rate: learning rate of the gates as a multiple of the run's.
     """

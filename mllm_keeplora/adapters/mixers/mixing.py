@@ -120,7 +120,7 @@ def look_at(model: Any, batch: Mapping[str, Tensor]) -> None:
 
 
 def keep_rows(model: Any) -> Callable[[Tensor], None]:
-    """Give what is to be told which rows of a batch go on, as the answers of the others have ended."""
+    """Give what is to be told which rows of a batch go on where the answers of others have ended."""
     mixer = mixer_of(model)
     return (lambda kept: None) if mixer is None else mixer.keep_rows
 
@@ -128,10 +128,7 @@ def keep_rows(model: Any) -> Callable[[Tensor], None]:
 class Mixing:
     """A mixer in its place within a base model, and the hooks that apply its weights; all gone after `remove`.
 
-    Args:
-        model, family: the base model, not wrapped, and its family.
-        mixer: moved to the model's device.
-        projectors: names of the modules between the towers.
+    The mixer is moved to the model's device; `projectors` are names of the modules between the towers.
     """
 
     def __init__(self, model: Any, mixer: Mixer, family: Family, projectors: Sequence[str]):

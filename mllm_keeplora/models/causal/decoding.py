@@ -37,7 +37,7 @@ def greedy(
     pad: int,
     keep_rows: Callable[[Tensor], None] = lambda kept: None,
 ) -> Decoded:
-    """Most likely tokens after left-padded questions.
+    """Find the most likely tokens after left-padded questions.
 
     `generate` decodes every row until the longest answer is done. Here it is left once a quarter of the rows have
     ended and entered again with the cache of the others.

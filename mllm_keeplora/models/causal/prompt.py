@@ -51,8 +51,7 @@ class ChatPrompt:
     def background(self) -> tuple[int, int, int]:
         """The color around pictures that are padded to squares: the processor's mean, as LLaVA-1.5 takes it."""
         mean = getattr(getattr(self.processor, "image_processor", None), "image_mean", None) or (0.0, 0.0, 0.0)
-        red, green, blue = (int(255 * value) for value in mean)
-        return red, green, blue
+        return tuple(int(255 * value) for value in mean)
 
     def training_batch(self, records: Sequence[Record], images: Sequence[list], max_length: int | None) -> dict:
         """Make right-padded tensors of whole conversations with `labels` (b, t), IGNORED everywhere but on answers.
@@ -187,6 +186,35 @@ class ChatPrompt:
             return_tensors="pt",
         )
         return {key: value for key, value in batch.items() if key != "labels"}
+
+
+class PrefixPrompt(ChatPrompt):
+    """Encode records for PaliGemma: pictures and question are a prefix that attends to itself both ways.
+
+    `token_type_ids` tell prefix (0) from answer (1); without them an answer's token would see the ones that follow it
+    while it is learnt. The processor adds a start mark and a line break to any text, so it is left out here.
+    """
+
+    def training_batch(self, records: Sequence[Record], images: Sequence[list], max_length: int | None) -> dict:
+        """Make the batch of `ChatPrompt`; everything from the first trained token on is causal."""
+        batch = super().training_batch(records, images, max_length)
+        batch["token_type_ids"] = (batch["labels"] != IGNORED).int().cummax(dim=1).values.to(batch["input_ids"].dtype)
+        return batch
+
+    def _adds_marks(self, text: str) -> bool:
+        return False
+
+    def _process(self, texts: list[str], images: Sequence[list], side: str) -> dict:
+        processor, mark = self.processor, self.processor.image_token
+        widened = [text.replace(mark, mark * processor.image_seq_length) for text in texts]
+        batch = dict(
+            self.tokenizer(widened, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
+        )
+        batch["token_type_ids"] = batch["input_ids"].new_zeros(batch["input_ids"].shape)
+        pictures = [picture for each in images for picture in each]
+        if pictures:
+            batch["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return batch
 
 
 def _asked(record: Record) -> int:
