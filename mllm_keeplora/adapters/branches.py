@@ -191,9 +191,8 @@ class Adapters:
 
     def pristine(self, layer: str) -> Tensor:
         """Give the untouched weight (d_out, d_in) of a target layer."""
-        if layer in self._pristine.weights:
-            return self._pristine.weights[layer].whole()
-        return weight_of(self.base.get_submodule(layer))
+        kept = self._pristine.weights.get(layer)
+        return weight_of(self.base.get_submodule(layer)) if kept is None else kept.whole()
 
     @contextmanager
     def closed(self) -> Iterator[None]:

@@ -62,8 +62,7 @@ def merge_for_good(model: Any, history: list[Factors], full: list[dict[str, Tens
 
     Args:
         model: the pristine base, not wrapped and not quantised.
-        history: branches in order.
-        full: deltas of parameters trained in full, in order.
+        history, full: branches, and deltas of parameters trained in full, in order.
     """
     for layer in dict.fromkeys(layer for factors in history for layer in factors.A):
         weight = model.get_submodule(layer).weight
@@ -80,8 +79,7 @@ class PristineWeights:
 
     Args:
         model: the base model, unwrapped.
-        layers: names of the target layers (for `merged`).
-        parameters: names of whole parameters that are trained in full (the projector's, if so configured).
+        layers, parameters: names of the target layers (for `merged`), and of parameters that are trained in full.
     """
 
     def __init__(self, model: Any, layers: tuple[str, ...], parameters: tuple[str, ...]):

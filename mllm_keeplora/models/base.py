@@ -116,8 +116,7 @@ def skeleton(location: str, dtype: Any = None) -> Any:
     """Build the model without its weights: every module in place, on the meta device. Needs the config alone.
 
     Args:
-        location: folder or hub id.
-        dtype: torch dtype of its parameters; None for the checkpoint's.
+        location, dtype: folder or hub id; torch dtype of its parameters, None for the checkpoint's.
 
     Raises:
         OSError: the config is not on this machine.

@@ -65,9 +65,7 @@ def assign(parameter: Parameter, values: Tensor) -> None:
 def answering(model: Module, weights: str) -> Iterator[None]:
     """Have whole weights on every process for an evaluation, or divided ones that are fetched block by block.
 
-    Args:
-        model: what answers.
-        weights: `gathered`, `divided`, or `auto`: gathered where they take less than half of the free memory.
+    `weights` is `gathered`, `divided`, or `auto`: gathered where they take less than half of the free memory.
     """
     if weights == "auto":
         size = sum(math.prod(shape_of(each)) * each.element_size() for each in model.parameters())

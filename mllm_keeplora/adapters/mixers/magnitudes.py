@@ -19,8 +19,7 @@ class Magnitudes(Mixer):
     """Each branch's update of a layer counts magnitude times scale times.
 
     Args:
-        layers: exact names of the target layers.
-        parts: branches, the open one last.
+        layers, parts: exact names of the target layers, and number of branches, the open one last.
         rate: learning rate of the magnitudes as a multiple of the run's.
 
     Attributes:

@@ -141,14 +141,7 @@ class Mixing:
         self._handles = [model.register_forward_pre_hook(mixer.refuse_unseen, with_kwargs=True)]
 
     def apply(self, layer: str, down: Any, first: int, ranks: Sequence[int]) -> None:
-        """Weigh the output of one `lora_A`, (..., sum of ranks).
-
-        Args:
-            layer: exact name of the target layer.
-            down: the module.
-            first: number of the first part that it holds.
-            ranks: rank of each part that it holds, from there on.
-        """
+        """Weigh the output of a layer's `lora_A`, (..., sum of ranks): of the part `first` and those that follow."""
         parts = slice(first, first + len(ranks))
         places = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(down.weight.device)
 

@@ -18,8 +18,7 @@ class Router(Mixer):
     """Choose the nearest domain in whitened features: a linear discriminant with equal priors.
 
     Args:
-        domains, width: how many domains there are, and how many features.
-        pictures: whether they are of pictures too.
+        domains, width, pictures: how many domains and features there are, and whether these are of pictures too.
 
     Attributes:
         whitening: (width, width); whitened features have the identity as their covariance within a domain.

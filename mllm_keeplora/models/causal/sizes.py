@@ -21,8 +21,7 @@ def sizes_of(model: Any, parts: Parts, dtype: torch.dtype, tokens: int = 64) -> 
 
     Args:
         model, parts: the base's skeleton, and its parts.
-        dtype: of the weights in memory.
-        tokens: length of the sequence that is run.
+        dtype, tokens: of the weights in memory; length of the sequence that is run.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

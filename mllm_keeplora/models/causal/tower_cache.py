@@ -17,11 +17,9 @@ DEFAULT_MEBIBYTES = 512  # on a CPU; on a GPU the tower is a small part of a ste
 
 
 class TowerCache:
-    """Stand before a vision tower's `forward` and keep its outputs, least recently used first to go.
+    """Stand before a frozen vision tower's `forward` and keep its outputs, least recently used first to go.
 
-    Args:
-        tower: the frozen vision tower; its `forward` is replaced until `remove`.
-        capacity: bytes that the kept outputs may take.
+    The `forward` is replaced until `remove`; kept outputs take at most `capacity` bytes.
     """
 
     def __init__(self, tower: Any, capacity: int):
@@ -99,14 +97,10 @@ class TowerCache:
 
 
 def cache_tower(base: Any, mebibytes: int | None) -> TowerCache | None:
-    """Keep the outputs of a loaded base's vision tower.
+    """Keep the outputs of a loaded `Base`'s vision tower, of at most so many mebibytes.
 
-    Args:
-        base: a `Base`.
-        mebibytes: how much to keep at most; 0 for nothing, None for 512 on a CPU and nothing on a GPU.
-
-    Returns:
-        The cache, or None where nothing is kept: by choice, or since the tower draws random numbers (dropout).
+    None for these means 512 on a CPU and nothing on a GPU. No cache is made where nothing is to be kept, or where the
+    tower draws random numbers (dropout).
     """
     tower = base.model.get_submodule(base.parts.vision_tower)
     if mebibytes is None:
