@@ -25,7 +25,7 @@ from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.models import load_base
 from mllm_keeplora.models.base import skeleton
-from mllm_keeplora.models.causal.logits import supervised_logits
+from mllm_keeplora.models.causal.losses import supervised_logits
 from mllm_keeplora.models.shipped import resolve_path
 from mllm_keeplora.probes.features import collect_moments
 from mllm_keeplora.probes.gradients import collect_mean_gradients

@@ -27,8 +27,7 @@ from rich.table import Table
 
 from mllm_keeplora.adapters import Adapters, Factors
 from mllm_keeplora.linalg import Basis, gradient_capture, principal_subspace, top_residual_directions
-from mllm_keeplora.models.causal.logits import graph_from_inputs
-from mllm_keeplora.models.causal.losses import per_sample_loss
+from mllm_keeplora.models.causal.losses import graph_from_inputs, per_sample_loss
 from mllm_keeplora.probes.features import shared_inputs
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.probes.plans import EXACT_FEATURES, GradientPlan

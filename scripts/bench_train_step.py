@@ -25,7 +25,7 @@ from mllm_keeplora.adapters import Branch, adapters_for
 from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.models import load_base
-from mllm_keeplora.models.causal.logits import graph_from_inputs, supervised_logits
+from mllm_keeplora.models.causal.losses import graph_from_inputs, supervised_logits
 from mllm_keeplora.training.trainer import answer_loss
 
 RANK = 16

@@ -9,10 +9,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.adapters.dense import DenseDeltas, split_at_break_even
-from mllm_keeplora.adapters.factors import Branch, Factors, concatenate
-from mllm_keeplora.adapters.history import PristineWeights, choose_history, weight_of
-from mllm_keeplora.adapters.peft_branches import PeftBranches
+from mllm_keeplora.adapters.factors import Branch, Factors, concatenate, peft_settings
+from mllm_keeplora.adapters.history import (
+    PristineWeights,
+    add_dense,
+    choose_history,
+    deltas_of,
+    split_at_break_even,
+    summed,
+    weight_of,
+)
 from mllm_keeplora.models.partition import assign, copy_of
 from mllm_keeplora.models.running import evaluating
 
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
     from mllm_keeplora.models import Base
 
 OPEN, PAST, OFFSET = "domain", "history", "offset"
+PREFIX = "base_model.model."  # before a parameter's name where peft wraps the model
 
 
 class Adapters:
@@ -33,10 +40,14 @@ class Adapters:
         history: `merged`, `factors` or `auto`.
         dropout: LoRA dropout of open branches.
         full: names of parameters that train in full beside the branch (the projector's with `projector: full`).
+
+    Attributes:
+        base: the base model itself, whose target layers peft may have wrapped.
+        peft: peft's model around it while a branch is open or the past runs as one; else None.
     """
 
     def __init__(self, base: Base, history: str, dropout: float, full: tuple[str, ...] = ()):
-        self._peft = PeftBranches(base.model)
+        self.base, self.peft = base.model, None
         self.family, self.parts = base.family, base.parts
         self.layers = base.parts.target_layers
         self.mode = choose_history(history, base.model)
@@ -46,10 +57,10 @@ class Adapters:
         self.past: list[Factors] = []
         self.past_full: list[dict[str, Tensor]] = []
         self.past_mixer: Mixer | None = None
-        self._dense: DenseDeltas | None = None
+        self._dense: list[Any] = []  # handles of a past that runs as dense deltas
         self._mixing: Mixing | None = None
         self._trained: dict[str, Any] = {}  # found once for each open branch: strategies ask at every step
-        self._start: tuple[dict[str, Tensor], dict[str, Tensor] | None] | None = None  # A, B as the branch began
+        self._start: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None  # A, B of a carried branch as it began
         self._pristine = PristineWeights(base.model, self.layers if self.mode == "merged" else (), full)
 
     @property
@@ -58,35 +69,39 @@ class Adapters:
         return self.base if self.peft is None else self.peft
 
     @property
-    def base(self) -> Any:
-        """The base model itself, whose target layers peft may have wrapped."""
-        return self._peft.base
-
-    @property
-    def peft(self) -> Any:
-        """peft's model while a branch is open or the past runs as one; else None."""
-        return self._peft.peft
+    def mixer(self) -> Mixer | None:
+        """The mixer that weighs the live branches now, trained or restored."""
+        return self._mixing.mixer if self._mixing is not None else None
 
     def restore(self, past: list[Factors], past_full: list[dict[str, Tensor]], mixer: Mixer | None = None) -> None:
-        """Put the model where it was after `past` (in order); closes an open branch without keeping it.
+        """Put the model where it was after `past` (in order); close an open branch without keeping it.
 
         Args:
             past, past_full: branches, and deltas of parameters trained in full.
             mixer: weighs the branches, which then run live; None where they are summed.
         """
-        self._unload()
+        # take off whatever runs beside the base weights
+        self.branch, self._start = None, None
+        if self._mixing is not None:
+            self._mixing.remove()
+            self._mixing = None
+        for handle in self._dense:
+            handle.remove()
+        self._dense = []
+        if self.peft is not None:
+            self.base, self.peft = self.peft.unload(), None
+
         self.past, self.past_full, self.past_mixer = list(past), list(past_full), mixer
         self._pristine.shift(self.past_full)
         if mixer is not None:
             self._pristine.merge([])
-            self._run_live(mixer)
+            self._run_live(mixer, self.past)
         elif self.mode == "merged":
             self._pristine.merge(self.past)
         elif self.past:
             together, dense = split_at_break_even(concatenate(self.past))
-            self._dense = DenseDeltas(self.base, dense)
-            self._peft.add(PAST, together.A, together.alpha)
-            self._peft.fill(PAST, together.A, together.B)
+            self._dense = [add_dense(self.base.get_submodule(layer), delta) for layer, delta in dense.items()]
+            self._add(PAST, together.A, together.B, together.alpha)
         self._freeze()
 
     def open(self, branch: Branch) -> None:
@@ -96,70 +111,63 @@ class Adapters:
         branch stands in place of the past; beside one with a mixer the past runs live.
         """
         assert self.branch is None, "a branch is open already"
-        past, full, past_mixer = self.past, self.past_full, self.past_mixer
-        if branch.carried or branch.mixer is not None:
+        past, full, past_mixer, mixer = self.past, self.past_full, self.past_mixer, branch.mixer
+        if branch.carried or mixer is not None:
             self.restore([], full)
             self.past, self.past_mixer = past, past_mixer
-        if branch.mixer is not None:
-            self._run_live(branch.mixer, branch)
+        if mixer is not None:
+            self._run_live(mixer, [] if branch.carried else past)
         self.branch = branch
-        self._peft.add(OPEN, branch.A, branch.alpha, self.dropout)
-        self._peft.fill(OPEN, branch.A, branch.B or None)
-        if branch.mixer is not None:
-            self._weigh_open(branch)
+        self._add(OPEN, branch.A, branch.B, branch.alpha, self.dropout)
+        if mixer is not None:
+            shares, first = mixer.shares or 1, 0 if branch.carried else len(past)
+            for layer, rank in branch.ranks.items():
+                self._weigh(OPEN, layer, first, [rank // shares] * shares)
         elif branch.B and not branch.carried:
-            self._peft.add(OFFSET, branch.A, branch.alpha)
-            self._peft.fill(OFFSET, branch.A, {layer: -B for layer, B in branch.B.items()})
+            self._add(OFFSET, branch.A, {layer: -B for layer, B in branch.B.items()}, branch.alpha)
         self._freeze()
 
-    @property
-    def mixer(self) -> Mixer | None:
-        """What weighs the live branches now, trained or restored."""
-        return self._mixing.mixer if self._mixing is not None else None
-
     def look_at(self, batch: Mapping[str, Tensor]) -> None:
-        """To be called before the model runs on a batch: live branches are weighed by its questions."""
-        if self._mixing is not None:
-            from mllm_keeplora.adapters.mixers.mixing import look_at
+        """Let a mixer weigh live branches by a batch's questions; to be called before the model runs on it."""
+        from mllm_keeplora.adapters.mixers.mixing import look_at
 
-            look_at(self.base, batch)
+        look_at(self.base, batch)
 
     def trainable(self) -> dict[str, Any]:
-        """Parameters that train now, by their name within `model`: of the open branch, and those trained in full."""
+        """Give the parameters that train now, the branch's and those in full, by their name within `model`."""
         return dict(self._trained)
 
     def is_full(self, name: str) -> bool:
         """Whether a name of `trainable` is a parameter of the base that is trained in full."""
-        return name.removeprefix("base_model.model.") in self.full
+        return name.removeprefix(PREFIX) in self.full
 
     def rate_of(self, name: str) -> float:
-        """Learning rate of a name of `trainable`, as a multiple of the run's: a mixer may have its own."""
-        is_mixed = self._mixing is not None and name.removeprefix("base_model.model.") in self._mixing.names
+        """Give the learning rate of a name of `trainable` as a multiple of the run's: a mixer may have its own."""
+        is_mixed = self._mixing is not None and name.removeprefix(PREFIX) in self._mixing.names
         return self._mixing.mixer.rate if is_mixed else 1.0
 
     def read(self) -> Factors:
-        """The open branch's factors, copied to float32 on the CPU; a frozen A is the one it was opened with."""
+        """Copy the open branch's factors to float32 on the CPU; a frozen A is the one it was opened with."""
         import torch
 
         assert self.branch is not None, "no branch is open"
         A, B, alpha = {}, {}, dict(self.branch.alpha)
-        for layer in self.branch.A:
-            module = self._peft.module(layer)
-            trained = "A" in self.branch.train
-            B[layer] = copy_of(module.lora_B[OPEN].weight).float().cpu()
-            A[layer] = copy_of(module.lora_A[OPEN].weight).float().cpu() if trained else self.branch.A[layer]
-            if self.branch.carried:
+        trained = "A" in self.branch.train
+        for layer, start in self.branch.A.items():
+            B[layer] = copy_of(self._factor(OPEN, "B", layer)).float().cpu()
+            A[layer] = copy_of(self._factor(OPEN, "A", layer)).float().cpu() if trained else start
+            if self.branch.carried or not self.branch.B:
                 continue
-            if self.branch.B and not trained:
-                B[layer] -= self.branch.B[layer].cpu()
-            elif self.branch.B:  # B A - B0 A0 has no common A: both pairs are kept
-                A[layer] = torch.cat([A[layer], self.branch.A[layer].cpu()])
+            if trained:  # B A - B0 A0 has no common A: both pairs are kept
+                A[layer] = torch.cat([A[layer], start.cpu()])
                 B[layer] = torch.cat([B[layer], -self.branch.B[layer].cpu()], dim=1)
                 alpha[layer] *= 2
+            else:
+                B[layer] -= self.branch.B[layer].cpu()
         return Factors(A, B, alpha)
 
     def read_full(self) -> dict[str, Tensor]:
-        """What was added to the parameters trained in full since the branch was opened."""
+        """Give what was added to the parameters trained in full since the branch was opened."""
         return self._pristine.shifted(self.past_full)
 
     def load(self, factors: Factors, full: dict[str, Tensor]) -> None:
@@ -171,52 +179,55 @@ class Adapters:
             B = {layer: each[:, : ranks[layer]] for layer, each in B.items()}
         elif self.branch.B and not self.branch.carried:
             B = {layer: each + self.branch.B[layer] for layer, each in B.items()}
-        self._peft.fill(OPEN, A, B)
+        self._fill(OPEN, A, B)
         self._pristine.shift([*self.past_full, full] if full else self.past_full)
 
     def weight(self, layer: str) -> Tensor:
-        """Current weight (d_out, d_in) of a target layer: base and past, without any open branch."""
+        """Give the current weight (d_out, d_in) of a target layer: base and past, without any open branch."""
         weight = weight_of(self.base.get_submodule(layer))
-        if self.mode == "factors":
-            for factors in self.past:
-                if layer in factors.A:
-                    weight = weight.detach().float() + factors.delta(layer).to(weight.device)
+        if self.mode == "factors" and any(layer in factors.A for factors in self.past):
+            return summed(weight, deltas_of(layer, self.past))
         return weight
 
     def pristine(self, layer: str) -> Tensor:
-        """Untouched weight (d_out, d_in) of a target layer."""
-        if layer in self._pristine.weights:
-            return self._pristine.weights[layer].whole()
-        return weight_of(self.base.get_submodule(layer))
+        """Give the untouched weight (d_out, d_in) of a target layer."""
+        kept = self._pristine.weights.get(layer)
+        return weight_of(self.base.get_submodule(layer)) if kept is None else kept.whole()
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """The model as it was before the open branch: for teachers. What trains, and how, is the same afterwards."""
+        """Run the model as it was before the open branch, for teachers; what trains is the same afterwards."""
         assert self.branch is not None, "no branch is open"
         assert self._mixing is None, "a model with live branches has no closed state"
-        full = {name: self.base.get_parameter(name) for name in self.full}
-        if self.branch.carried:  # its start is the past
-            for part, start in (("A", self.branch.A), ("B", self.branch.B)):
-                full |= {(part, layer): self._peft.factor(OPEN, part, layer) for layer in start}
-        trained = {key: copy_of(parameter) for key, parameter in full.items()}
+        # what is trained in place of the past is set back for the time, and kept beside
+        carried, changed = self.branch.carried, [self.base.get_parameter(name) for name in self.full]
+        if carried:
+            changed += [self._factor(OPEN, part, layer) for part in "AB" for layer in getattr(self.branch, part)]
+        trained = [copy_of(parameter) for parameter in changed]
         self._pristine.shift(self.past_full)
-        if self.branch.carried:
-            self._peft.fill(OPEN, *self._start_at_hand())
-        others = [name for name in self.peft.peft_config if name not in (OPEN, OFFSET) or self.branch.carried]
+        if carried:
+            if self._start is None:  # on the model's device: a teacher is asked at every micro-batch
+                device = next(self.base.parameters()).device
+                A, B = ({n: each.to(device) for n, each in part.items()} for part in (self.branch.A, self.branch.B))
+                self._start = A, B
+            self._fill(OPEN, *self._start)
+        # the other branches run alone; without any, the base
+        others = [name for name in self.peft.peft_config if name not in (OPEN, OFFSET) or carried]
+        trains = {name for name, parameter in self.peft.named_parameters() if parameter.requires_grad}
         try:
-            with evaluating(self.model), self._peft.only(others):
+            if others:
+                self.peft.base_model.set_adapter(others)
+            else:
+                self.peft.base_model.disable_adapter_layers()
+            with evaluating(self.model):
                 yield
         finally:
-            for key, values in trained.items():
-                assign(full[key], values)
-
-    def _start_at_hand(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """What the open branch began with, on the model's device: a teacher is asked at every micro-batch."""
-        if self._start is None:
-            device, branch = next(self.base.parameters()).device, self.branch
-            A, B = ({layer: values.to(device) for layer, values in each.items()} for each in (branch.A, branch.B))
-            self._start = A, B or None
-        return self._start
+            self.peft.base_model.enable_adapter_layers()
+            self.peft.base_model.set_adapter(list(self.peft.peft_config))
+            for name, parameter in self.peft.named_parameters():
+                parameter.requires_grad_(name in trains)
+            for parameter, values in zip(changed, trained, strict=True):
+                assign(parameter, values)
 
     @contextmanager
     def plan_kept(self) -> Iterator[None]:
@@ -226,66 +237,80 @@ class Adapters:
         self.assert_plan()
 
     def assert_plan(self) -> None:
-        wanted = set(self.trainable())
+        wanted = set(self._trained)
         found = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         assert wanted == found, f"trained but not planned: {sorted(found - wanted)}, missing: {sorted(wanted - found)}"
 
     # -- parts of the above ---------------------------------------------------------------------------------------
 
-    def _run_live(self, mixer: Mixer, branch: Branch | None = None) -> None:
-        """Past branches as one whose rank coordinates the mixer weighs."""
+    def _run_live(self, mixer: Mixer, past: list[Factors]) -> None:
+        """Run past branches as one whose rank coordinates the mixer weighs."""
         from mllm_keeplora.adapters.mixers.mixing import Mixing
 
         self._mixing = Mixing(self.base, mixer, self.family, self.parts.projectors)
-        past = [] if branch is not None and branch.carried else [factors.unweighted() for factors in self.past]
         if not past:
             return
-        together = concatenate(past)
-        self._peft.add(PAST, together.A, together.alpha)
-        self._peft.fill(PAST, together.A, together.B)
+        together = concatenate([factors.unweighted() for factors in past])
+        self._add(PAST, together.A, together.B, together.alpha)
         for layer in together.A:
             ranks = [factors.A[layer].shape[0] if layer in factors.A else 0 for factors in past]
             if mixer.shares is not None:
                 ranks = [sum(ranks) // mixer.shares] * mixer.shares
-            self._mixing.apply(layer, self._peft.module(layer).lora_A[PAST], 0, ranks)
+            self._weigh(PAST, layer, 0, ranks)
 
-    def _weigh_open(self, branch: Branch) -> None:
-        shares = branch.mixer.shares or 1
-        first = 0 if branch.carried else len(self.past)
-        for layer, rank in branch.ranks.items():
-            self._mixing.apply(layer, self._peft.module(layer).lora_A[OPEN], first, [rank // shares] * shares)
+    def _weigh(self, name: str, layer: str, first: int, ranks: list[int]) -> None:
+        self._mixing.apply(layer, self.base.get_submodule(layer).lora_A[name], first, ranks)
 
-    def _planned(self) -> dict[str, Any]:
-        if self.branch is None:
-            return {}
-        mixed = set(self._mixing.names) if self._mixing is not None else set()
-        chosen = {}
-        for name, parameter in self.model.named_parameters():
-            plain = name.removeprefix("base_model.model.")
-            in_branch = any(f".lora_{part}.{OPEN}." in name for part in self.branch.train)
-            if in_branch or plain in self.full or plain in mixed:
-                chosen[name] = parameter
-        return chosen
+    def _add(
+        self, name: str, A: dict[str, Tensor], B: dict[str, Tensor], alpha: dict[str, float], dropout: float = 0.0
+    ) -> None:
+        """Add a branch, float32 whatever the base is, beside those that run already; without B it starts at zero."""
+        from peft import LoraConfig, PeftModel
+
+        if not A:
+            return
+        ranks = {layer: tensor.shape[0] for layer, tensor in A.items()}
+        config = LoraConfig(**peft_settings(ranks, alpha, dropout) | {"inference_mode": False})
+        if self.peft is None:
+            self.peft = PeftModel(self.base, config, adapter_name=name)
+        else:
+            self.peft.add_adapter(name, config)
+        device = next(self.base.parameters()).device
+        for layer in A:
+            module = self.base.get_submodule(layer)
+            module.lora_A[name].float().to(device)
+            module.lora_B[name].float().to(device)
+        self.peft.base_model.set_adapter(list(self.peft.peft_config))
+        self._fill(name, A, B)
+
+    def _fill(self, name: str, A: dict[str, Tensor], B: dict[str, Tensor]) -> None:
+        """Set a branch's factors; an empty B stands for zeros."""
+        import torch
+
+        for layer, tensor in A.items():
+            assign(self._factor(name, "A", layer), tensor)
+            assign(self._factor(name, "B", layer), B[layer] if B else torch.zeros(()))
+
+    def _factor(self, name: str, part: str, layer: str) -> Any:
+        """A branch's A or B, as a parameter."""
+        return getattr(self.base.get_submodule(layer), f"lora_{part}")[name].weight
 
     def _freeze(self) -> None:
-        self._trained = self._planned()
+        """State the plan of what trains, and let nothing else."""
+        chosen, marks, self._trained = set(), [], {}
+        if self.branch is not None:
+            chosen = {*self.full, *(self._mixing.names if self._mixing is not None else ())}
+            marks = [f".lora_{part}.{OPEN}." for part in self.branch.train]
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in self._trained)
+            trains = name.removeprefix(PREFIX) in chosen or any(mark in name for mark in marks)
+            parameter.requires_grad_(trains)
+            if trains:
+                self._trained[name] = parameter
         self.model.eval()  # the Trainer switches to training by itself; everything else answers or probes
-
-    def _unload(self) -> None:
-        self.branch, self._trained, self._start = None, {}, None
-        if self._mixing is not None:
-            self._mixing.remove()
-            self._mixing = None
-        if self._dense is not None:
-            self._dense.remove()
-            self._dense = None
-        self._peft.unload()
 
 
 def adapters_for(base: Base, projector: str, history: str, dropout: float = 0.0) -> Adapters:
-    """Adapters of a loaded base as a run's `adapters` section asks for them; `full` trains the projector itself."""
+    """Make the adapters of a loaded base that a run's `adapters` section asks for; `full` trains the projector."""
     full: tuple[str, ...] = ()
     if projector == "full":
         starts = tuple(f"{projector}." for projector in base.parts.projectors)

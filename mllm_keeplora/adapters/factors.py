@@ -6,7 +6,7 @@ delta weight of a layer = alpha / rank * B A. Knows no strategy; files here are 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ MIXER = "mixer|"
 
 @dataclass
 class Branch:
-    """How a low-rank branch starts: A per layer, its scale, and which of A and B are trained.
+    """The start of a low-rank branch: A per layer, its scale, and which of A and B are trained.
 
     B starts at zero, or at `B[layer]` (d_out, rank), whose product is then taken off the base: opening a branch leaves
     the model's function as it was. `A[layer]` is (rank, d_in) float32; a layer without room for a direction has no
@@ -74,7 +74,7 @@ class Branch:
 
 @dataclass
 class Factors:
-    """A trained branch: A (rank, d_in), B (d_out, rank), both float32 on the CPU, and alpha, per layer.
+    """A trained branch: A (rank, d_in), B (d_out, rank), both float32 on the CPU, and alpha, for each layer.
 
     `weight` is what a later domain made of the branch's share, by layer where it is not 1 (SD-LoRA's magnitudes).
     """
@@ -88,17 +88,15 @@ class Factors:
         return self.alpha[layer] / self.A[layer].shape[0] * self.weight.get(layer, 1.0)
 
     def unweighted(self) -> Factors:
-        """The branch as it was trained."""
+        """Give the branch as it was trained."""
         return Factors(self.A, self.B, self.alpha)
 
     def less(self, other: Factors) -> Factors:
-        """A branch whose delta is this one's less the other's."""
-        return concatenate(
-            [self, Factors(other.A, {layer: -B for layer, B in other.B.items()}, other.alpha, other.weight)]
-        )
+        """Make a branch whose delta is this one's less the other's."""
+        return concatenate([self, replace(other, B={layer: -B for layer, B in other.B.items()})])
 
     def delta(self, layer: str) -> Tensor:
-        """Delta weight (d_out, d_in) in float32."""
+        """Give the delta weight (d_out, d_in) in float32."""
         return self.scaling(layer) * (self.B[layer] @ self.A[layer])
 
     def save(self, folder: Path, dropout: float = 0.0) -> None:
@@ -107,10 +105,8 @@ class Factors:
         Raises:
             RuntimeError: what was read back differs (an empty adapter must never pass for a trained one).
         """
-        tensors = {}
-        for layer in self.A:
-            tensors[f"{PREFIX}{layer}.lora_A.weight"] = self.A[layer]
-            tensors[f"{PREFIX}{layer}.lora_B.weight"] = self.B[layer]
+        tensors = {f"{PREFIX}{layer}.lora_A.weight": A for layer, A in self.A.items()}
+        tensors |= {f"{PREFIX}{layer}.lora_B.weight": B for layer, B in self.B.items()}
         files.write_json(folder / "adapter_config.json", peft_settings(self.ranks, self.alpha, dropout))
         files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
         stored = files.read_tensors(folder / "adapter_model.safetensors")
@@ -133,20 +129,19 @@ class Factors:
 
 
 def concatenate(history: list[Factors]) -> Factors:
-    """All branches as one: ranks add up, every scale is folded into B, so that scaling is 1."""
+    """Join all branches as one: ranks add up, every scale is folded into B, so that scaling is 1."""
     import torch
 
-    layers = list(dict.fromkeys(layer for factors in history for layer in factors.A))
     A, B = {}, {}
-    for layer in layers:
+    for layer in dict.fromkeys(layer for factors in history for layer in factors.A):
         having = [factors for factors in history if layer in factors.A]
         A[layer] = torch.cat([factors.A[layer] for factors in having])
         B[layer] = torch.cat([factors.scaling(layer) * factors.B[layer] for factors in having], dim=1)
-    return Factors(A, B, {layer: float(A[layer].shape[0]) for layer in layers})
+    return Factors(A, B, {layer: float(each.shape[0]) for layer, each in A.items()})
 
 
 def peft_settings(ranks: dict[str, int], alpha: dict[str, float], dropout: float) -> dict:
-    """Content of adapter_config.json: every layer by its exact name, with its own rank and alpha."""
+    """Give the content of adapter_config.json: every layer by its exact name, with its own rank and alpha."""
     return {
         "peft_type": "LORA",
         "r": max(ranks.values(), default=1),

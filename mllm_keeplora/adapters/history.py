@@ -6,6 +6,7 @@ the base weights, because a cast of W + delta to bfloat16 destroys small updates
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters.factors import Factors
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def choose_history(mode: str, model: Any) -> str:
-    """`auto` is `merged` where the compute weights are float32, `factors` otherwise and for quantised weights."""
+    """Resolve `auto`: `merged` where the compute weights are float32 and not quantised, else `factors`."""
     import torch
 
     if mode != "auto":
@@ -26,9 +27,9 @@ def choose_history(mode: str, model: Any) -> str:
 
 
 def weight_of(module: Any) -> Tensor:
-    """Weight (d_out, d_in) of a linear layer, wrapped by peft or not; of a quantised one what it stands for.
+    """Give the weight (d_out, d_in) of a linear layer, wrapped by peft or not; a quantised one is unpacked.
 
-    Where ZeRO-3 divides it, a whole copy (all processes must ask for it at the same time).
+    A weight that ZeRO-3 divides comes as a whole copy, for which all processes must ask at the same time.
     """
     from peft.utils.integrations import dequantize_module_weight
 
@@ -43,27 +44,32 @@ def weight_of(module: Any) -> Tensor:
     return dequantize_module_weight(plain)
 
 
+def summed(start: Tensor, deltas: Iterable[Tensor]) -> Tensor:
+    """Add deltas to a tensor one after the other, in float32."""
+    total = start.detach().float()
+    for delta in deltas:
+        total = total + delta.to(total.device)
+    return total
+
+
+def deltas_of(layer: str, history: list[Factors]) -> Iterator[Tensor]:
+    """Give the delta weights (d_out, d_in) of a layer's branches in order; never all at once, which may be many GB."""
+    return (factors.delta(layer) for factors in history if layer in factors.A)
+
+
 def merge_for_good(model: Any, history: list[Factors], full: list[dict[str, Tensor]]) -> None:
     """Add everything learnt to a model's weights, summed in float32 and cast once; there is no way back.
 
     Args:
         model: the pristine base, not wrapped and not quantised.
-        history: branches in order.
-        full: deltas of parameters trained in full, in order.
+        history, full: branches, and deltas of parameters trained in full, in order.
     """
     for layer in dict.fromkeys(layer for factors in history for layer in factors.A):
         weight = model.get_submodule(layer).weight
-        total = weight.detach().float()
-        for factors in history:
-            if layer in factors.A:
-                total = total + factors.delta(layer).to(total.device)
-        weight.data.copy_(total)
+        weight.data.copy_(summed(weight, deltas_of(layer, history)))
     for name in full[0] if full else ():
         parameter = model.get_parameter(name)
-        total = parameter.detach().float()
-        for deltas in full:
-            total = total + deltas[name].to(total.device)
-        parameter.data.copy_(total)
+        parameter.data.copy_(summed(parameter, (deltas[name] for deltas in full)))
 
 
 class PristineWeights:
@@ -73,8 +79,7 @@ class PristineWeights:
 
     Args:
         model: the base model, unwrapped.
-        layers: names of the target layers (for `merged`).
-        parameters: names of whole parameters that are trained in full (the projector's, if so configured).
+        layers, parameters: names of the target layers (for `merged`), and of parameters that are trained in full.
     """
 
     def __init__(self, model: Any, layers: tuple[str, ...], parameters: tuple[str, ...]):
@@ -85,26 +90,44 @@ class PristineWeights:
     def merge(self, history: list[Factors]) -> None:
         """Set every target weight to pristine + sum of deltas: summed in float32, in order, cast once."""
         for layer, pristine in self.weights.items():
-            total = pristine.whole().float()
-            for factors in history:
-                if layer in factors.A:
-                    total = total + factors.delta(layer).to(total.device)
-            assign(self.model.get_submodule(layer).weight, total)
+            assign(self.model.get_submodule(layer).weight, summed(pristine.whole(), deltas_of(layer, history)))
 
     def shift(self, deltas: list[dict[str, Tensor]]) -> None:
         """Set every fully trained parameter to pristine + sum of its deltas."""
         for name, pristine in self.parameters.items():
-            total = pristine.whole().float()
-            for delta in deltas:
-                total = total + delta[name].to(total.device)
-            assign(self.model.get_parameter(name), total)
+            assign(self.model.get_parameter(name), summed(pristine.whole(), (delta[name] for delta in deltas)))
 
     def shifted(self, before: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What training added to the fully trained parameters beyond `before`: float32 deltas on the CPU."""
+        """Give what training added to the fully trained parameters beyond `before`: float32 deltas on the CPU."""
         deltas = {}
         for name, pristine in self.parameters.items():
-            start = pristine.whole().float()
-            for delta in before:
-                start = start + delta[name].to(start.device)
+            start = summed(pristine.whole(), (delta[name] for delta in before))
             deltas[name] = (copy_of(self.model.get_parameter(name)).float() - start).cpu()
         return deltas
+
+
+def split_at_break_even(past: Factors) -> tuple[Factors, dict[str, Tensor]]:
+    """Part layers whose summed rank is worth its factors from those that a dense float32 delta (d_out, d_in) serves.
+
+    A product by factors costs rank (d_in + d_out), a dense one d_in d_out.
+    """
+    dense, few = {}, []
+    for layer, A in past.A.items():
+        d_in, d_out = A.shape[1], past.B[layer].shape[0]
+        if A.shape[0] * (d_in + d_out) > d_in * d_out:
+            dense[layer] = past.delta(layer)
+        else:
+            few.append(layer)
+    return Factors(*({layer: each[layer] for layer in few} for each in (past.A, past.B, past.alpha))), dense
+
+
+def add_dense(module: Any, delta: Tensor) -> Any:
+    """Add x delta^T, a float32 product, to a linear layer's output; give the handle that takes it off."""
+    import torch.nn.functional as F
+
+    delta = delta.to(module.weight.device)
+
+    def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
+        return output + F.linear(args[0].to(delta.dtype), delta).to(output.dtype)
+
+    return module.register_forward_hook(hook)

@@ -11,12 +11,7 @@ from mllm_keeplora.runs import RunDir, Unit
 
 
 class PlacedModel:
-    """Bring the adapters of a base to the end of a unit. Memory is only a cache of the run directory.
-
-    Args:
-        adapters: of the run's base.
-        run: where units left their factors.
-    """
+    """Bring the adapters of a run's base to the end of a unit; memory is only a cache of the run directory."""
 
     def __init__(self, adapters: Adapters, run: RunDir):
         self.adapters = adapters

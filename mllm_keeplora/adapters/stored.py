@@ -25,12 +25,9 @@ FORGOTTEN = "|forgotten"  # after a layer's name: which of its earlier columns w
 
 @dataclass
 class Past:
-    """What makes a model of the pristine base.
+    """What makes a model of the pristine base: branches and deltas of parameters trained in full, both in order.
 
-    Attributes:
-        factors: branches in order.
-        full: deltas of parameters trained in full, in order.
-        mixer: weighs the branches by the question; None where they are summed.
+    `mixer` weighs the branches by the question; None where they are summed.
     """
 
     factors: list[Factors] = field(default_factory=list)
@@ -38,7 +35,7 @@ class Past:
     mixer: Mixer | None = None
 
     def merged(self, purpose: str) -> tuple[list[Factors], list[dict[str, Tensor]]]:
-        """Branches and deltas, for a purpose that needs one weight for all questions.
+        """Give branches and deltas for a purpose that needs one weight for all questions.
 
         Raises:
             UserError: how the branches combine depends on the question.
@@ -65,7 +62,7 @@ def write_manifest(unit: DomainDir, combine: str, start_from: str, carried: bool
 
 
 def past_of(run: RunDir, units: list[Unit], asked: str | None = None) -> Past:
-    """What makes the model after the given units.
+    """Read what makes the model after the given units.
 
     Args:
         run, units: units in order, from the first.
@@ -75,13 +72,13 @@ def past_of(run: RunDir, units: list[Unit], asked: str | None = None) -> Past:
     Raises:
         UserError: a unit is not finished; each domain has its own branch and `asked` is None.
     """
-    manifest = _manifest(run, units[-1]) if units else {}
-    adapters, projectors = _standing(run, units)
+    manifest, answering = _manifest(run, units[-1]) if units else {}, units
     if manifest.get("combine") == "oracle":
         if asked is None:
             names = ", ".join(name for unit in units for name in unit.domains)
             raise UserError(f"{run.path} answers every domain by a branch of its own; name one with --domain: {names}")
-        adapters, projectors = _standing(run, [unit for unit in units if unit.domains == (asked,)])
+        answering = [unit for unit in units if unit.domains == (asked,)]
+    adapters, projectors = _standing(run, answering)
     past = Past([Factors.load(path) for path in adapters], [files.read_tensors(path) for path in projectors])
     if "mixer" in manifest:
         mixer = load_mixer(run.folder(units[-1]).mixer)
@@ -95,23 +92,23 @@ def is_oracle(run: RunDir, units: list[Unit]) -> bool:
 
 
 def updates_of(run: RunDir, units: list[Unit]) -> list[Factors]:
-    """What each unit added by itself; of a carried branch, or of a sum that is weighed anew, its change."""
+    """Read what each unit added by itself; of a carried branch, or of a sum that is weighed anew, its change."""
     found: list[Factors] = []
     before: Factors | None = None
     for number, unit in enumerate(units):
-        if _manifest(run, unit)["combine"] == "sum":
+        manifest = _manifest(run, unit)
+        if manifest["combine"] == "sum":
             now, earlier = (concatenate(past_of(run, units[:count]).factors) for count in (number + 1, number))
             found.append(now.less(earlier))
-            continue
-        factors = Factors.load(run.folder(unit).adapter)
-        is_carried = _manifest(run, unit).get("carried") and before is not None
-        found.append(factors.less(before) if is_carried else factors)
-        before = factors
+        else:
+            factors = Factors.load(run.folder(unit).adapter)
+            found.append(factors.less(before) if manifest.get("carried") and before is not None else factors)
+            before = factors
     return found
 
 
 def stored_files(run: RunDir, units: list[Unit]) -> dict[str, list[Path]]:
-    """Files that the state after the given units needs: `answering`, and besides that `learning` a further domain.
+    """List the files that the state after some units needs: `answering`, and besides `learning` a further domain.
 
     What only `--after` an earlier unit, or an interrupted one, needs is not among them.
     """
@@ -128,8 +125,7 @@ def stored_files(run: RunDir, units: list[Unit]) -> dict[str, list[Path]]:
 
 def _standing(run: RunDir, units: list[Unit]) -> tuple[list[Path], list[Path]]:
     """Folders of the branches, and files of the projector's deltas, that later units have not replaced; in order."""
-    adapters: list[Path] = []
-    projectors: list[Path] = []
+    adapters, projectors = [], []
     for unit in units:
         folder, manifest = run.folder(unit), _manifest(run, unit)
         if manifest.get("carried"):
@@ -158,8 +154,7 @@ def save_growth(
     """Write how a domain changed each kept basis: the columns that it added, and which earlier ones it gave up.
 
     Args:
-        folder: of the domain.
-        kept: bases after the domain.
+        folder, kept: of the domain, and bases after it.
         before: columns of each before it.
         forgotten: layer -> columns that were given up, counted in the grown basis.
     """
@@ -175,15 +170,13 @@ def save_growth(
 
 
 def parts_of(run: RunDir, units: list[Unit]) -> dict[str, list[int]]:
-    """Columns of every kept basis by who added them: before the first unit, then each unit. Forgotten ones are gone."""
-    return {
-        layer: [owners.count(number) for number in range(len(units) + 1)]
-        for layer, (_, owners) in _kept(run, units).items()
-    }
+    """Count the columns of every kept basis by who added them: before the first unit, then each unit."""
+    owned, numbers = _kept(run, units), range(len(units) + 1)
+    return {layer: [owners.count(number) for number in numbers] for layer, (_, owners) in owned.items()}
 
 
 def kept_of(run: RunDir, units: list[Unit]) -> dict[str, Basis]:
-    """Kept basis of every target layer after the given units: what prepare kept, plus what each unit added."""
+    """Put together the kept basis of every target layer: what prepare kept, plus what each unit added."""
     from mllm_keeplora.linalg import Basis
 
     device = distributed.device()  # the test of orthonormality takes as long as a decomposition

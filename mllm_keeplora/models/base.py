@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.config import BaseConfig
-from mllm_keeplora.errors import UserError, first_line
+from mllm_keeplora.errors import UserError, first_line, known
 from mllm_keeplora.models.causal import CausalFamily
-from mllm_keeplora.models.causal.parts import ALL_LINEARS, Parts, expert_weights, name_parts
-from mllm_keeplora.models.causal.prefix_prompt import PrefixPrompt
-from mllm_keeplora.models.causal.prompt import ChatPrompt
+from mllm_keeplora.models.causal.parts import ALL_LINEARS, Parts, expert_weights
+from mllm_keeplora.models.causal.prompt import ChatPrompt, PrefixPrompt
 from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.fingerprint import identity_of
-from mllm_keeplora.models.shipped import prompt_style, resolve
+from mllm_keeplora.models.shipped import prompt_style, resolve, settings_of
+from mllm_keeplora.system import distributed
 from mllm_keeplora.system.log import log
+
+FAMILIES = {"causal": CausalFamily}  # by the name that a base's YAML gives; made of the base's prompt
 
 
 @dataclass
 class Base:
-    """A loaded base model with its processor, its parts by exact name and the prompt that it was trained with."""
+    """A loaded base model with its processor, its parts by exact name and the family that it belongs to."""
 
     name: str
     model: Any
@@ -37,12 +39,9 @@ class Base:
 
 
 def prompt_of(processor: Any, style: str, generation: Any = None) -> ChatPrompt:
-    """The prompt of a base.
+    """Make the prompt of a base from its processor and the style that `prompt_style` gives.
 
-    Args:
-        processor: of the base.
-        style: from `prompt_style`.
-        generation: its generation config, which names the tokens that end an answer; None if it has none.
+    Its generation config, if it has one, names the tokens that end an answer.
     """
     ends = getattr(generation, "eos_token_id", None)
     kind = PrefixPrompt if style == "paligemma" else ChatPrompt
@@ -55,31 +54,26 @@ def load_base(
     """Load model and processor; every parameter is frozen and the model is in evaluation mode.
 
     Args:
-        config: the `base` section of a run.
-        projector: `adapters.projector`; with `keeplora` the projector's linear layers are target layers too.
+        config, projector: the `base` section of a run, and `adapters.projector`.
         target: `adapters.target`; empty where nothing is to be adapted.
         known_as: fingerprint of the weights that a run was started with: of a hub's base that revision is loaded.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, has other weights, or has no part that must be named.
+        UserError: the checkpoint cannot be loaded, has other weights, has no part that must be named, or belongs to a
+            family that is not known.
     """
+    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    location = resolve(config)
-
+    location, dtype, kind = resolve(config), compute_dtype(config.dtype), _family_of(config)
     refuse_original_llava(config.model, location)
     identity, pinned = identity_of(config.model, location, known_as)
 
     def load(attention: str) -> Any:
-        return AutoModelForImageTextToText.from_pretrained(
-            location,
-            dtype=compute_dtype(config.dtype),
-            attn_implementation=attention,
-            **pinned,
-            **_quantisation(config, location),
-        )
+        settings = {"dtype": dtype, "attn_implementation": attention, **pinned, **_quantisation(config, location)}
+        return AutoModelForImageTextToText.from_pretrained(location, **settings)
 
     try:
         processor = AutoProcessor.from_pretrained(location, **pinned)
@@ -95,44 +89,34 @@ def load_base(
     if config.quantization is not None:
         from peft import prepare_model_for_kbit_training
 
-        _keep_packing(model)
+        # bitsandbytes would repack 4-bit weights in place at the first answer on CPUs with AVX512-BF16: they could not
+        # be read as the base's any more, differ from other machines', and need widths of whole quantisation blocks
+        for module in model.modules():
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.support_avx512bf16_for_cpu = False
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # norms and heads to float32
     model.requires_grad_(False).eval()
-    _onto_gpu(model, config)
-    family = CausalFamily(prompt_of(processor, prompt_style(config), model.generation_config))
-    return Base(config.model, model, processor, family, family.name_parts(model, projector, target), identity)
-
-
-def _onto_gpu(model: Any, config: BaseConfig) -> None:
-    """Where there is one. Beside a base in half precision float32 products, those of branches, are TF32 there."""
-    import torch
-
-    from mllm_keeplora.system import distributed
-
     if torch.cuda.is_available():
-        if compute_dtype(config.dtype).itemsize == 2:
+        if dtype.itemsize == 2:  # float32 products, those of branches, are TF32 beside a base in half precision
             torch.set_float32_matmul_precision("high")
         if config.quantization is None:
             model.to(distributed.device())
+    family = kind(prompt_of(processor, prompt_style(config), model.generation_config))
+    return Base(config.model, model, processor, family, family.name_parts(model, projector, target), identity)
 
 
-def _keep_packing(model: Any) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place at the first answer, as it does on CPUs with AVX512-BF16.
-
-    Repacked weights cannot be read as the base's any more, differ from other machines', and need widths that are
-    multiples of the quantisation block.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
+def _family_of(config: BaseConfig) -> type[Family]:
+    name = settings_of(config.model).get("family", "causal")
+    if name not in FAMILIES:
+        raise UserError(f"family {name!r} is not known; known: {known(FAMILIES)} (YAML of base.model {config.model!r})")
+    return FAMILIES[name]
 
 
 def skeleton(location: str, dtype: Any = None) -> Any:
-    """The model without its weights: every module in place, on the meta device. Needs the config alone.
+    """Build the model without its weights: every module in place, on the meta device. Needs the config alone.
 
     Args:
-        location: folder or hub id.
-        dtype: torch dtype of its parameters; None for the checkpoint's.
+        location, dtype: folder or hub id; torch dtype of its parameters, None for the checkpoint's.
 
     Raises:
         OSError: the config is not on this machine.
@@ -151,28 +135,25 @@ def _quantisation(config: BaseConfig, location: str) -> dict[str, Any]:
         return {}
     from transformers import BitsAndBytesConfig
 
-    from mllm_keeplora.system import distributed
-
     empty = skeleton(location)
-    parts = name_parts(empty, "frozen", ())
+    parts = CausalFamily.name_parts(empty, "frozen", ())
     if experts := expert_weights(empty, parts.language_model):
         raise UserError(
             f"base.quantization {config.quantization!r}: {experts[0]} and {len(experts) - 1} more hold a mixture's "
             "experts in one tensor, which bitsandbytes does not quantise; leave base.quantization out"
         )
     heads = [name for name, module in empty.named_modules() if module is empty.get_output_embeddings()]
+    dtype, skipped = compute_dtype(config.dtype), [parts.vision_tower, *parts.projectors, *heads]
     kinds: dict[str, dict[str, Any]] = {
-        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_compute_dtype": compute_dtype(config.dtype)},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
         "int8": {"load_in_8bit": True},
-    }  # fmt: skip
-    skipped = [parts.vision_tower, parts.mm_projector, *heads]
+    }
     settings = BitsAndBytesConfig(llm_int8_skip_modules=skipped, **kinds[config.quantization])
     return {"quantization_config": settings, "device_map": {"": distributed.device()}}
 
 
 def refuse_original_llava(model: str, location: str) -> None:
-    """Checkpoints of LLaVA's own code share a model type with transformers' LLaVA, but neither names nor format.
+    """Refuse a checkpoint of LLaVA's own code, which shares only its model type with transformers' LLaVA.
 
     Raises:
         UserError: it is one; the converter is named.
@@ -192,7 +173,7 @@ def refuse_original_llava(model: str, location: str) -> None:
 
 
 def compute_dtype(name: str):
-    """`auto` is float32 on a CPU and bfloat16 on a GPU, never float16 (transformers' own auto is the checkpoint's)."""
+    """Resolve `auto`: float32 on a CPU, bfloat16 on a GPU, never float16 (transformers' auto is the checkpoint's)."""
     import torch
 
     if name == "auto":

@@ -27,8 +27,7 @@ class Answer:
     """What a model answered.
 
     Attributes:
-        text: without special tokens and outer spaces.
-        is_cut: it reached the limit without an end.
+        text, is_cut: without special tokens and outer spaces; it reached the limit without an end.
         is_close: another answer was as likely but for rounding, so that other rows of a batch might have tipped it.
     """
 
@@ -125,5 +124,5 @@ def inputs_of(batch: Mapping[str, Tensor]) -> Batch:
 
 
 def mean_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Mean of values (n,) by the row that each belongs to: (count,)."""
+    """Give the mean of values (n,) by the row that each belongs to: (count,)."""
     return values.new_zeros(count).index_add(0, rows, values) / rows.bincount(minlength=count)

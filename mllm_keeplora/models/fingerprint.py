@@ -10,10 +10,9 @@ from mllm_keeplora.system import files
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the config and, for each weight file, its size and its first and last mebibyte (not the whole)."""
+    """Digest the config and, of each weight file, its size and its first and last mebibyte (not the whole)."""
     total = hashlib.sha256()
-    weights = sorted(folder.glob("*.safetensors"))
-    for path in [folder / "config.json", *weights]:
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         if not path.is_file():
             raise UserError(f"base folder {folder} has no {path.name}")
         files.digest_ends(total, path, path.name)
@@ -21,23 +20,21 @@ def fingerprint(folder: Path) -> str:
 
 
 def identity_of(model: str, location: str, known_as: str | None) -> tuple[str, dict[str, str]]:
-    """Fingerprint of a base, and the arguments that load that revision of it, where it comes from a hub."""
+    """Find a base's fingerprint, and the arguments that load that revision of it from a hub."""
     known_name, _, revision = (known_as or "").partition("@")
     pinned = {"revision": revision} if revision and known_name == location else {}
-    identity = fingerprint(Path(location)) if Path(location).is_dir() else _hub_revision(location, pinned)
+    if Path(location).is_dir():
+        identity = fingerprint(Path(location))
+    else:
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        try:
+            commit = extract_commit_hash(cached_file(location, "config.json", **pinned), None)  # the newest, or pinned
+        except OSError as error:
+            raise UserError(f"base.model {location!r} cannot be loaded: {first_line(error)}") from error
+        if commit is None:
+            raise UserError(f"base.model {location!r}: the hub gave no revision, so results could not name their base")
+        identity = f"{location}@{commit}"
     if known_as not in (None, identity):
         raise UserError(f"base.model {model!r} has other weights than those that the run was started with")
     return identity, pinned
-
-
-def _hub_revision(location: str, pinned: dict[str, str]) -> str:
-    """Name of a hub's base and its commit: the newest, or the pinned one."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    try:
-        revision = extract_commit_hash(cached_file(location, "config.json", **pinned), None)
-    except OSError as error:
-        raise UserError(f"base.model {location!r} cannot be loaded: {first_line(error)}") from error
-    if revision is None:
-        raise UserError(f"base.model {location!r}: the hub gave no revision, so results could not name their base")
-    return f"{location}@{revision}"

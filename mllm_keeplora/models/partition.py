@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mllm_keeplora.models.running import removed_afterwards
 from mllm_keeplora.system import distributed
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ def is_partitioned(model: Module) -> bool:
 
 
 def shape_of(parameter: Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, here or divided."""
+    """Give the shape of the whole parameter, here or divided."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextmanager
 def whole(parameters: Iterable[Parameter], edited: bool = False) -> Iterator[None]:
-    """Parameters with all their values; if `edited`, what the main process made of them is what stays."""
+    """Bring all values of parameters here; if `edited`, what the main process made of them is what stays."""
     divided = [each for each in parameters if hasattr(each, "ds_id")]
     if not divided:
         yield
@@ -49,7 +50,7 @@ def whole(parameters: Iterable[Parameter], edited: bool = False) -> Iterator[Non
 
 
 def copy_of(parameter: Parameter) -> Tensor:
-    """All values of a parameter."""
+    """Copy all values of a parameter."""
     with whole([parameter]):
         return parameter.detach().clone()
 
@@ -62,22 +63,21 @@ def assign(parameter: Parameter, values: Tensor) -> None:
 
 @contextmanager
 def answering(model: Module, weights: str) -> Iterator[None]:
-    """For the time of an evaluation: whole weights on every process, or divided ones that are fetched block by block.
+    """Have whole weights on every process for an evaluation, or divided ones that are fetched block by block.
 
-    Args:
-        model: what answers.
-        weights: `gathered`, `divided`, or `auto`: gathered where they take less than half of the free memory.
+    `weights` is `gathered`, `divided`, or `auto`: gathered where they take less than half of the free memory.
     """
     if weights == "auto":
-        weights = "gathered" if _size_of(model) < SHARE_OF_FREE * distributed.free_bytes() else "divided"
-        weights = distributed.from_main(weights)
+        size = sum(math.prod(shape_of(each)) * each.element_size() for each in model.parameters())
+        is_small = size < SHARE_OF_FREE * distributed.free_bytes()
+        weights = distributed.from_main("gathered" if is_small else "divided")
     with whole(model.parameters()) if weights == "gathered" else streamed(model):
         yield
 
 
 def keeps_step(model: Module) -> bool:
     """Whether a forward pass needs every process at once: weights are divided and not here."""
-    return not all(map(_is_here, model.parameters()))
+    return any(hasattr(each, "ds_id") and each.numel() == 0 for each in model.parameters())
 
 
 class Kept:
@@ -104,19 +104,15 @@ def streamed(model: Module) -> Iterator[None]:
         return
     blocks, loose = _divided(model)
     running = _Running()
-    handles = []
-    for block in blocks:
-        handles.append(block.register_forward_pre_hook(running.fetch))
-        handles.append(block.register_forward_hook(running.leave))
+    handles = [block.register_forward_pre_hook(running.fetch) for block in blocks]
+    handles += [block.register_forward_hook(running.leave) for block in blocks]
     _Running.now = True
     try:
-        with whole(loose):
+        with removed_afterwards(handles), whole(loose):
             yield
     finally:
         _Running.now = False
         running.release()
-        for handle in handles:
-            handle.remove()
 
 
 class _Running:
@@ -153,33 +149,18 @@ def _divided(module: Module) -> tuple[list[Module], list[Parameter]]:
 
     A block is a member of a list of modules, or a module with weights of its own and no list below it.
     """
+    from torch.nn import ModuleList
+
     blocks: list[Module] = []
     loose = list(module.parameters(recurse=False))
     for child in module.children():
-        if isinstance(child, _list_type()):
+        has_own = any(True for _ in child.parameters(recurse=False))
+        if isinstance(child, ModuleList):
             blocks.extend(child)
-        elif any(isinstance(each, _list_type()) for each in child.modules()) or not _has_own(child):
+        elif any(isinstance(each, ModuleList) for each in child.modules()) or not has_own:
             inner, beside = _divided(child)
             blocks.extend(inner)
             loose.extend(beside)
         else:
             blocks.append(child)
     return blocks, loose
-
-
-def _list_type() -> type:
-    from torch.nn import ModuleList
-
-    return ModuleList
-
-
-def _has_own(module: Module) -> bool:
-    return next(iter(module.parameters(recurse=False)), None) is not None
-
-
-def _is_here(parameter: Parameter) -> bool:
-    return not hasattr(parameter, "ds_id") or parameter.numel() > 0
-
-
-def _size_of(model: Module) -> int:
-    return sum(math.prod(shape_of(each)) * each.element_size() for each in model.parameters())

@@ -17,7 +17,7 @@ PACKAGE, CACHE = "package:", "cache:"  # what a shipped base's path is relative 
 
 
 def resolve(config: BaseConfig) -> str:
-    """Where the weights are: a folder or a hub id.
+    """Find the weights: a folder or a hub id.
 
     Raises:
         UserError: the name is neither shipped, a folder, nor of the form owner/name; a prompt style that this version
@@ -40,13 +40,13 @@ def resolve(config: BaseConfig) -> str:
 
 
 def resolve_path(model: str) -> str:
-    """Folder or hub id of a base by shipped name, folder or hub id.
+    """Find the folder or hub id of a base by shipped name, folder or hub id.
 
     Raises:
         UserError: it is none of these, or a shipped one that has yet to be made.
     """
-    settings = read_yaml(find_config("models", model)) if model in shipped("models") else {"path": model}
-    location = settings["path"]
+    settings = settings_of(model)
+    location = settings.get("path", model)
     if location.startswith(PACKAGE):
         location = str(resources.files("mllm_keeplora") / location.removeprefix(PACKAGE))
     if location.startswith(CACHE):
@@ -62,20 +62,24 @@ def resolve_path(model: str) -> str:
 
 
 def prompt_style(config: BaseConfig) -> str:
-    """How the base is prompted: as asked for, as its folder or YAML says (also by hub id), else by its own template."""
+    """Say how a base is prompted: as asked for, as its folder or its YAML says, else by its own template."""
     if config.prompt != "auto":
         return config.prompt
     told = Path(config.model) / NOTES
     if told.is_file():
         return files.read_json(told)["prompt"]
-    return _shipped_prompts().get(config.model, "chat_template")
+    return settings_of(config.model).get("prompt", "chat_template")
+
+
+def settings_of(model: str) -> dict[str, str]:
+    """Give what the YAML of a shipped base says, by the base's name or path; nothing of any other base."""
+    return _shipped().get(model, {})
 
 
 @cache
-def _shipped_prompts() -> dict[str, str]:
-    """Prompt styles by the names and by the paths of shipped bases."""
+def _shipped() -> dict[str, dict[str, str]]:
     found = {}
     for name in shipped("models"):
         settings = read_yaml(find_config("models", name))
-        found |= dict.fromkeys((name, settings["path"]), settings.get("prompt", "chat_template"))
+        found |= dict.fromkeys((name, settings["path"]), settings)
     return found

@@ -126,12 +126,12 @@ def test_what_gates_and_routers_see_of_a_question_does_not_depend_on_its_batch(r
     records, collate = conversations(saved, tmp_path)
     if family == "mllama":
         with pytest.raises(UserError, match=r"strategy\.pictures=false"):
-            prompt_features(collate(records), saved.base.model)
+            prompt_features(saved.base.model, collate(records))
         return
-    together = prompt_features(collate(records), saved.base.model)
+    together = prompt_features(saved.base.model, collate(records))
     assert together.shape[1] == sum(feature_sizes(saved.base.model)) and together.isfinite().all()
     for row, record in enumerate(records):
-        assert torch.allclose(prompt_features(collate([record]), saved.base.model)[0], together[row], atol=1e-5)
+        assert torch.allclose(prompt_features(saved.base.model, collate([record]))[0], together[row], atol=1e-5)
 
 
 def test_each_question_is_answered_by_its_own_branch_whatever_its_company(run, tmp_path):
@@ -153,7 +153,7 @@ def test_each_question_is_answered_by_its_own_branch_whatever_its_company(run, t
     saved.placed.leave()  # what the adapters hold now is no state of the run
     if family in TILED:  # not in proportion to image tokens, even where the sums would allow it
         spans = (batch["input_ids"] == saved.base.model.config.image_token_id).sum(dim=1)
-        sizes = rows_by_question(batch, saved.base.model, int(spans.sum()))
+        sizes = rows_by_question(saved.base.model, batch, int(spans.sum()))
         assert len(set((sizes / spans).tolist())) > 1
 
 
@@ -287,6 +287,6 @@ def test_a_hub_base_is_known_by_its_revision(tmp_path):
 
 
 def test_every_family_that_a_shipped_base_belongs_to_is_tried():
-    """`family` in a base's YAML names the tiny model that stands for it here."""
-    families = {name: read_yaml(find_config("models", name)).get("family") for name in shipped("models")}
+    """`architecture` in a base's YAML names the tiny model that stands for it here."""
+    families = {name: read_yaml(find_config("models", name)).get("architecture") for name in shipped("models")}
     assert set(families.values()) <= {*FAMILIES}, families

@@ -12,6 +12,7 @@ from mllm_keeplora.config import load_config, read_yaml, shipped
 from mllm_keeplora.data.loading import GENERATORS, _definition
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SCORERS, UNGRADED
+from mllm_keeplora.models.base import FAMILIES
 from mllm_keeplora.models.causal.templates import STYLES
 from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.sweeps.plan import final_cell, load_sweep, tune_cell
@@ -45,7 +46,8 @@ def test_a_shipped_run_names_what_exists(name):
 def test_a_shipped_model_says_where_it_is(name):
     settings = read_yaml(CONFIGS / "models" / f"{name}.yaml")
     assert isinstance(settings["path"], str)
-    assert settings.keys() <= {"path", "prompt", "family", "made_by"}
+    assert settings.keys() <= {"path", "prompt", "architecture", "family", "made_by"}
+    assert settings.get("family", "causal") in FAMILIES
     assert settings["prompt"] in {"chat_template", *STYLES}
     if settings["path"].startswith("package:"):
         folder = Path(str(resources.files("mllm_keeplora"))) / settings["path"].removeprefix("package:")

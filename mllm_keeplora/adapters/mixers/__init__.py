@@ -23,7 +23,7 @@ MIXERS = {
 
 
 def rebuilt(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Mixer:
-    """The mixer that `Mixer.stored` told of."""
+    """Make the mixer that `Mixer.stored` told of."""
     module, name = MIXERS[facts["kind"]].split(":")
     mixer = getattr(import_module(module), name)(**facts["settings"])
     mixer.load_state_dict(tensors)

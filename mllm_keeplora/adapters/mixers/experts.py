@@ -36,14 +36,14 @@ class Experts(Mixer):
         return {"experts": self.shares, "inputs": self.inputs}
 
     def router(self, layer: str) -> nn.Linear:
-        """The router (experts, d_in) of a target layer."""
+        """Give the router (experts, d_in) of a target layer."""
         return self.routers[_key(layer)]
 
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> None:
-        """Nothing for the question as a whole: every token has weights of its own."""
+        """Find nothing for the question as a whole: every token has weights of its own."""
 
     def of(self, layer: str, x: Tensor) -> Tensor:
-        """Weights (..., experts) that sum to one; x is what `lora_A` gets, LoRA dropout applied."""
+        """Give weights (..., experts) that sum to one; x is what `lora_A` gets, LoRA dropout applied."""
         router = self.router(layer)
         return torch.softmax(router(x.to(router.weight.dtype)).float(), dim=-1)
 

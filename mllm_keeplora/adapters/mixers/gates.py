@@ -21,11 +21,12 @@ COSINE_SCALE = 4.0
 
 
 class Gate(nn.Module):
-    """p_1 = silu(G_1 p_0), p_2 = silu(G_2 p_1), a = |2 sigmoid(b) - 1| with b = G_3 p_2, or 4 times their cosine.
+    """Weigh a question by a small network.
+
+    p_1 = silu(G_1 p_0), p_2 = silu(G_2 p_1), a = |2 sigmoid(b) - 1| with b = G_3 p_2, or 4 times their cosine.
 
     Args:
-        d: size of p_0.
-        width: size of p_1.
+        d, width: sizes of p_0 and p_1.
         head: how b comes about. A cosine limits a to 0.964.
 
     Source: GainLoRA (NeurIPS 2025), section 4; the cosine is that of its code.
@@ -44,13 +45,13 @@ class Gate(nn.Module):
             layer.data = (torch.rand(layer.shape, generator=rng) * 2 - 1) / math.sqrt(layer.shape[1])
 
     def inputs(self, questions: Tensor) -> dict[str, Tensor]:
-        """What each layer receives: p_0 (n, d) as given, p_1 (n, width), p_2 (n, d), float32."""
+        """Give what each layer receives: p_0 (n, d) as given, p_1 (n, width), p_2 (n, d), float32."""
         p_1 = functional.silu(functional.linear(questions, self.down.float()))  # weights may be bf16 under DeepSpeed
         p_2 = functional.silu(functional.linear(p_1, self.up.float()))
         return {"down": questions, "up": p_1, "key": p_2}
 
     def forward(self, questions: Tensor) -> Tensor:
-        """Weights (n,) in [0, 1] of questions p_0 (n, d) float32."""
+        """Give weights (n,) in [0, 1] of questions p_0 (n, d) float32."""
         p_2, key = self.inputs(questions)["key"], self.key.float()
         if self.head == "cosine":
             b = COSINE_SCALE * functional.cosine_similarity(p_2, key)
@@ -63,8 +64,7 @@ class Gates(Mixer):
     """One gate for each branch; the newest can be trained, the earlier ones are fixed.
 
     Args:
-        parts: number of gates.
-        d, width, head: of every gate.
+        parts, d, width, head: number of gates, and what each of them is.
         words: how many of the d features are of words; the others are of pictures.
         rate: learning rate of the gates as a multiple of the run's.
     """
@@ -78,49 +78,46 @@ class Gates(Mixer):
         self.gates[:-1].requires_grad_(False)
 
     def settings(self) -> dict[str, Any]:
-        facts = {"d": self.d, "width": self.width, "head": self.head, "words": self.words, "rate": self.rate}
-        return {"parts": len(self.gates), **facts}
+        names = ("d", "width", "head", "words", "rate")
+        return {"parts": len(self.gates), **{name: getattr(self, name) for name in names}}
 
     @property
     def newest(self) -> Gate:
         return self.gates[-1]
 
     def grown(self) -> Gates:
-        """The same with one gate more, which begins as the newest of these."""
+        """Copy the gates and add one, which begins as the newest of these."""
         found = Gates(**{**self.settings(), "parts": len(self.gates) + 1})
         for new, old in zip(found.gates, [*self.gates, self.newest], strict=True):
             new.load_state_dict(old.state_dict())
         return found
 
     def forward(self, questions: Tensor) -> Tensor:
-        """Weights (n, parts) of questions p_0 (n, d)."""
+        """Give weights (n, parts) of questions p_0 (n, d)."""
         return torch.stack([gate(questions) for gate in self.gates], dim=1)
 
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> Tensor:
-        """(b, parts) float32, the same whatever autocast the model runs under."""
+        """Give weights (b, parts) float32, the same whatever autocast the model runs under."""
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
             features = self.family.question_features(model, batch, pictures=self.words < self.d)
             return self(balanced(features, self.words))
 
 
 def balanced(features: Tensor, words: int) -> Tensor:
-    """Features (n, d) whose part of pictures is as long as that of words, which it would drown otherwise.
+    """Make the pictures' part of features (n, d) as long as that of words, which it would drown otherwise.
 
-    Args:
-        features: words first; pictures zero where there are none.
-        words: how many are of words; all of them leave everything as it is.
+    Words come first, `words` of them; pictures are zero where there are none.
     """
     said, seen = features[:, :words], features[:, words:]
     return torch.cat([said, functional.normalize(seen) * said.norm(dim=1, keepdim=True)], dim=1)
 
 
 def informed_key(key: Tensor, memory: Basis, inputs: MomentAccumulator) -> Tensor | None:
-    """A key outside of the memory that a new domain's questions are heard by; None if all they have is remembered.
+    """Find a key outside of the memory that hears a new domain's questions; None if all of them is remembered.
 
     Args:
         key: (1, d), whose length it takes.
-        memory: of the inputs p_2 of earlier domains.
-        inputs: moments C of the new domain's p_2.
+        memory, inputs: of the inputs p_2 of earlier domains; moments C of the new domain's.
 
     Returns:
         (1, d): the leading left singular vector of (I - M M^T) C.
@@ -132,7 +129,7 @@ def informed_key(key: Tensor, memory: Basis, inputs: MomentAccumulator) -> Tenso
 
 
 def constrained(values: Tensor, before: Tensor, memory: Basis, row_renorm: bool) -> Tensor:
-    """A gate's layer after a step, with its change since `before` taken out of the memory of its inputs.
+    """Take the change of a gate's layer since `before` out of the memory of its inputs.
 
     G_before + (G - G_before) (I - M M^T). Because this keeps what G_before has inside the memory, it does not matter
     whether it is the value before the step or before the domain.

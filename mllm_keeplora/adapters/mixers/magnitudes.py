@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 
 
 class Magnitudes(Mixer):
-    """A branch's update of a layer counts magnitude times scale times.
+    """Each branch's update of a layer counts magnitude times scale times.
 
     Args:
-        layers: exact names of the target layers.
-        parts: branches, the open one last.
+        layers, parts: exact names of the target layers, and number of branches, the open one last.
         rate: learning rate of the magnitudes as a multiple of the run's.
 
     Attributes:
@@ -41,20 +40,20 @@ class Magnitudes(Mixer):
 
     @property
     def magnitudes(self) -> Tensor:
-        """(parts,) float32."""
+        """The trained numbers as they are now, (parts,) float32."""
         return self.start + self.moved.float()
 
     def settings(self) -> dict[str, Any]:
         return {"layers": self.layers, "parts": len(self.start), "rate": self.rate}
 
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> None:
-        """Every question is answered alike."""
+        """Find nothing: every question is answered alike."""
 
     def of(self, layer: str, x: Tensor) -> Tensor:
         return self.magnitudes * self.scales[self._rows[layer]]
 
     def summed(self, past: Past) -> Past:
-        """The branches with their weights in each layer, to be summed or merged."""
+        """Give the branches their weights in each layer, to be summed or merged."""
         weights = (self.magnitudes.detach().unsqueeze(0) * self.scales).cpu()
         assert len(past.factors) == weights.shape[1], f"{len(past.factors)} branches, {weights.shape[1]} magnitudes"
         branches = [

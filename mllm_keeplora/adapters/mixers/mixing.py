@@ -21,7 +21,7 @@ NAME = "branch_mixer"  # the mixer's place within the base model
 
 
 class Mixer(nn.Module):
-    """Weighs the parts of the live branches: one part for each unit of the sequence, or equal shares of one branch.
+    """Weigh the parts of the live branches: one part for each unit of the sequence, or equal shares of one branch.
 
     Its parameters that require a gradient when the branch is opened train with it. The keywords in `settings` (plain
     JSON values) and the state dict together are all that is stored of it.
@@ -31,13 +31,14 @@ class Mixer(nn.Module):
         shares: into how many equal parts a single, carried branch is divided; None where each unit's branch is a part.
         rate: learning rate of its parameters, as a multiple of the run's.
         weights: (b, parts) of the questions last looked at, or (parts,) where all are answered alike.
-        family: of the base that it stands in.
+        family, projectors: of the base that it stands in; beginnings of the names of its projectors' layers.
     """
 
     kind: ClassVar[str]
     shares: int | None = None
     rate: float = 1.0
     family: Family
+    projectors: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,19 +46,18 @@ class Mixer(nn.Module):
         self._asked: Tensor | None = None
         self._rows_of: Callable[[int], Tensor] | None = None
         self._sizes: dict[int, Tensor] = {}  # of so many rows in a projector, those that belong to each question
-        self.projectors: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
-        """Keywords of the constructor."""
-        return {}
+        """Give the keywords of the constructor."""
+        raise NotImplementedError
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Facts and tensors that `mixers.rebuilt` makes it of again."""
+        """Give facts and tensors that `mixers.rebuilt` makes it of again."""
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
         return {"kind": self.kind, "settings": self.settings()}, tensors
 
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> Tensor | None:
-        """Weights of a batch of questions: (b, parts), (parts,), or None where `of` finds them by itself.
+        """Find the weights of a batch of questions: (b, parts), (parts,), or None where `of` finds them by itself.
 
         Args:
             batch: model inputs, with `labels` where there are answers; what is answered must not change the weights.
@@ -66,7 +66,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def of(self, layer: str, x: Tensor) -> Tensor:
-        """Weights of the parts for a layer's input x (..., d_in): to be broadcast over x's rows, (..., parts)."""
+        """Give the weights of the parts for a layer's input x (..., d_in): to be broadcast over its rows."""
         assert self.weights is not None, "a mixer is asked before it has looked at a batch"
         return self.weights if self.weights.ndim == 1 else self._by_row(layer, x.shape[:-1])
 
@@ -82,7 +82,7 @@ class Mixer(nn.Module):
             self.weights = self.weights[rows]
 
     def trained(self) -> tuple[str, ...]:
-        """Names of the parameters that require a gradient."""
+        """Name the parameters that require a gradient."""
         return tuple(name for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def _by_row(self, layer: str, lead: torch.Size) -> Tensor:
@@ -97,7 +97,7 @@ class Mixer(nn.Module):
         return weights.repeat_interleave(rows // len(weights), dim=0).view(*lead, -1)  # questions one behind the other
 
     def refuse_unseen(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the base model: weights of other questions are never used."""
+        """Refuse to run on a batch that was not looked at; a forward pre-hook of the base model."""
         tokens = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if tokens is None or (cache is not None and cache.get_seq_length() > 0):
@@ -107,7 +107,7 @@ class Mixer(nn.Module):
 
 
 def mixer_of(model: Any) -> Mixer | None:
-    """The mixer of a model's live branches, if it has any."""
+    """Find the mixer of a model's live branches, if it has any."""
     return getattr(model, NAME, None)
 
 
@@ -120,19 +120,15 @@ def look_at(model: Any, batch: Mapping[str, Tensor]) -> None:
 
 
 def keep_rows(model: Any) -> Callable[[Tensor], None]:
-    """To be told which rows of a batch go on, as the answers of the others have ended."""
+    """Give what is to be told which rows of a batch go on where the answers of others have ended."""
     mixer = mixer_of(model)
     return (lambda kept: None) if mixer is None else mixer.keep_rows
 
 
 class Mixing:
-    """A mixer in its place within a model, and the hooks that apply its weights; all gone after `remove`.
+    """A mixer in its place within a base model, and the hooks that apply its weights; all gone after `remove`.
 
-    Args:
-        model: the base model, not wrapped.
-        mixer: moved to the model's device.
-        family: of the base.
-        projectors: names of the modules between its towers.
+    The mixer is moved to the model's device; `projectors` are names of the modules between the towers.
     """
 
     def __init__(self, model: Any, mixer: Mixer, family: Family, projectors: Sequence[str]):
@@ -145,19 +141,12 @@ class Mixing:
         self._handles = [model.register_forward_pre_hook(mixer.refuse_unseen, with_kwargs=True)]
 
     def apply(self, layer: str, down: Any, first: int, ranks: Sequence[int]) -> None:
-        """Weigh the output of one `lora_A`, (..., sum of ranks).
-
-        Args:
-            layer: exact name of the target layer.
-            down: the module.
-            first: number of the first part that it holds.
-            ranks: rank of each part that it holds, from there on.
-        """
-        mixer, parts = self.mixer, slice(first, first + len(ranks))
+        """Weigh the output of a layer's `lora_A`, (..., sum of ranks): of the part `first` and those that follow."""
+        parts = slice(first, first + len(ranks))
         places = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(down.weight.device)
 
         def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
-            weights = mixer.of(layer, args[0])[..., parts].index_select(-1, places)
+            weights = self.mixer.of(layer, args[0])[..., parts].index_select(-1, places)
             return output * weights.to(output.dtype)
 
         self._handles.append(down.register_forward_hook(hook))

@@ -15,11 +15,10 @@ from mllm_keeplora.adapters.mixers.mixing import Mixer
 
 
 class Router(Mixer):
-    """Nearest domain in whitened features: a linear discriminant with equal priors.
+    """Choose the nearest domain in whitened features: a linear discriminant with equal priors.
 
     Args:
-        domains, width: how many domains there are, and how many features.
-        pictures: whether they are of pictures too.
+        domains, width, pictures: how many domains and features there are, and whether these are of pictures too.
 
     Attributes:
         whitening: (width, width); whitened features have the identity as their covariance within a domain.
@@ -41,12 +40,12 @@ class Router(Mixer):
         return {"domains": domains, "width": width, "pictures": self.pictures}
 
     def distances(self, features: Tensor) -> Tensor:
-        """Mahalanobis distances (n, domains) of questions, by their features (n, width), to each domain's mean."""
+        """Give the Mahalanobis distances (n, domains) of features (n, width) to each domain's mean."""
         white = features.to(self.whitening) @ self.whitening.mT
         return torch.cdist(white, self.means, compute_mode="donot_use_mm_for_euclid_dist")
 
     def choose(self, features: Tensor) -> Tensor:
-        """Weights (n, domains): one for the nearest domain, none where the question is beyond every domain's limit."""
+        """Give weights (n, domains): one for the nearest domain, none where a question is beyond every limit."""
         distances = self.distances(features)
         nearest = torch.nn.functional.one_hot(distances.argmin(dim=1), distances.shape[1])
         return nearest * (distances <= self.limits).any(dim=1, keepdim=True)

@@ -37,7 +37,7 @@ def greedy(
     pad: int,
     keep_rows: Callable[[Tensor], None] = lambda kept: None,
 ) -> Decoded:
-    """Most likely tokens after left-padded questions.
+    """Find the most likely tokens after left-padded questions.
 
     `generate` decodes every row until the longest answer is done. Here it is left once a quarter of the rows have
     ended and entered again with the cache of the others.
@@ -46,8 +46,7 @@ def greedy(
         model: what answers; a model of transformers or its peft form.
         batch: `input_ids` and `attention_mask` (b, t), with whatever else the processor made.
         max_new_tokens: of one answer, end mark included.
-        ends: ids that end an answer.
-        pad: id behind an end.
+        ends, pad: ids that end an answer, and the one behind an end.
         keep_rows: told which rows (n,) of those that were going go on, before they do.
 
     Returns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -18,30 +18,27 @@ MORE_PROJECTORS = ("visual.deepstack_merger_list",)  # of features from inside t
 
 @dataclass(frozen=True)
 class Parts:
-    """Exact module names within the loaded model."""
+    """Exact module names within the loaded model.
+
+    Attributes:
+        projectors: every module between vision tower and language model, the main one first.
+        language_layers, projector_layers: linear layers that get adapters; the projector's only if `keeplora` says so.
+    """
 
     language_model: str
     vision_tower: str
-    mm_projector: str
+    projectors: tuple[str, ...]
     language_layers: tuple[str, ...]
     projector_layers: tuple[str, ...]
-    more_projectors: tuple[str, ...] = ()
-
-    @property
-    def projectors(self) -> tuple[str, ...]:
-        """Every module between vision tower and language model."""
-        return (self.mm_projector, *self.more_projectors)
 
     @property
     def target_layers(self) -> tuple[str, ...]:
-        """Every linear layer that gets an adapter; the projector's are empty unless its mode is `keeplora`."""
+        """The linear layers that get an adapter."""
         return self.language_layers + self.projector_layers
 
     def depth(self, layer: str) -> int | None:
-        """Index of the transformer layer that a target layer belongs to; None for the projector's."""
-        if layer not in self.language_layers:
-            return None
-        return _block(layer, self.language_model)
+        """Give the index of the transformer layer that a target layer belongs to; None for the projector's."""
+        return _block(layer, self.language_model) if layer in self.language_layers else None
 
 
 def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LINEARS) -> Parts:
@@ -60,7 +57,7 @@ def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LIN
     names = {id(module): name for name, module in model.named_modules()}
     language = names.get(id(model.get_decoder()), "")
     tower = names.get(id(model.get_encoder("image")), "")
-    mm_projector = next(iter(_named(names.values(), PROJECTORS)), "")
+    mm_projector = next(_named(names.values(), PROJECTORS), "")
     for part, name in (("language model", language), ("vision tower", tower), ("projector", mm_projector)):
         if not name:
             raise UserError(f"{type(model).__name__} has no {part} that can be named; it is not a LLaVA-style MLLM")
@@ -70,21 +67,24 @@ def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LIN
         raise UserError(f"the language model {language} of {type(model).__name__} has no linear layer to adapt")
     if target != ALL_LINEARS:
         layers = _chosen(layers, language, target)
-    else:
-        _refuse_experts(model, language)
-    more = _named(names.values(), MORE_PROJECTORS)
-    adapted = (mm_projector, *more) if projector == "keeplora" else ()
+    elif experts := expert_weights(model, language):
+        raise UserError(
+            f"{experts[0]} and {len(experts) - 1} more hold a mixture's experts in one tensor, which gets no adapters; "
+            "name the layers to adapt, e.g. adapters.target=[q_proj, k_proj, v_proj, o_proj], or by patterns (*.q_proj)"
+        )
+    projectors = (mm_projector, *_named(names.values(), MORE_PROJECTORS))
+    adapted = projectors if projector == "keeplora" else ()
     projector_layers = tuple(layer for each in adapted for layer in _linears(model, each))
-    return Parts(language, tower, mm_projector, layers, projector_layers, more)
+    return Parts(language, tower, projectors, layers, projector_layers)
 
 
 def projectors_of(model: Any) -> list[Any]:
-    """The modules that take in what the vision tower gives; of a list of modules each for itself."""
+    """Give the modules that take in what the vision tower gives; of a list of modules each for itself."""
     return [model.get_submodule(name) for name in projector_names(model)]
 
 
 def projector_names(model: Any) -> list[str]:
-    """Exact names of `projectors_of`."""
+    """Give the exact names of `projectors_of`."""
     import torch
 
     modules, found = dict(model.named_modules()), []
@@ -95,10 +95,11 @@ def projector_names(model: Any) -> list[str]:
 
 
 def summary_of(model: Any, parts: Parts) -> list[str]:
-    """One line for each part, with the kinds of target layers, their number and shapes (d_out, d_in)."""
+    """Tell of each part in a line, with the kinds of target layers, their number and shapes (d_out, d_in)."""
 
     def kinds(layers: Sequence[str]) -> str:
-        counts = Counter((layer.rsplit(".", 1)[-1], *_shape(model.get_submodule(layer))) for layer in layers)
+        named = ((layer.rsplit(".", 1)[-1], model.get_submodule(layer)) for layer in layers)
+        counts = Counter((kind, module.out_features, module.in_features) for kind, module in named)
         return ", ".join(f"{count} {kind} {d_out} x {d_in}" for (kind, d_out, d_in), count in counts.items())
 
     return [
@@ -108,8 +109,8 @@ def summary_of(model: Any, parts: Parts) -> list[str]:
     ]
 
 
-def _named(names: Iterable[str], ends: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if any(name == end or name.endswith(f".{end}") for end in ends))
+def _named(names: Iterable[str], ends: tuple[str, ...]) -> Iterator[str]:
+    return (name for name in names if any(f".{name}".endswith(f".{end}") for end in ends))
 
 
 def _linears(model: Any, parent: str) -> tuple[str, ...]:
@@ -120,10 +121,6 @@ def _linears(model: Any, parent: str) -> tuple[str, ...]:
         for name, module in model.get_submodule(parent).named_modules()
         if isinstance(module, torch.nn.Linear)
     )
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    return module.out_features, module.in_features
 
 
 def _chosen(layers: tuple[str, ...], language: str, target: Sequence[str]) -> tuple[str, ...]:
@@ -153,7 +150,7 @@ def _block(layer: str, language: str) -> int | None:
 
 
 def expert_weights(model: Any, language: str) -> list[str]:
-    """Names of weights with three dimensions, other than those of convolutions: a mixture's experts in one tensor."""
+    """Name weights with three dimensions, other than those of convolutions: a mixture's experts in one tensor."""
     from torch.nn.modules.conv import _ConvNd
 
     found = []
@@ -161,12 +158,3 @@ def expert_weights(model: Any, language: str) -> list[str]:
         own = module.named_parameters(recurse=False) if not isinstance(module, _ConvNd) else ()
         found += [".".join(filter(None, (language, name, each))) for each, weight in own if weight.ndim == 3]
     return found
-
-
-def _refuse_experts(model: Any, language: str) -> None:
-    experts = expert_weights(model, language)
-    if experts:
-        raise UserError(
-            f"{experts[0]} and {len(experts) - 1} more hold a mixture's experts in one tensor, which gets no adapters; "
-            "name the layers to adapt, e.g. adapters.target=[q_proj, k_proj, v_proj, o_proj], or by patterns (*.q_proj)"
-        )

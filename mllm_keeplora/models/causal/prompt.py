@@ -24,7 +24,7 @@ REMEMBERED = 1 << 15  # renderings; conversations of a domain share their first 
 
 
 class ChatPrompt:
-    """Encodes records with a processor's own chat template, or in a published style.
+    """Encode records with a processor's own chat template, or in a published style.
 
     Args:
         processor: of the base; its template is replaced where a style is named.
@@ -49,13 +49,12 @@ class ChatPrompt:
 
     @property
     def background(self) -> tuple[int, int, int]:
-        """Colour around pictures that are padded to squares: the processor's mean, as LLaVA-1.5 takes it."""
+        """The color around pictures that are padded to squares: the processor's mean, as LLaVA-1.5 takes it."""
         mean = getattr(getattr(self.processor, "image_processor", None), "image_mean", None) or (0.0, 0.0, 0.0)
-        red, green, blue = (int(255 * value) for value in mean)
-        return red, green, blue
+        return tuple(int(255 * value) for value in mean)
 
     def training_batch(self, records: Sequence[Record], images: Sequence[list], max_length: int | None) -> dict:
-        """Right-padded tensors of whole conversations with `labels` (b, t), IGNORED everywhere but on answers.
+        """Make right-padded tensors of whole conversations with `labels` (b, t), IGNORED everywhere but on answers.
 
         Raises:
             UserError: a record is longer than `max_length` tokens, or has no token that carries loss.
@@ -70,35 +69,33 @@ class ChatPrompt:
             widened = self._widened(record, [picture.size for picture in images[row]], texts[row], length)
             for start, stop in self._answer_spans(record, texts[row], widened):
                 labels[row, start:stop] = batch["input_ids"][row, start:stop]
-        trains = [any(turn.trained for turn in record.turns) for record in records]  # one that fills up does not
         is_silent = (labels == IGNORED).all(dim=1).tolist()
-        silent = [r.origin for r, wanted, none in zip(records, trains, is_silent, strict=True) if wanted and none]
-        if silent:
-            raise UserError(f"{silent[0]}: no token of the answer carries loss; does the chat template fit the base?")
+        for record, is_mute in zip(records, is_silent, strict=True):
+            if is_mute and any(turn.trained for turn in record.turns):  # one that fills up trains nothing
+                raise UserError(
+                    f"{record.origin}: no token of the answer carries loss; does the chat template fit the base?"
+                )
         batch["labels"] = labels
         return batch
 
     def question_batch(
         self, records: Sequence[Record], images: Sequence[list], suffixes: Sequence[str] | None = None
     ) -> dict:
-        """Left-padded tensors of questions, ready for generation; each may have a suffix appended to its text."""
+        """Make left-padded tensors of questions, ready for generation; each may have a suffix appended to its text."""
         ends = suffixes if suffixes is not None else [""] * len(records)
-        texts = [
-            self._render(record, _asked(record), suffix=suffix) for record, suffix in zip(records, ends, strict=True)
-        ]
+        texts = [self._render(record, _asked(record), end) for record, end in zip(records, ends, strict=True)]
         return self._process(texts, images, side="left")
 
     def answers(self, tokens: Any) -> list[str]:
-        """Text of generated tokens (b, new), without special tokens, outer spaces stripped."""
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        """Decode generated tokens (b, new), without special tokens, outer spaces stripped."""
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def length(self, record: Record) -> int:
-        """Text tokens of a question, without image tokens: the key for sorting by length."""
+        """Count the text tokens of a question, without image tokens: the key for sorting by length."""
         return len(self._ids(self._render(record, _asked(record))))
 
     def trained_tokens(self, record: Record) -> int:
-        """How many tokens of a conversation carry loss."""
+        """Count the tokens of a conversation that carry loss."""
         text = self._render(record, len(record.turns))
         return sum(stop - start for start, stop in self._answer_spans(record, text, [0] * len(record.turns)))
 
@@ -109,7 +106,7 @@ class ChatPrompt:
         return all(self.ends.intersection(ids[start:stop]) for start, stop in spans)
 
     def total_tokens(self, record: Record, sizes: Sequence[tuple[int, int]]) -> int:
-        """Tokens of a whole conversation with its images, of which only the sizes (width, height) are needed."""
+        """Count the tokens of a conversation and its images, of which only the sizes (width, height) are needed."""
         text = self._render(record, len(record.turns))
         return len(self._ids(text)) + self._widening(tuple(sizes))
 
@@ -148,7 +145,7 @@ class ChatPrompt:
         An answer is what its turn adds to the rendered text; its tokens are those that cover any of these characters,
         so a space that the tokenizer draws into the answer's first word does not matter.
         """
-        begins, ends = self._bounds(text)
+        _, begins, ends = _encoded(self.tokenizer, text, self._adds_marks(text))
         spans = []
         for turn, each in enumerate(record.turns):
             if each.role != "assistant" or not each.trained:
@@ -174,16 +171,9 @@ class ChatPrompt:
     def _ids(self, text: str) -> Sequence[int]:
         return _encoded(self.tokenizer, text, self._adds_marks(text))[0]
 
-    def _bounds(self, text: str) -> tuple[Sequence[int], Sequence[int]]:
-        """First character and end of every token; marks that the tokenizer adds cover none."""
-        return _encoded(self.tokenizer, text, self._adds_marks(text))[1:]
-
     def _adds_marks(self, text: str) -> bool:
         """Whether the tokenizer shall add its own marks: not where the template has put the first one."""
-        return not self._starts_with_bos(text)
-
-    def _starts_with_bos(self, text: str) -> bool:
-        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def _process(self, texts: list[str], images: Sequence[list], side: str) -> dict:
         pictures = [list(each) for each in images] if any(images) else None
@@ -196,6 +186,35 @@ class ChatPrompt:
             return_tensors="pt",
         )
         return {key: value for key, value in batch.items() if key != "labels"}
+
+
+class PrefixPrompt(ChatPrompt):
+    """Encode records for PaliGemma: pictures and question are a prefix that attends to itself both ways.
+
+    `token_type_ids` tell prefix (0) from answer (1); without them an answer's token would see the ones that follow it
+    while it is learnt. The processor adds a start mark and a line break to any text, so it is left out here.
+    """
+
+    def training_batch(self, records: Sequence[Record], images: Sequence[list], max_length: int | None) -> dict:
+        """Make the batch of `ChatPrompt`; everything from the first trained token on is causal."""
+        batch = super().training_batch(records, images, max_length)
+        batch["token_type_ids"] = (batch["labels"] != IGNORED).int().cummax(dim=1).values.to(batch["input_ids"].dtype)
+        return batch
+
+    def _adds_marks(self, text: str) -> bool:
+        return False
+
+    def _process(self, texts: list[str], images: Sequence[list], side: str) -> dict:
+        processor, mark = self.processor, self.processor.image_token
+        widened = [text.replace(mark, mark * processor.image_seq_length) for text in texts]
+        batch = dict(
+            self.tokenizer(widened, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
+        )
+        batch["token_type_ids"] = batch["input_ids"].new_zeros(batch["input_ids"].shape)
+        pictures = [picture for each in images for picture in each]
+        if pictures:
+            batch["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return batch
 
 
 def _asked(record: Record) -> int:
@@ -221,7 +240,7 @@ def _rendered(processor: Any, turns: tuple[Turn, ...], num_images: int, suffix: 
 
 @lru_cache(REMEMBERED // 4)
 def _encoded(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[array, array, array]:
-    """Ids, first characters and ends of tokens, in arrays: thousands of them are kept."""
+    """Ids, first characters and ends of tokens, in arrays: thousands are kept. Marks that are added cover nothing."""
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     begins, ends, reached = array("i"), array("i"), 0
     for begin, end in encoded["offset_mapping"]:

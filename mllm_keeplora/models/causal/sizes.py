@@ -6,13 +6,14 @@ and no content, and what its graph saves is counted.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.models.causal.parts import Parts
 from mllm_keeplora.models.family import Sizes
 from mllm_keeplora.models.running import removed_afterwards
+
+if TYPE_CHECKING:
+    import torch
 
 
 def sizes_of(model: Any, parts: Parts, dtype: torch.dtype, tokens: int = 64) -> Sizes:
@@ -20,9 +21,9 @@ def sizes_of(model: Any, parts: Parts, dtype: torch.dtype, tokens: int = 64) -> 
 
     Args:
         model, parts: the base's skeleton, and its parts.
-        dtype: of the weights in memory.
-        tokens: length of the sequence that is run.
+        dtype, tokens: of the weights in memory; length of the sequence that is run.
     """
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     decoder = model.get_submodule(parts.language_model)
@@ -41,7 +42,12 @@ def sizes_of(model: Any, parts: Parts, dtype: torch.dtype, tokens: int = 64) -> 
         kept.append(args[0])
         inputs[id(args[0])] = module.in_features
 
-    cached, width = _cached(model, dtype.itemsize), model.get_input_embeddings().embedding_dim
+    # keys and values of every block for a token, by the config's own names, as all families share them
+    text, width = model.config.get_text_config(), model.get_input_embeddings().embedding_dim
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    # the graph: storages that it saves beside the weights, and the distinct inputs of target layers
     handles = [model.get_submodule(name).register_forward_pre_hook(look) for name in parts.language_layers]
     with FakeTensorMode(allow_non_fake_inputs=True), removed_afterwards(handles):
         decoder.to_empty(device="cpu").requires_grad_(False)
@@ -55,13 +61,5 @@ def sizes_of(model: Any, parts: Parts, dtype: torch.dtype, tokens: int = 64) -> 
         blocks=len({parts.depth(name) for name in parts.language_layers}),
         width=width,
         loss=model.get_output_embeddings().out_features * (dtype.itemsize + 2 * 4),  # logits, in float32, gradient
-        cached=cached,
+        cached=2 * text.num_hidden_layers * heads * head * dtype.itemsize,
     )
-
-
-def _cached(model: Any, item: int) -> float:
-    """Keys and values of every block for a token; the config's own names, as all families share them."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width * item

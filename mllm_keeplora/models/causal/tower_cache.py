@@ -17,11 +17,9 @@ DEFAULT_MEBIBYTES = 512  # on a CPU; on a GPU the tower is a small part of a ste
 
 
 class TowerCache:
-    """Stands before a vision tower's `forward` and keeps its outputs, least recently used first to go.
+    """Stand before a frozen vision tower's `forward` and keep its outputs, least recently used first to go.
 
-    Args:
-        tower: the frozen vision tower; its `forward` is replaced until `remove`.
-        capacity: bytes that the kept outputs may take.
+    The `forward` is replaced until `remove`; kept outputs take at most `capacity` bytes.
     """
 
     def __init__(self, tower: Any, capacity: int):
@@ -41,16 +39,24 @@ class TowerCache:
         self.bytes = 0
 
     def forward(self, pixel_values: Any = None, *args: Any, **options: Any) -> Any:
-        """The tower's output for (b, channels, height, width) pixels; anything else goes to the tower as it is."""
+        """Give the tower's output for (b, channels, height, width) pixels; anything else goes to it as it is."""
         import torch
+        from torch.utils import _pytree
 
-        plain = torch.is_tensor(pixel_values) and pixel_values.ndim == 4 and not args
-        if not plain or not all(map(_is_setting, options.values())) or not self._is_frozen():
+        is_plain = torch.is_tensor(pixel_values) and pixel_values.ndim == 4 and not args
+        # what has a place for each picture of a batch, a tensor or a list, is no setting
+        has_settings = all(value is None or isinstance(value, bool | int | str) for value in options.values())
+        # nothing trains and nothing is partitioned: then no process waits for another inside the tower
+        is_busy = any(each.requires_grad or hasattr(each, "ds_id") for each in self.tower.parameters())
+        if not is_plain or not has_settings or is_busy:
             return self._forward(pixel_values, *args, **options)
+
+        # pictures are looked up by their bytes, under all that changes what the tower gives
         device = pixel_values.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         call = (tuple(pixel_values.shape[1:]), pixel_values.dtype, precision, repr(sorted(options.items())))
-        keys = [(call, _digest(row)) for row in pixel_values]
+        rows = (row.contiguous().view(torch.uint8).cpu().numpy() for row in pixel_values)
+        keys = [(call, hashlib.blake2b(row, digest_size=16).digest()) for row in rows]
         found = {key: self._rows[key] for key in keys if key in self._rows}
         missing = {key: position for position, key in enumerate(keys) if key not in found}
         if missing and not self._compute(pixel_values, missing, call, options, found):
@@ -58,7 +64,11 @@ class TowerCache:
         for key in found:
             if key in self._rows:
                 self._rows.move_to_end(key)
-        return _assemble([found[key] for key in keys], *self._specs[call])
+
+        # outputs of single pictures are put together as the tower gives them
+        spec, order = self._specs[call]
+        stacked = [torch.stack(parts) for parts in zip(*(found[key] for key in keys), strict=True)]
+        return _pytree.tree_unflatten([None if place is None else stacked[place] for place in order], spec)
 
     def _compute(self, pixel_values: Tensor, missing: dict, call: tuple, options: dict, found: dict) -> bool:
         """Run the tower over the pictures that are missing; False if its output cannot be told apart by picture."""
@@ -77,32 +87,20 @@ class TowerCache:
             order = list(unique)
             self._specs[call] = (spec, [None if leaf is None else order.index(id(leaf)) for leaf in leaves])
             for row, key in enumerate(keys[start : start + CHUNK]):
-                found[key] = [leaf[row].clone() for leaf in unique.values()]
-                self._store(key, found[key])
+                found[key] = self._rows[key] = [leaf[row].clone() for leaf in unique.values()]
+                self.bytes += sum(tensor.nbytes for tensor in found[key])
+                while self.bytes > self.capacity:
+                    _, oldest = self._rows.popitem(last=False)
+                    self.bytes -= sum(tensor.nbytes for tensor in oldest)
         self.computed += len(keys)
         return True
 
-    def _store(self, key: tuple, tensors: list[Tensor]) -> None:
-        self._rows[key] = tensors
-        self.bytes += sum(tensor.nbytes for tensor in tensors)
-        while self.bytes > self.capacity:
-            _, oldest = self._rows.popitem(last=False)
-            self.bytes -= sum(tensor.nbytes for tensor in oldest)
-
-    def _is_frozen(self) -> bool:
-        """Nothing trains and nothing is partitioned: then no process waits for another inside the tower."""
-        return not any(parameter.requires_grad or hasattr(parameter, "ds_id") for parameter in self.tower.parameters())
-
 
 def cache_tower(base: Any, mebibytes: int | None) -> TowerCache | None:
-    """Keep the outputs of a loaded base's vision tower.
+    """Keep the outputs of a loaded `Base`'s vision tower, of at most so many mebibytes.
 
-    Args:
-        base: a `Base`.
-        mebibytes: how much to keep at most; 0 for nothing, None for 512 on a CPU and nothing on a GPU.
-
-    Returns:
-        The cache, or None where nothing is kept: by choice, or since the tower draws random numbers (dropout).
+    None for these means 512 on a CPU and nothing on a GPU. No cache is made where nothing is to be kept, or where the
+    tower draws random numbers (dropout).
     """
     tower = base.model.get_submodule(base.parts.vision_tower)
     if mebibytes is None:
@@ -110,23 +108,3 @@ def cache_tower(base: Any, mebibytes: int | None) -> TowerCache | None:
     if mebibytes == 0 or any("drop" in name and value for name, value in tower.config.to_dict().items()):
         return None
     return TowerCache(tower, mebibytes << 20)
-
-
-def _is_setting(value: Any) -> bool:
-    """An option that is the same for every picture of a batch: no tensor, no list with a place for each picture."""
-    return value is None or isinstance(value, bool | int | str)
-
-
-def _digest(row: Tensor) -> bytes:
-    import torch
-
-    return hashlib.blake2b(row.contiguous().view(torch.uint8).cpu().numpy(), digest_size=16).digest()
-
-
-def _assemble(rows: list[list[Tensor]], spec: Any, order: list[int | None]) -> Any:
-    """Outputs of single pictures put together as the tower gives them."""
-    import torch
-    from torch.utils import _pytree
-
-    stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
-    return _pytree.tree_unflatten([None if place is None else stacked[place] for place in order], spec)

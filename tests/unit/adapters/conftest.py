@@ -50,7 +50,7 @@ def adapt(base, history="merged", full=()):
 
 
 def projector_parameters(base):
-    return tuple(name for name, _ in base.model.named_parameters() if name.startswith(base.parts.mm_projector))
+    return tuple(name for name, _ in base.model.named_parameters() if name.startswith(base.parts.projectors[0]))
 
 
 def random_shift(base, seed):

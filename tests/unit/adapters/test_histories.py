@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Factors
-from mllm_keeplora.adapters.dense import split_at_break_even
+from mllm_keeplora.adapters.history import split_at_break_even
 from tests.unit.adapters.conftest import (
     ABSENT,
     HISTORIES,

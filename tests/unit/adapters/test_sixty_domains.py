@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_keeplora.adapters import Factors
-from mllm_keeplora.adapters.dense import split_at_break_even
 from mllm_keeplora.adapters.factors import concatenate
+from mllm_keeplora.adapters.history import split_at_break_even
 from mllm_keeplora.linalg import Basis, leak
 from tests.unit.adapters.conftest import adapt
 from tests.unit.conftest import logits_of

@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from mllm_keeplora.adapters import Adapters, Branch, adapters_for
-from mllm_keeplora.models.causal.logits import supervised_logits
+from mllm_keeplora.models.causal.losses import supervised_logits
 from mllm_keeplora.models.family import mean_by_row
 from mllm_keeplora.probes.features import collect_moments
 from mllm_keeplora.probes.gradients import collect_mean_gradients

@@ -13,9 +13,9 @@ from tests.unit.conftest import encode
 
 def test_features_of_a_question_are_the_same_alone_and_in_company(base, tiny_records):
     records = tiny_records["Alpha"][:4]
-    together = prompt_features(encode(base, records), base.model)
+    together = prompt_features(base.model, encode(base, records))
     for row, record in enumerate(records):
-        assert torch.allclose(prompt_features(encode(base, [record]), base.model)[0], together[row], atol=1e-6)
+        assert torch.allclose(prompt_features(base.model, encode(base, [record]))[0], together[row], atol=1e-6)
     assert together.shape == (4, sum(feature_sizes(base.model)))
 
 
@@ -24,8 +24,8 @@ def test_an_answer_does_not_change_them_nor_does_the_side_of_the_padding(base, t
     records = tiny_records["Alpha"][:4]
     asked = [replace(record.first_exchange(), turns=record.turns[:1]) for record in records]
     questions = base.prompt.question_batch(asked, [images_of(r, base.prompt.background) for r in asked], [""] * 4)
-    found = prompt_features(encode(base, records), base.model)
-    assert torch.allclose(prompt_features(questions, base.model), found, atol=1e-6)
+    found = prompt_features(base.model, encode(base, records))
+    assert torch.allclose(prompt_features(base.model, questions), found, atol=1e-6)
 
 
 def test_words_are_the_mean_embedding_of_the_instruction(base, tiny_records):
@@ -35,7 +35,7 @@ def test_words_are_the_mean_embedding_of_the_instruction(base, tiny_records):
     words = [int(t) for t in tokens[:stop] if t != base.model.config.image_token_id and t != 0]
     table = base.model.get_input_embeddings().weight.double()
     wanted = sum(table[t] for t in words) / len(words)
-    assert torch.allclose(prompt_features(batch, base.model, pictures=False)[0].double(), wanted, atol=1e-6)
+    assert torch.allclose(prompt_features(base.model, batch, pictures=False)[0].double(), wanted, atol=1e-6)
 
 
 def test_pictures_go_to_the_questions_that_show_them(base, tiny_records):
@@ -43,12 +43,12 @@ def test_pictures_go_to_the_questions_that_show_them(base, tiny_records):
     mute = replace(first, media=(), turns=(Turn("user", "red ?"), Turn("assistant", "green")))
     both = replace(second, media=(*second.media, *third.media))
     width = feature_sizes(base.model)[0]
-    none, two, one, other = prompt_features(encode(base, [mute, both, second, third]), base.model)[:, width:]
+    none, two, one, other = prompt_features(base.model, encode(base, [mute, both, second, third]))[:, width:]
     assert not none.any() and torch.allclose(two, (one + other) / 2, atol=1e-6) and not torch.allclose(one, other)
 
 
 def test_nothing_that_is_trained_changes_them(base, tiny_records):
     batch = encode(base, tiny_records["Alpha"][:3])
-    before = prompt_features(batch, base.model)
+    before = prompt_features(base.model, batch)
     adapt(base).restore([random_factors(base, 1)], [])
-    assert torch.equal(prompt_features(batch, base.model), before)
+    assert torch.equal(prompt_features(base.model, batch), before)

@@ -7,7 +7,7 @@ import torch
 
 from mllm_keeplora.config import BaseConfig
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.models import load_base
+from mllm_keeplora.models import load_base, shipped
 from mllm_keeplora.models.causal.parts import name_parts, summary_of
 from mllm_keeplora.models.fingerprint import fingerprint
 
@@ -25,7 +25,7 @@ KINDS = (
 def test_parts_of_the_tiny_model_have_exactly_these_names(base):
     assert base.parts.language_model == "model.language_model"
     assert base.parts.vision_tower == "model.vision_tower"
-    assert base.parts.mm_projector == "model.multi_modal_projector"
+    assert base.parts.projectors[0] == "model.multi_modal_projector"
     expected = {f"model.language_model.layers.{number}.{kind}" for number in (0, 1) for kind in KINDS}
     assert set(base.parts.language_layers) == expected and len(base.parts.language_layers) == 14
     assert "lm_head" not in base.parts.target_layers
@@ -130,3 +130,13 @@ def test_fingerprint_changes_with_a_weight(tiny_folder, tmp_path):
 def test_an_unknown_base_is_refused_by_its_name(model):
     with pytest.raises(UserError, match=f"base.model '{model}' is neither a shipped base"):
         load_base(BaseConfig(model=model), "keeplora")
+
+
+@pytest.mark.parametrize("told", [{"family": "causal"}, {}, {"family": "dual"}])
+def test_the_yaml_of_a_base_may_name_its_family(told, tiny_folder, monkeypatch):
+    monkeypatch.setattr(shipped, "_shipped", lambda: {"mine": {"path": str(tiny_folder), **told}})
+    if told.get("family") != "dual":
+        assert type(load_base(BaseConfig(model="mine"), "frozen").family).__name__ == "CausalFamily"
+        return
+    with pytest.raises(UserError, match=r"^family 'dual' is not known; known: causal \(YAML of base.model 'mine'\)$"):
+        load_base(BaseConfig(model="mine"), "frozen")

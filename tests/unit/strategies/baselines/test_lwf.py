@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mllm_keeplora.adapters import Factors
-from mllm_keeplora.models.causal.logits import supervised_logits
+from mllm_keeplora.models.causal.losses import supervised_logits
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.strategies.baselines.lwf import LwF, LwFOptions, distillation
 from mllm_keeplora.strategies.context import Step

@@ -236,7 +236,7 @@ def test_a_question_that_is_rejected_is_answered_by_the_base(taught, mixed):
     adapters.restore([], [])
     plain = logits_of(adapters.model, batch)
     strict = rebuilt(*router.stored())
-    strict.limits.copy_(router.distances(prompt_features(encode(base, mixed), base.model)).min(dim=0).values * 10)
+    strict.limits.copy_(router.distances(prompt_features(base.model, encode(base, mixed))).min(dim=0).values * 10)
     adapters.restore(factors, [], strict)
     adapters.look_at(batch)
     found = logits_of(adapters.model, batch)
