@@ -12,7 +12,7 @@ from mllm_keeplora.adapters import Factors
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.schema import Turn
-from mllm_keeplora.probes.measure import measure_inputs
+from mllm_keeplora.probes.features import measure_inputs
 from mllm_keeplora.runs import Unit
 from mllm_keeplora.strategies.passes import own_batches
 from mllm_keeplora.system import dealing

@@ -31,9 +31,8 @@ class Step:
     Attributes:
         number: optimizer steps that were done before.
         records: of the domain in the step, of all processes; fewer where an epoch ends.
-        optimizer: of the training.
+        optimizer, seed: of the training.
         tokens: mean number of supervised tokens of the step's micro-batches, a scalar tensor; None before `batch`.
-        seed: of the training.
         share: (place, places) of this process's micro-batch among those of all; around a step, of the process.
     """
 
@@ -54,10 +53,10 @@ class Step:
         return [draws.randrange(population) for _ in range(count)][place::places]
 
     def token_mean(self, values: Tensor) -> Tensor:
-        """Mean of an extra loss over supervised tokens, (n,) in this micro-batch: every token of the step counts alike.
+        """Average an extra loss over supervised tokens, (n,) in this micro-batch: every token of the step counts alike.
 
-        As in the task loss, micro-batches and processes with more tokens weigh more. Divided is by the tokens of the
-        training batch, as `batch` left it, whichever tokens the values are of.
+        As in the task loss, micro-batches with more tokens weigh more: the sum is divided by the tokens of the training
+        batch, as `batch` left it, whichever tokens the values are of.
         """
         return values.mean() if self.tokens is None else values.sum() / self.tokens
 
@@ -128,7 +127,7 @@ class Context:
     def log(self, facts: dict[str, Any]) -> None:
         """Enter facts in the run's records: those of a domain in its gradient.json, those of `prepare` in run.json.
 
-        The main process's count, and of one key the last.
+        The main process's facts count, and the last of a key.
         """
         self.facts.update(facts)
 

@@ -6,20 +6,16 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
-
 
 class BufferOptions(StrategyOptions):
-    """`buffer`: records kept, of all domains together. `ratio`: buffered records for each one of a batch."""
-
-    buffer: int = Field(1000, ge=1)
-    ratio: float = Field(1.0, gt=0.0)
+    buffer: int = Field(1000, ge=1)  # records kept, of all domains together
+    ratio: float = Field(1.0, gt=0.0)  # buffered records for each one of a batch
 
 
 class Buffered(Strategy):
@@ -42,7 +38,7 @@ class Buffered(Strategy):
         self.buffer.offer(context.domain.index, len(context.data.records), context.rng)
 
     def drawn(self, step: Step) -> list[tuple[int, int]]:
-        """References for this micro-batch (in `around_step`: this process), which may be none; at least one a step."""
+        """Draw references for this micro-batch (in `around_step`: this process), maybe none; at least one a step."""
         count = max(1, round(self.options.ratio * step.records))
         return [self.buffer.references[place] for place in step.drawn(len(self.buffer), count)]
 

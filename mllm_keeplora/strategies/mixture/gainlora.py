@@ -20,16 +20,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Need, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Need, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 from mllm_keeplora.strategies.mixture.gainlora_options import BASES, GainLoRAOptions, options_of_base
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.adapters.mixers.gates import Gates
     from mllm_keeplora.linalg import Basis, MomentAccumulator
-    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 OF_BASE, OF_MEMORY = "base|", "memory|"
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
+from mllm_keeplora.adapters.mixers import rebuilt
+from mllm_keeplora.strategies.base import Branch, Context, Need, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 if TYPE_CHECKING:
-    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.adapters.mixers.experts import Experts
 
 
@@ -58,8 +58,6 @@ class MoELoRA(Strategy):
         return frozenset({"parameters"})
 
     def before_domain(self, context: Context) -> Branch:
-        from mllm_keeplora.adapters.mixers import rebuilt
-
         branch, last = carried_branch(context, self.options), context.branches.past_mixer
         mixer = self._fresh(context, branch) if last is None else rebuilt(*last.stored())
         return replace(branch, mixer=mixer)

@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 from mllm_keeplora.system.log import log
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.adapters.mixers.router import Router
-    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 HELD_OUT = 4  # one question in so many is not fitted to: it measures how far a domain's own questions lie
 MATRICES = 7  # float64 (d, d) alive at once: scatter of before and now, covariance, mixed, factor, whitening

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Need, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch, Factors
+    from mllm_keeplora.adapters import Factors
 
 
 class SDLoRAOptions(StrategyOptions):

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mllm_keeplora.strategies.base import Context, Need, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Need, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, branch_outside, grow_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.linalg import Basis
-    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 A_PARAMETER = ".lora_A.domain.weight"
 

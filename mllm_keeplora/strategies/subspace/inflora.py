@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.footprint import Footprint, PassSizes, feature_pass
 from mllm_keeplora.strategies.subspace.deciding import decided_features
 from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, branch_outside, grow_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mllm_keeplora.adapters import Branch
 
 
 class InfLoRAOptions(KeptFeatureOptions):

@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Need, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Need, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mllm_keeplora.adapters import Branch
 
 
 class OLoRAOptions(StrategyOptions):
