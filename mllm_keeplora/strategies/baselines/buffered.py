@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from mllm_keeplora.data.reservoir import Reservoir
 from mllm_keeplora.strategies.base import Branch, Context, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
 
@@ -46,8 +47,6 @@ class Buffered(Strategy):
         return {"buffer": self.buffer.state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        from mllm_keeplora.data.reservoir import Reservoir
-
         self.buffer = Reservoir(self.options.buffer)
         if state:
             self.buffer.load(state["buffer"])

@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.linalg import Basis
 
-A_PARAMETER = ".lora_A.domain.weight"
-
 
 class GPMOptions(KeptFeatureOptions):
-    """Nothing is published for LLaVA: the energies are those of the vision benchmarks, rank and alpha plain LoRA's."""
+    """Nothing is published for LLaVA: energies are those of the vision benchmarks, rank and alpha plain LoRA's."""
 
     mode: Literal["post", "grad"] = "post"  # grad is exact for gradient descent without adaptive scaling alone
 
@@ -49,7 +47,7 @@ class GPM(Strategy):
         return frozenset({"gradients"}) if self.options.mode == "grad" else frozenset()
 
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """Kept bases are beside the parameters while these train."""
+        """Estimate kept bases beside the parameters while these train."""
         return {**self.options.footprint(sizes), "train": {"kept bases": sizes.kept_bases()}}
 
     def prepare(self, context: Context) -> None:
@@ -66,16 +64,16 @@ class GPM(Strategy):
             return
         trained = context.branches.trainable()
         if not self._kept:
-            names = {
-                f"base_model.model.{layer}{A_PARAMETER}": kept for layer, kept in context.kept.items() if kept.rank
-            }
-            self._kept = {name: kept.to(trained[name].device) for name, kept in names.items() if name in trained}
+            for layer, kept in context.kept.items():
+                name = f"base_model.model.{layer}.lora_A.domain.weight"
+                if kept.rank and name in trained:
+                    self._kept[name] = kept.to(trained[name].device)
         for name, kept in self._kept.items():
-            parameter = trained[name]
+            gradient = trained[name].grad
             if phase == "post":
                 context.edit_parameter(name, kept.residual)
-            elif parameter.grad is not None:
-                parameter.grad.copy_(kept.residual(parameter.grad))
+            elif gradient is not None:
+                gradient.copy_(kept.residual(gradient))
 
     def after_domain(self, context: Context) -> None:
         self._kept = {}

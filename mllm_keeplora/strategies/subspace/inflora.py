@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class InfLoRAOptions(KeptFeatureOptions):
-    """Published for ImageNet-R; nothing is for LLaVA. The published code has no alpha / rank: scaling 1.
+    """Defaults are published for ImageNet-R; nothing is for LLaVA. The published code has no alpha / rank: scaling 1.
 
     A starts from the singular vectors of the features outside of M, or of their `moments` as in the published code,
     which needs exact statistics.
@@ -59,11 +59,9 @@ class InfLoRA(Strategy):
         return ("B",)
 
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """A feature pass before the domain, and one behind it."""
-        after = self.options.footprint(sizes)
-        exact = self.options.directions == "moments" or self.options.feature_statistic != "sketch"
-        before = feature_pass(sizes, "exact" if exact else "sketch", self.options.feature_sketch_size)
-        return {**after, "gradient": before}
+        """Estimate a feature pass before the domain, and one behind it."""
+        plan = self.options.feature_plan(exact=self.options.directions == "moments")
+        return {**self.options.footprint(sizes), "gradient": feature_pass(sizes, plan.statistic, plan.size)}
 
     def prepare(self, context: Context) -> None:
         begin_kept(context)

@@ -45,9 +45,7 @@ class KeepLoRAOptions(StrategyOptions):
 
     grad_samples: Samples = 512
     gradient_statistic: Statistic = "auto"
-    sketch_width: int | None = Field(
-        None, ge=1, description="columns of a gradient sketch; null = 3 times the rank, 8 times along random directions"
-    )
+    sketch_width: int | None = Field(None, ge=1)  # columns; null = 3 times the rank, 8 times along random directions
     sketch_directions: Literal["following", "random"] = "following"
     a_init: Literal["gradient", "random_complement", "random"] = "gradient"
     a_init_svd: Literal["exact", "randomized"] = "exact"
