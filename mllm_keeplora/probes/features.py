@@ -71,10 +71,8 @@ def collect_moments(
 
     for batch in chain(() if first is None else (first,), batches):
         rows = ChosenRows(family.token_kinds(model, batch), plan)
-        hooks = [
-            module.register_forward_pre_hook(partial(add, name, rows))
-            for name, module in counted(layers, batch).items()
-        ]
+        modules = counted(layers, batch).items()
+        hooks = [module.register_forward_pre_hook(partial(add, name, rows)) for name, module in modules]
         with removed_afterwards(hooks), looking(family, model):
             model(**inputs_of(batch))
         latest.clear()
@@ -131,9 +129,8 @@ def measure_inputs(
 
     for batch in batches:
         rows = ChosenRows(family.token_kinds(model, batch), EXACT_FEATURES)
-        hooks = [
-            module.register_forward_hook(partial(add, name, rows)) for name, module in counted(layers, batch).items()
-        ]
+        modules = counted(layers, batch).items()
+        hooks = [module.register_forward_hook(partial(add, name, rows)) for name, module in modules]
         with removed_afterwards(hooks), looking(family, model):
             model(**inputs_of(batch))
     distributed.all_reduce(sums.values())

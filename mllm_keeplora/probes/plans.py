@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mllm_keeplora.linalg import FrequentDirections, GradientAccumulator, GradientSketch, MomentAccumulator
 
     Features = dict[str, MomentAccumulator | FrequentDirections]  # statistics of inputs by layer
-    Gradients = dict[str, GradientAccumulator | GradientSketch]  # mean gradients by layer
+    Gradient = GradientAccumulator | GradientSketch
+    Gradients = dict[str, Gradient]  # mean gradients by layer
 
 Statistic = Literal["auto", "exact", "sketch"]
 FLOAT32 = 4  # bytes
@@ -28,7 +29,7 @@ MOST_PASSES = 8  # over the records, for exact moments that do not fit all at on
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """How mean gradients are summed: `exact` (d_out, d_in), as `sketch` of `width` columns, or `auto` by memory.
+    """Sum mean gradients as `exact` (d_out, d_in), as `sketch` of `width` columns, or `auto` by memory.
 
     A sketch is taken only where it is smaller than the gradient. `following` lets its directions follow the gradient,
     which captures more but depends a little on the batches; otherwise they are random and fixed. `memory_gb` None: a
@@ -46,9 +47,7 @@ class GradientPlan:
         needed = FLOAT32 * sum(d_out * d_in for d_out, d_in in sizes.values())
         return _is_exact("gradients", self.statistic, needed, self.memory_gb)
 
-    def accumulator(
-        self, d_out: int, d_in: int, exact: bool, device: torch.device
-    ) -> GradientAccumulator | GradientSketch:
+    def accumulator(self, d_out: int, d_in: int, exact: bool, device: torch.device) -> Gradient:
         """Make a sketch, or an exact sum where that is smaller or wanted."""
         from mllm_keeplora.linalg import GradientAccumulator, GradientRange, GradientSketch
 
@@ -60,7 +59,7 @@ class GradientPlan:
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """How features are summed: `exact` moments (d_in, d_in), `sketch` of `size` rows (Frequent Directions), or `auto`.
+    """Sum features as `exact` moments (d_in, d_in), `sketch` of `size` rows (Frequent Directions), or `auto`.
 
     `auto` is exact where that fits into `memory_gb` (None: a quarter of what is free), all layers at once or some in
     each of a few passes; else a sketch.

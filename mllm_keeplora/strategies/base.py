@@ -32,7 +32,7 @@ Need = Literal["gradients", "parameters", "forwards"]
 
 
 class StrategyOptions(BaseModel):
-    """Options that every strategy has; its own model extends them. Unknown keys are refused."""
+    """These options every strategy has; its own model extends them. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     rank: int = Field(16, ge=1)
@@ -45,7 +45,7 @@ class StrategyOptions(BaseModel):
 
 
 class Strategy:
-    """Base of all strategies. `stream` and the other declarations tell the sequence how to drive it.
+    """A strategy derives from this class. `stream` and the other declarations tell the sequence how to drive it.
 
     A run may be killed and continued anywhere, by a new object. What a hook leaves in an attribute lasts so far:
 
@@ -68,7 +68,7 @@ class Strategy:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The needs for which a run is refused, as DeepSpeed takes away what they name.
+        """The needs for which a run is refused, as DeepSpeed takes away what they name; a class may simply state them.
 
         `gradients`: whole ones between backward and step (no DeepSpeed at all). `parameters`: whole trained ones
         outside of the model's forward (no ZeRO-3). `forwards`: of its own, more in one process than in another (no

@@ -26,7 +26,7 @@ S, T = TypeVar("S"), TypeVar("T")
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of a training, as one of its micro-batches sees it.
+    """A step tells a micro-batch of a training which optimizer step it belongs to.
 
     Attributes:
         number: optimizer steps that were done before.
@@ -62,11 +62,10 @@ class Step:
 
 
 class Context:
-    """One domain as a strategy sees it: its layers, its data, passes over it, and the processes of the run.
+    """A context is a domain as a strategy sees it: layers, data, passes over it, and the processes of the run.
 
     Args:
-        base: the loaded base model.
-        branches: its adapters.
+        base, branches: the loaded base model and its adapters.
         kept: kept basis of every target layer, shared over the domains.
         domain: place and name; index -1 before the first domain.
         records: training records of the domain.
@@ -133,7 +132,7 @@ class Context:
 
 
 class Layers:
-    """Target layers by exact module name."""
+    """These layers are the targets, by exact module name."""
 
     def __init__(self, base: Base, branches: Adapters, passes: Passes):
         self.base, self.branches, self.passes = base, branches, passes
@@ -157,7 +156,7 @@ class Layers:
 
 
 class Processes:
-    """What several processes do together; one process is the identity."""
+    """Processes do these things together; one process is the identity."""
 
     def __init__(self, layers: Layers):
         self.layers = layers

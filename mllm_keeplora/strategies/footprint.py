@@ -17,7 +17,7 @@ SKETCH = 3  # sketch columns for each direction wanted, where the options name n
 
 @dataclass(frozen=True)
 class PassSizes:
-    """The sizes of a run, from the base's skeleton before a weight is loaded."""
+    """Sizes of a run come from the base's skeleton before a weight is loaded."""
 
     base: Sizes  # what the base takes for each token
     layers: tuple[tuple[int, int], ...]  # (d_out, d_in) of every target layer

@@ -31,7 +31,7 @@ Reference = tuple[int, int]  # a training record: place of its domain, its numbe
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """The domain being learnt: its 0-based place in the sequence, its name, and how many the run has so far."""
+    """Name the domain being learnt, with its 0-based place in the sequence, and how many the run has so far."""
 
     index: int
     name: str
@@ -40,7 +40,7 @@ class DomainInfo:
 
 @dataclass
 class Sources:
-    """Where records are that the domain itself does not have."""
+    """Sources give records that the domain itself does not have."""
 
     anchors: Callable[[str], Sequence[Record]] | None = None  # records of an anchor set by its name
     trained: Callable[[str], Sequence[Record]] | None = None  # training records of a domain by its name
@@ -56,7 +56,7 @@ class Sources:
 
 @dataclass
 class Data:
-    """Training records of a domain and, by reference, of earlier ones."""
+    """Give training records of a domain and, by reference, of earlier ones."""
 
     base: Base
     domain: DomainInfo
@@ -103,7 +103,7 @@ def own_batches(
 
 @dataclass
 class Passes:
-    """Runs of the model over records, of which each process has its share.
+    """Run the model over records, of which each process has its share.
 
     `samples` are so many records of the domain, or that share of them, evenly spaced.
     """

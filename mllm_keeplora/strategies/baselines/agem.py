@@ -19,23 +19,20 @@ from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 
 class AGEMOptions(BufferOptions):
-    """`buffer`: records kept, of all domains together; published are 13 for each of 85 classes, near a thousand.
+    """The published buffer holds 13 records for each of 85 classes, near a thousand.
 
-    `ratio`: records of the reference for each one of the batch. Published are 256 beside batches of 10, for small
-    networks; 1 keeps a step at about twice the cost.
+    A published reference has 256 records beside batches of 10, for small networks; a `ratio` of 1 keeps a step at about
+    twice the cost.
     """
 
 
 class AGEM(Buffered):
-    """Stores what `Buffered` does."""
+    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are."""
 
     Options: ClassVar[type[StrategyOptions]] = AGEMOptions
     joins_domains: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
     options: AGEMOptions
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"gradients"})
 
     def footprint(self, sizes: PassSizes) -> Footprint:
         """Estimate the graph: the reference gradient takes as many records at a time as a data pass does."""

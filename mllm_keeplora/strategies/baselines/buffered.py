@@ -20,11 +20,7 @@ class BufferOptions(StrategyOptions):
 
 
 class Buffered(Strategy):
-    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are.
-
-    Each domain's records are offered to the buffer once and after the domain, so that several epochs count no more than
-    one, and what is drawn during a domain is of earlier ones.
-    """
+    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are."""
 
     options: BufferOptions
 
@@ -36,6 +32,7 @@ class Buffered(Strategy):
         return carried_branch(context, self.options)
 
     def after_domain(self, context: Context) -> None:
+        # Once and at the end: several epochs count no more than one, and what is drawn is of earlier domains.
         self.buffer.offer(context.domain.index, len(context.data.records), context.rng)
 
     def drawn(self, step: Step) -> list[tuple[int, int]]:

@@ -47,16 +47,14 @@ class EWC(Strategy):
     """Stores the branch, and F and theta* of its size: once (`online`), or for every past domain (`separate`)."""
 
     Options: ClassVar[type[StrategyOptions]] = EWCOptions
+    # The penalty reads parameters outside of the model's forward.
+    needs: ClassVar[frozenset[Need]] = frozenset({"parameters"})
     options: EWCOptions
 
     def __init__(self, options: EWCOptions):
         super().__init__(options)
         self.fisher: list[ByName] = []  # F of past domains, oldest first; one for all of them if online
         self.optimum: list[ByName] = []  # theta*, likewise
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"parameters"})  # the penalty reads them outside of the model's forward
 
     def footprint(self, sizes: PassSizes) -> Footprint:
         """Estimate gradients of one record after the other, beside what is known and what is added up."""
@@ -99,7 +97,7 @@ def mean_squared_gradients(context: Context, samples: int | float) -> tuple[ByNa
     """Take the diagonal of the empirical Fisher matrix at the model's present parameters.
 
     Args:
-        context: of the domain whose records are looked at, its branch open.
+        context: of the domain, its branch open.
         samples: so many of its records (or that share of them), evenly spaced and divided over the processes.
 
     Returns:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class LwFOptions(StrategyOptions):
-    """Options of LwF; both numbers are those of TRACE and of the paper."""
+    """Both numbers are those of TRACE and of the paper."""
 
     strength: float = Field(1.0, ge=0.0)
     temperature: float = Field(2.0, gt=0.0)
@@ -42,7 +42,7 @@ class LwF(Strategy):
         return carried_branch(context, self.options)
 
     def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any, step: Step) -> Tensor | float:
-        """Distill a batch; 0 in the first domain. It costs a second forward, of the teacher."""
+        """Give the distillation of a batch; 0 in the first domain. It costs a second forward, of the teacher."""
         if context.domain.index == 0:
             return 0.0
         teacher = context.passes.teacher_logits(batch)

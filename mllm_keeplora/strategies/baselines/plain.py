@@ -15,8 +15,7 @@ def fresh_branch(context: Context, options: StrategyOptions) -> Branch:
     A = {}
     for layer in context.layers.names:
         d_in = context.layers.d_in(layer)
-        bound = 1 / math.sqrt(d_in)
-        A[layer] = (torch.rand(options.rank, d_in, generator=context.rng) * 2 - 1) * bound
+        A[layer] = (torch.rand(options.rank, d_in, generator=context.rng) * 2 - 1) * (1 / math.sqrt(d_in))
     return Branch(A, dict.fromkeys(A, options.alpha), train=("A", "B"))
 
 

@@ -2,7 +2,7 @@
 
 Branches come about as the method in `base` has them, and stay live: y = W x + sum_i a_i(question) s B_i A_i x, with the
 gate a_i of `adapters.gates`. M_l holds the inputs of gate layer l on past domains. A new gate is a copy of the last but
-for its key G_3, which is outside of M_3 and where the new domain's p_2 is strongest; after every step of the optimiser
+for its key G_3, which is outside of M_3 and where the new domain's p_2 is strongest; after every step of the optimizer
 the change of G_l is taken out of M_l. So a_t = 0 on past questions, and stays so: f(0) = 0. Afterwards M_l grows.
 Source: GainLoRA (NeurIPS 2025, arXiv 2505.15424) and its code (liangyanshuo/gainlora, a47edf4: T5, over InfLoRA).
 Departures from the code: p_0 is divided by the true number of words; rows are not made as long again (`row_renorm`),

@@ -47,12 +47,9 @@ class MoELoRA(Strategy):
         "ucit": {"rank": 18, "alpha": 36.0, "experts": 6},
     }
     combine: ClassVar[Literal["gate"]] = "gate"
+    # Routers run inside of other layers, for which ZeRO-3 would have to fetch their weights in between.
+    needs: ClassVar[frozenset[Need]] = frozenset({"parameters"})
     options: MoELoRAOptions
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """The parameters: ZeRO-3 would have to fetch routers' weights while other layers run."""
-        return frozenset({"parameters"})
 
     def before_domain(self, context: Context) -> Branch:
         from torch.nn.init import uniform_

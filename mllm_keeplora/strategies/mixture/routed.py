@@ -80,8 +80,8 @@ class Routed(Strategy):
         return fresh_branch(context, self.options)
 
     def after_domain(self, context: Context) -> None:
-        own = context.passes.question_features(self.options.samples, self.options.pictures)
-        features = context.processes.gathered(own)
+        samples, pictures = self.options.samples, self.options.pictures
+        features = context.processes.gathered(context.passes.question_features(samples, pictures))
         self._add(features)
         router = self._router()
         context.answer_with(router)

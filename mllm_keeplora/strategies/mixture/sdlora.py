@@ -70,15 +70,12 @@ class SDLoRA(Strategy):
         "kd": {"kd_threshold": 9e-4},
     }
     combine: ClassVar[Literal["sum"]] = "sum"
+    needs: ClassVar[frozenset[Need]] = frozenset({"parameters"})
     options: SDLoRAOptions
 
     def __init__(self, options: SDLoRAOptions):
         super().__init__(options)
         self.load_state_dict({})
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"parameters"})
 
     def before_domain(self, context: Context) -> Branch:
         import torch

@@ -1,8 +1,8 @@
 """GPM-LoRA: keep the input directions of past domains, and A of every new branch outside of them.
 
 The gradient of a linear layer lies in the span of its inputs. M holds the main ones of past domains, P = I - M M^T. A
-fresh branch starts at A P, each row as long as before, and A <- A - (A M) M^T after every step of the optimiser: then
-B A x = 0 for x in the span of M whatever B and the optimiser are. After a domain M grows (`kept_features.grow_kept`).
+fresh branch starts at A P, each row as long as before, and A <- A - (A M) M^T after every step of the optimizer: then
+B A x = 0 for x in the span of M whatever B and the optimizer are. After a domain M grows (`kept_features.grow_kept`).
 
 Source: Gradient Projection Memory (ICLR 2021, arXiv 2103.09762), whose rule G <- G - G M M^T is for full weights. The
 branch is our own adaptation; a branch carried on could not follow it, as its A lies in the inputs of past domains.

@@ -52,11 +52,8 @@ class InfLoRA(Strategy):
         "paper": {"energy_measure": "sigma2", "row_length": 1.0},
         "official": {"rank_rule": "below_legacy", "directions": "moments"},
     }
+    trains: ClassVar[tuple[str, ...]] = ("B",)
     options: InfLoRAOptions
-
-    @property
-    def trains(self) -> tuple[str, ...]:
-        return ("B",)
 
     def footprint(self, sizes: PassSizes) -> Footprint:
         """Estimate a feature pass before the domain, and one behind it."""

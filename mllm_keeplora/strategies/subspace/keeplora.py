@@ -54,7 +54,7 @@ class KeepLoRA(Strategy):
         return {ALWAYS: always, "prepare": decomposition, "gradient": before, "consolidate": after}
 
     def prepare(self, context: Context) -> None:
-        """Keep of every layer the principal input subspace of its weight, Eq. (1); then what the anchors add."""
+        """Keep the principal input subspace of every layer's weight, Eq. (1); then what the anchors add."""
         from mllm_keeplora.linalg import Basis, principal_subspace
 
         self.options.refuse_idle_patterns(context.layers.names)
@@ -86,11 +86,11 @@ class KeepLoRA(Strategy):
 
         from mllm_keeplora.linalg import gradient_capture
 
-        options, rows = self.options, 2 * self.options.rank
+        options, layers = self.options, context.layers
         gradients = context.passes.gradients(options.grad_samples, options.gradient_plan())
-        noise = {}  # to draw random directions from
-        for layer in context.layers.names if options.a_init != "gradient" else ():
-            noise[layer] = torch.randn(rows, context.layers.d_in(layer), generator=context.rng)
+        noise = {}  # rows to draw random directions from, where A does not come from gradients
+        for layer in layers.names if options.a_init != "gradient" else ():
+            noise[layer] = torch.randn(2 * options.rank, layers.d_in(layer), generator=context.rng)
 
         def begin(layer: str, gradient: Any) -> dict[str, Any]:
             kept = context.kept[layer]
@@ -106,24 +106,25 @@ class KeepLoRA(Strategy):
         B = {layer: starts[layer]["B"] for layer in A} if options.b_init == "gradient" else {}
         self._tell_of_exhaustion(context, facts)
         scaling = options.alpha / options.rank  # a layer with fewer directions keeps the same scale
-        scales = options.layer_scales({layer: context.layers.depth(layer) for layer in context.layers.names})
+        scales = options.layer_scales({layer: layers.depth(layer) for layer in layers.names})
         alpha = {layer: scaling * scales[layer] * directions.shape[0] for layer, directions in A.items()}
         context.log({"gradient": facts, "layer_scale": scales})
         return Branch(A, alpha, self.trains, B)
 
     def after_domain(self, context: Context) -> None:
         """Grow every kept basis by the domain's dominant feature directions, Eqs. (8)-(10)."""
-        samples, facts = self.options.feature_samples, {"added": {}}
-        if self.options.max_kept is not None:
-            facts["forgotten"] = {}
-        by_gradients = self.options.feature_source == "post_gradient"
-        features_of = self._features(context, samples, "energy_features")
-        for features in [context.passes.gradients(samples)] if by_gradients else features_of:
+        samples, bounded = self.options.feature_samples, self.options.max_kept is not None
+        parts = self._features(context, samples, "energy_features")
+        if self.options.feature_source == "post_gradient":
+            parts = iter([context.passes.gradients(samples)])
+        added: dict[str, int] = {}
+        forgotten: dict[str, int] = {}
+        for features in parts:
             grown = self._grow(context, features, "energy_features")
-            if self.options.max_kept is not None:
-                facts["forgotten"] |= self._forget_least_used(context, features, grown)
-            facts["added"] |= grown
-        context.log(facts)
+            if bounded:
+                forgotten |= self._forget_least_used(context, features, grown)
+            added |= grown
+        context.log({"added": added, "forgotten": forgotten} if bounded else {"added": added})
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.use)

@@ -22,23 +22,20 @@ Threshold = Literal["energy_weights", "energy_features", "energy_anchor"]
 
 
 class KeepLoRAOptions(StrategyOptions):
-    """Our defaults; `presets` has the published ones.
+    """Defaults are our own; `presets` has the published ones.
 
-    A sketch of gradients is taken along directions that follow the gradient (`sketch_directions`), or random
-    ones. Samples are counts of records, or shares of them (0.2, 1.0). `share_basis: input` lets layers with the
-    same input (q, k, v; gate, up) keep what any of them keeps: stricter, and full sooner. `thresholds` gives layers
-    whose name matches a regular expression energies of their own. `basis_dtype` is how bases and A are kept; bases
-    are orthonormalised again when they are read, which the published code leaves out. `max_kept` bounds the kept
-    share of every layer's input directions for long sequences: the least used feature directions are given up (our
-    own; the published rule goes on until the space is full). `layer_scale` is KeepLoRA++: `linear` from
-    `layer_scale_gamma` at the first layer to 1 at the last, `reversed`, one number for all layers, or a list of one
-    number per layer.
+    Samples are counts of records, or shares of them (0.2, 1.0). `share_basis: input` lets layers with the same input
+    (q, k, v; gate, up) keep what any of them keeps: stricter, and full sooner. `basis_dtype` is how bases and A are
+    kept; bases are orthonormalised again when they are read, which the published code leaves out. `max_kept` is for
+    long sequences: the least used feature directions are given up (our own; the published rule goes on until the space
+    is full). `layer_scale` is KeepLoRA++: `linear` from `layer_scale_gamma` at the first layer to 1 at the last,
+    `reversed`, one number for all layers, or a list of one number per layer.
     """
 
     energy_weights: float = Field(0.6, ge=0.0, le=1.0)
     energy_features: float = Field(0.99, ge=0.0, le=1.0)
     energy_anchor: float = Field(0.99, ge=0.0, le=1.0)
-    thresholds: dict[str, dict[Threshold, float]] = Field(default_factory=dict)
+    thresholds: dict[str, dict[Threshold, float]] = Field(default_factory=dict)  # by regular expression of layer names
     rank_rule: Literal["reach", "below_legacy"] = "reach"
     share_basis: Literal["module", "input"] = "module"
     energy_reference: Literal["total", "residual"] = "total"
@@ -46,7 +43,7 @@ class KeepLoRAOptions(StrategyOptions):
     grad_samples: Samples = 512
     gradient_statistic: Statistic = "auto"
     sketch_width: int | None = Field(None, ge=1)  # columns; null = 3 times the rank, 8 times along random directions
-    sketch_directions: Literal["following", "random"] = "following"
+    sketch_directions: Literal["following", "random"] = "following"  # they follow the gradient
     a_init: Literal["gradient", "random_complement", "random"] = "gradient"
     a_init_svd: Literal["exact", "randomized"] = "exact"
     oversample: int | None = Field(None, ge=0, description="of a randomized SVD; null = width of 4 times the rank")
@@ -107,8 +104,6 @@ class KeepLoRAOptions(StrategyOptions):
     @property
     def record_sets(self) -> tuple[str, ...]:
         return self.anchors
-
-    # -- what they mean ------------------------------------------------------------------------------------------
 
     def threshold(self, name: str, layer: str) -> float:
         """Give the energy of a layer: by the first pattern that matches it and names one, else the general one."""

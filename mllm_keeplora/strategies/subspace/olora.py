@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class OLoRAOptions(StrategyOptions):
-    """Defaults of the published code for T5 and LLaMA (query and value layers alone).
+    """Defaults are those of the published code for T5 and LLaMA (query and value layers alone).
 
     The penalty is a sum over layers, so `lambda1` does not carry over to a model with more of them: MCITlib takes 0.05
     for the 224 linear layers of LLaVA-1.5-7B (presets; its implementation is another, see its code). A list gives one
@@ -56,16 +56,13 @@ class OLoRA(Strategy):
         "mllm_dcl": {"rank": 32, "alpha": 64.0, "lambda1": 0.05},
         "ucit": {"rank": 16, "alpha": 32.0, "lambda1": 0.05},
     }
+    needs: ClassVar[frozenset[Need]] = frozenset({"parameters"})
     options: OLoRAOptions
 
     def __init__(self, options: OLoRAOptions):
         super().__init__(options)
         self._trained: dict[str, dict[str, Tensor]] = {}  # layer -> parameters A and B
         self._past: dict[str, Tensor] = {}  # layer -> A of all earlier domains, where the parameters are
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"parameters"})
 
     def before_domain(self, context: Context) -> Branch:
         self.load_state_dict({})
