@@ -166,7 +166,7 @@ class Processes:
         distributed.all_reduce(tensors)
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """Put the rows of all processes, each of which has its share of the records, into the order of the records."""
+        """Put the rows of all processes, each with its share of the records, into the order of the records."""
         return distributed.interleaved(rows)
 
     def dealt(
