@@ -1,9 +1,8 @@
-"""Statistics of what goes into target layers, streamed into `linalg` accumulators."""
+"""Statistics of what goes into target layers, streamed into `linalg` accumulators, and any measure of their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.models.running import removed_afterwards
 from mllm_keeplora.probes.passes import counted, looking, named, over_processes, refuse_missing
-from mllm_keeplora.probes.plans import EXACT_FEATURES, FeaturePlan
+from mllm_keeplora.probes.plans import EXACT_FEATURES, FeaturePlan, by_identity
 from mllm_keeplora.probes.rows import ChosenRows
 from mllm_keeplora.system import distributed
 
 if TYPE_CHECKING:
-    from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
+    from torch import Tensor
+
     from mllm_keeplora.models.family import Family
+    from mllm_keeplora.probes.plans import Features
 
 
 def collect_moments(
@@ -27,8 +28,8 @@ def collect_moments(
     batches: Iterable[dict],
     plan: FeaturePlan = EXACT_FEATURES,
     passed_over: Collection[str] = (),
-) -> dict[str, MomentAccumulator | FrequentDirections]:
-    """Statistics of every target layer's input features over real tokens; padding never counts.
+) -> Features:
+    """Collect statistics of every target layer's input features over real tokens; padding never counts.
 
     Args:
         family: of the base.
@@ -46,18 +47,38 @@ def collect_moments(
         RuntimeError: another layer saw no input.
         ValueError: a feature is not finite; the message names the layer.
     """
-
-    moments: dict[str, MomentAccumulator | FrequentDirections] = {}
+    moments: Features = {}
     batches = iter(batches)
     first = next(batches, None)  # the main process has one, whatever the others have
-    exact = distributed.from_main(first is not None and _features_exactly(family, model, layers, first, plan))
+    widths = []
+    if first is not None and plan.statistic == "auto":
+        widths = [layers[group[0]].in_features for group in shared_inputs(family, model, layers, first)]
+    device = next(iter(layers.values())).weight.device
+    exact = distributed.from_main(first is not None and plan.exact(widths, device))
     make = partial(plan.accumulator, exact=exact)
+    latest: list[tuple[Any, Any]] = []  # holds the tensor itself, so that identity cannot be reused
+
+    def add(name: str, rows: ChosenRows, module: Any, args: tuple) -> None:
+        # The same tensor object is added once for all layers that receive it.
+        shared = next((accumulator for tensor, accumulator in latest if tensor is args[0]), None)
+        if shared is not None:
+            assert moments.setdefault(name, shared) is shared, f"{name} no longer shares its input"
+            return
+        if name not in moments:
+            moments[name] = make(args[0].shape[-1], device=args[0].device)
+        named(name, moments[name].update, rows.of(args[0].detach()))
+        latest[:] = [*latest[-1:], (args[0], moments[name])]
+
     for batch in chain(() if first is None else (first,), batches):
         rows = ChosenRows(family.token_kinds(model, batch), plan)
-        with _input_hooks(counted(layers, batch), moments, rows, make), looking(family, model):
+        modules = counted(layers, batch).items()
+        hooks = [module.register_forward_pre_hook(partial(add, name, rows)) for name, module in modules]
+        with removed_afterwards(hooks), looking(family, model):
             model(**inputs_of(batch))
-    groups = {tuple(group): None for share in distributed.gather(_sharing(moments)) for group in share}
-    seen = {name for group in groups for name in group}  # by any process: one may be without records, or pictures
+        latest.clear()
+    # Layers may have been seen by some processes only: one may be without records, or pictures.
+    groups = {tuple(group): None for share in distributed.gather(by_identity(moments)) for group in share}
+    seen = {name for group in groups for name in group}
     refuse_missing(layers.keys() - seen - {*passed_over}, "saw no input")
     for group in [*groups, *((name,) for name in layers if name not in seen)]:
         layer = layers[group[0]]
@@ -67,64 +88,50 @@ def collect_moments(
 
 
 def shared_inputs(family: Family, model: Any, layers: dict[str, Any], batch: dict) -> list[list[str]]:
-    """Target layers grouped by the tensor that feeds them, seen in one forward of model inputs."""
+    """Group target layers by the tensor that feeds them, seen in one forward of model inputs."""
+    fed: dict[str, Any] = {}  # holds the tensors until the end, so that no identity is reused
 
-    seen: dict[int, list[str]] = {}
-    tensors = []  # held until the end, so that no identity is reused
+    def keep(name: str, module: Any, args: tuple) -> None:
+        fed[name] = args[0]
 
-    def keep(name: str):
-        def hook(module: Any, args: tuple) -> None:
-            tensors.append(args[0])
-            seen.setdefault(id(args[0]), []).append(name)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
-    with removed_afterwards(handles), looking(family, model):
+    hooks = [module.register_forward_pre_hook(partial(keep, name)) for name, module in layers.items()]
+    with removed_afterwards(hooks), looking(family, model):
         model(**inputs_of(batch))
-    return list(seen.values())
+    return by_identity(fed)
 
 
-@contextmanager
-def _input_hooks(layers: dict[str, Any], into: dict[str, Any], rows: ChosenRows, make: Callable) -> Iterator[None]:
-    """Add every layer's input rows to its accumulator; the same tensor object is added once for all who receive it."""
-    latest: list[tuple[Any, Any]] = []  # holds the tensor itself, so that identity cannot be reused
+def measure_inputs(
+    family: Family,
+    model: Any,
+    layers: dict[str, Any],
+    batches: Iterable[dict],
+    measure: Callable[[str], Callable[[Tensor, Tensor], Tensor]],
+    lengths: dict[str, int],
+) -> dict[str, Tensor]:
+    """Sum a measure of every target layer's input and output rows over all real tokens and all processes.
 
-    def keep(name: str):
-        def hook(module: Any, args: tuple) -> None:
-            shared = next((accumulator for tensor, accumulator in latest if tensor is args[0]), None)
-            if shared is not None:
-                assert into.setdefault(name, shared) is shared, f"{name} no longer shares its input"
-                return
-            if name not in into:
-                into[name] = make(args[0].shape[-1], device=args[0].device)
-            accumulator = into[name]
-            named(name, accumulator.update, rows.of(args[0].detach()))
-            latest[:] = [*latest[-1:], (args[0], accumulator)]
+    Args:
+        family, model, layers: as in `collect_moments`.
+        batches: model inputs.
+        measure: layer -> function of rows (n, d_in) and (n, d_out) to a float64 vector, which is summed.
+        lengths: layer -> length of that vector (a process without records needs it).
 
-        return hook
+    Returns:
+        Target layer -> (length,) float64 on the CPU.
+    """
+    import torch
 
-    with removed_afterwards([module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]):
-        yield
+    sums = {name: torch.zeros(lengths[name], dtype=torch.float64) for name in layers}
+    functions = {name: measure(name) for name in layers}
 
+    def add(name: str, rows: ChosenRows, module: Any, args: tuple, output: Tensor) -> None:
+        sums[name] += functions[name](rows.of(args[0].detach()), rows.of(output.detach())).cpu()
 
-def exact_passes(
-    groups: Sequence[Sequence[str]], layers: dict[str, Any], plan: FeaturePlan
-) -> list[list[str]] | None:  # fmt: skip
-    """`FeaturePlan.exact_passes` of layers in groups of one input, as the main process decides it by its memory."""
-    widths = {name: layer.in_features for name, layer in layers.items()}
-    return distributed.from_main(plan.exact_passes(groups, widths, next(iter(layers.values())).weight.device))
-
-
-def _features_exactly(family: Family, model: Any, layers: dict[str, Any], batch: dict, plan: FeaturePlan) -> bool:
-    groups = shared_inputs(family, model, layers, batch) if plan.statistic == "auto" else []
-    widths = [layers[group[0]].in_features for group in groups]
-    return plan.exact(widths, next(iter(layers.values())).weight.device)
-
-
-def _sharing(moments: dict[str, Any]) -> list[list[str]]:
-    """Names of layers by the accumulator that they share."""
-    groups: dict[int, list[str]] = {}
-    for name, accumulator in moments.items():
-        groups.setdefault(id(accumulator), []).append(name)
-    return list(groups.values())
+    for batch in batches:
+        rows = ChosenRows(family.token_kinds(model, batch), EXACT_FEATURES)
+        modules = counted(layers, batch).items()
+        hooks = [module.register_forward_hook(partial(add, name, rows)) for name, module in modules]
+        with removed_afterwards(hooks), looking(family, model):
+            model(**inputs_of(batch))
+    distributed.all_reduce(sums.values())
+    return sums

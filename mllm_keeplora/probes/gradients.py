@@ -15,10 +15,11 @@ from mllm_keeplora.probes.rows import as_rows
 from mllm_keeplora.system import distributed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from mllm_keeplora.linalg import GradientAccumulator, GradientSketch
     from mllm_keeplora.models.family import Family
+    from mllm_keeplora.probes.plans import Gradients
 
 
 def collect_mean_gradients(
@@ -28,8 +29,8 @@ def collect_mean_gradients(
     batches: Iterable[dict],
     plan: GradientPlan = EXACT_GRADIENTS,
     passed_over: Collection[str] = (),
-) -> dict[str, GradientAccumulator | GradientSketch]:
-    """Mean gradient of the loss with respect to every target weight, from inputs and output gradients.
+) -> Gradients:
+    """Collect the mean gradient of the loss with respect to every target weight, from inputs and output gradients.
 
     The loss of a sample is the mean over its answer tokens, and the gradient is the mean over samples, whatever the
     batches: the same as passes of batch size 1.
@@ -46,10 +47,13 @@ def collect_mean_gradients(
 
     Source: KeepLoRA, Eq. (2); input side and output side as in torch's (d_out, d_in).
     """
+    import torch
+
     sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     device = next(iter(layers.values())).weight.device
     exact = distributed.from_main(plan.exact(sizes))
     gradients = {name: plan.accumulator(*size, exact, device) for name, size in sizes.items()}
+    waiting_in = torch.bfloat16 if plan.following and not exact else None  # half the memory where sums are not exact
     reached: set[str] = set()
 
     def add(name: str, grad_output: Tensor, inputs: Tensor) -> None:
@@ -57,7 +61,7 @@ def collect_mean_gradients(
         gradients[name].update(grad_output, inputs)
 
     for batch in batches:
-        _backward(family, model, counted(layers, batch), batch, add, plan.inputs_dtype(exact))
+        _backward(family, model, counted(layers, batch), batch, add, waiting_in)
         for accumulator in () if isinstance(batch, IdleBatch) else gradients.values():
             accumulator.count_samples(batch["labels"].shape[0])
     by_any = {name for share in distributed.gather(sorted(reached)) for name in share}
@@ -71,30 +75,22 @@ def _backward(
     layers: dict[str, Any],
     batch: dict,
     add: Callable[[str, Tensor, Tensor], None],
-    kept_in: Any = None,
+    waiting_in: torch.dtype | None,
 ) -> None:
-    """One pass of a batch; while it runs backward, `add` gets name, output gradients and inputs of every layer.
+    """Run a batch forward and backward; `add` gets name, output gradients and inputs of every layer.
 
-    Inputs wait for their gradients; in the dtype `kept_in`, where it is given. Layers with one input share it.
+    Inputs wait for their gradients; in the dtype `waiting_in`, where it is given. Layers with one input share it.
     """
     latest: list[tuple[Any, Tensor]] = []  # holds the tensor itself, so that identity cannot be reused
 
-    def kept(tensor: Tensor) -> Tensor:
-        found = next((rows for given, rows in latest if given is tensor), None)
-        if found is None:
-            found = as_rows(tensor.detach())
-            found = found if kept_in is None else found.to(kept_in)
-            latest[:] = [*latest[-1:], (tensor, found)]
-        return found
+    def keep(name: str, module: Any, args: tuple, output: Tensor) -> None:
+        rows = next((rows for tensor, rows in latest if tensor is args[0]), None)
+        if rows is None:
+            rows = as_rows(args[0].detach()).to(waiting_in)
+            latest[:] = [*latest[-1:], (args[0], rows)]
+        output.register_hook(lambda gradient: named(name, partial(add, name), as_rows(gradient), rows))
 
-    def keep(name: str):
-        def hook(module: Any, args: tuple, output: Tensor) -> None:
-            rows = kept(args[0])
-            output.register_hook(lambda gradient: named(name, partial(add, name), as_rows(gradient), rows))
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in layers.items()]
     labels, prepared = batch["labels"], family.passing(model, gradients=True)
     with removed_afterwards(handles), prepared, evaluating(model), streamed(model):
         with family.supervised(model, labels):  # no name keeps the logits alive

@@ -26,23 +26,23 @@ def looking(family: Family, model: Any) -> Iterator[None]:
 
 
 def counted(layers: dict[str, Any], batch: dict) -> dict[str, Any]:
-    """The layers whose statistics a batch goes into."""
+    """Give the layers whose statistics a batch goes into."""
     return {} if isinstance(batch, IdleBatch) else layers
 
 
 def over_processes(statistic: Any) -> Any:
-    """Sum over processes. Sketches of features are not linear: they are gathered and merged in rank order."""
+    """Sum a statistic over processes."""
     from mllm_keeplora.linalg import FrequentDirections, GradientRange
 
-    if isinstance(statistic, FrequentDirections):
-        if distributed.world_size() == 1:
-            return statistic
+    if distributed.world_size() == 1:
+        return statistic
+    if isinstance(statistic, FrequentDirections):  # not linear: merged in rank order
         sketches = distributed.gather(statistic.to("cpu"))  # else all would come back on the first process's GPU
         whole = sketches[0].to(statistic.device)
         for other in sketches[1:]:
             whole.merge(other)
         return whole
-    if isinstance(statistic, GradientRange) and distributed.world_size() > 1:
+    if isinstance(statistic, GradientRange):
         reach = statistic.reach()
         distributed.all_reduce([reach])
         statistic.turn(reach)  # to the range of all that the processes hold

@@ -6,8 +6,8 @@ Knows sizes and accumulators of `linalg`; no model and no hooks (those are in `p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from mllm_keeplora.system import distributed
 from mllm_keeplora.system.log import log
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.linalg import FrequentDirections, GradientAccumulator, GradientSketch, MomentAccumulator
 
+    Features = dict[str, MomentAccumulator | FrequentDirections]  # statistics of inputs by layer
+    Gradient = GradientAccumulator | GradientSketch
+    Gradients = dict[str, Gradient]  # mean gradients by layer
+
 Statistic = Literal["auto", "exact", "sketch"]
 FLOAT32 = 4  # bytes
 SHARE_OF_FREE = 0.25  # of the free memory that `auto` lets statistics take
@@ -25,7 +29,7 @@ MOST_PASSES = 8  # over the records, for exact moments that do not fit all at on
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """Mean gradients: `exact` sums of (d_out, d_in), `sketch` of `width` columns, or `auto` by memory.
+    """Sum mean gradients as `exact` (d_out, d_in), as `sketch` of `width` columns, or `auto` by memory.
 
     A sketch is taken only where it is smaller than the gradient. `following` lets its directions follow the gradient,
     which captures more but depends a little on the batches; otherwise they are random and fixed. `memory_gb` None: a
@@ -39,20 +43,12 @@ class GradientPlan:
     following: bool = False
 
     def exact(self, sizes: dict[str, tuple[int, int]]) -> bool:
-        """Whether gradients of these layers, (d_out, d_in) each, are summed exactly."""
+        """Say whether gradients of these layers, (d_out, d_in) each, are summed exactly."""
         needed = FLOAT32 * sum(d_out * d_in for d_out, d_in in sizes.values())
         return _is_exact("gradients", self.statistic, needed, self.memory_gb)
 
-    def inputs_dtype(self, exact: bool) -> torch.dtype | None:
-        """What inputs are rounded to while they wait for their gradients: half the memory, where sums are not exact."""
-        import torch
-
-        return torch.bfloat16 if self.following and not exact else None
-
-    def accumulator(
-        self, d_out: int, d_in: int, exact: bool, device: torch.device
-    ) -> GradientAccumulator | GradientSketch:
-        """A sketch, or an exact sum where that is smaller or wanted."""
+    def accumulator(self, d_out: int, d_in: int, exact: bool, device: torch.device) -> Gradient:
+        """Make a sketch, or an exact sum where that is smaller or wanted."""
         from mllm_keeplora.linalg import GradientAccumulator, GradientRange, GradientSketch
 
         if exact or self.width >= d_out:
@@ -63,7 +59,7 @@ class GradientPlan:
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """Features: `exact` second moments (d_in, d_in), `sketch` of `size` rows (Frequent Directions), or `auto`.
+    """Sum features as `exact` moments (d_in, d_in), `sketch` of `size` rows (Frequent Directions), or `auto`.
 
     `auto` is exact where that fits into `memory_gb` (None: a quarter of what is free), all layers at once or some in
     each of a few passes; else a sketch.
@@ -80,54 +76,39 @@ class FeaturePlan:
     tokens: dict[str, int] | None = None
     normalise: bool = False
 
-    def made_exact(self) -> FeaturePlan:
-        """The same tokens with exact moments."""
-        return replace(self, statistic="exact")
-
     def exact_rounds(
         self, unclear: Mapping[str, FrequentDirections], sketches: Sequence[FrequentDirections]
     ) -> list[list[str]]:
-        """Layers in groups whose exact moments take no more memory than sketches did; one layer if that is too little.
+        """Group layers whose exact moments take no more memory than sketches did; one layer if that is too little.
 
         Args:
             unclear: layer -> its sketch, the same object for layers with one input, which stay together.
             sketches: of all layers.
         """
         allowed = sum(2 * each.size * each.d_in * FLOAT32 for each in {id(each): each for each in sketches}.values())
-        inputs: dict[int, list[str]] = {}
-        for layer, sketch in unclear.items():
-            inputs.setdefault(id(sketch), []).append(layer)
-        sizes = [(layers, _size(unclear[layers[0]].d_in, unclear[layers[0]].device)) for layers in inputs.values()]
-        return _packed(sizes, allowed)
+        firsts = [(layers, unclear[layers[0]]) for layers in by_identity(unclear)]
+        return _packed([(layers, _size(sketch.d_in, sketch.device)) for layers, sketch in firsts], allowed)
 
     def exact_passes(
         self, groups: Sequence[Sequence[str]], widths: Mapping[str, int], device: torch.device
     ) -> list[list[str]] | None:
-        """Layers in groups whose exact moments fit into what `auto` allows, which all of them at once do not.
+        """Group layers whose exact moments fit into what `auto` allows, which all of them at once do not.
 
-        None where all fit, where it is asked for one or the other, and where it would take too many passes: then a
-        sketch has to do. To shrink a sketch of a wide layer costs a decomposition for each `size` tokens, many times
-        the time of a further pass.
+        None where all fit, and where it would take too many passes: then a sketch has to do. To shrink a sketch of a
+        wide layer costs a decomposition for each `size` tokens, many times the time of a further pass.
 
         Args:
             groups: layers with the same input together.
             widths: layer -> d_in.
         """
-        if self.statistic != "auto":
-            return None
         sizes, allowed = [(group, _size(widths[group[0]], device)) for group in groups], _allowed(self.memory_gb)
         passes = _packed(sizes, allowed)
         fits = all(size <= allowed for _, size in sizes) and len(passes) <= MOST_PASSES
         return passes if fits and len(passes) > 1 else None
 
-    def of_questions(self) -> FeaturePlan:
-        """The same plan without the tokens of answers."""
-        return replace(self, tokens={**(self.tokens or {}), "answer": 0})
-
     def exact(self, widths: list[int], device: torch.device) -> bool:
-        """Whether features of these widths (one for each distinct input) get exact moments."""
-        needed = sum(_size(d_in, device) for d_in in widths)
-        return _is_exact("features", self.statistic, needed, self.memory_gb)
+        """Say whether features of these widths (one for each distinct input) get exact moments."""
+        return _is_exact("features", self.statistic, sum(_size(d_in, device) for d_in in widths), self.memory_gb)
 
     def accumulator(self, d_in: int, exact: bool, device: torch.device) -> MomentAccumulator | FrequentDirections:
         from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
@@ -139,6 +120,14 @@ class FeaturePlan:
 
 EXACT_GRADIENTS = GradientPlan()
 EXACT_FEATURES = FeaturePlan()
+
+
+def by_identity(objects: Mapping[str, Any]) -> list[list[str]]:
+    """Group names by the object that they share, in order."""
+    groups: dict[int, list[str]] = {}
+    for name, each in objects.items():
+        groups.setdefault(id(each), []).append(name)
+    return list(groups.values())
 
 
 def _moments_dtype(device: torch.device) -> torch.dtype:
@@ -173,9 +162,7 @@ def _is_exact(what: str, statistic: Statistic, needed: int, memory_gb: float | N
     if statistic != "auto":
         return statistic == "exact"
     allowed = _allowed(memory_gb)
-    exact = needed <= allowed
-    if not exact:
-        log.info(
-            "%s are summed as sketches: exact sums take %.2f GB of %.2f GB allowed", what, needed / 1e9, allowed / 1e9
-        )
-    return exact
+    if needed > allowed:
+        sizes = needed / 1e9, allowed / 1e9
+        log.info("%s are summed as sketches: exact sums take %.2f GB of %.2f GB allowed", what, *sizes)
+    return needed <= allowed

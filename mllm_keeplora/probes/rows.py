@@ -27,18 +27,17 @@ class ChosenRows:
         self.chosen = reduce(or_, (_evenly(mask, self.budgets.get(kind)) for kind, mask in kinds.items()))
 
     def of(self, features: Tensor) -> Tensor:
-        """(n, d_in) rows; a tensor that is not laid out as (b, t, d_in) carries picture tokens and no padding."""
-        rows = features[self.chosen] if features.shape[:-1] == self.chosen.shape else self._picture_rows(features)
+        """Give the rows (n, d_in); a tensor not laid out as (b, t, d_in) carries picture tokens and no padding."""
+        if features.shape[:-1] == self.chosen.shape:
+            rows = features[self.chosen]
+        else:
+            rows = as_rows(features)
+            mask = self.chosen.new_ones(len(self.chosen), len(rows) // len(self.chosen))
+            chosen = _evenly(mask, self.budgets.get("image"))
+            rows = rows if chosen is mask else rows[: mask.numel()][chosen.flatten()]
         if self.plan.normalise:
             rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return rows
-
-    def _picture_rows(self, features: Tensor) -> Tensor:
-        rows = as_rows(features)
-        samples = self.chosen.shape[0]
-        mask = self.chosen.new_ones(samples, rows.shape[0] // samples)
-        chosen = _evenly(mask, self.budgets.get("image"))
-        return rows if chosen is mask else rows[: mask.numel()][chosen.flatten()]
 
 
 def _evenly(mask: Tensor, allowed: int | None) -> Tensor:
@@ -47,9 +46,8 @@ def _evenly(mask: Tensor, allowed: int | None) -> Tensor:
         return mask
     order = mask.cumsum(1) - 1  # place of each true entry among those of its row
     count = mask.sum(1, keepdim=True).clamp(min=1)
-    slot = order * allowed // count
-    before = (order - 1) * allowed // count
-    return mask & ((count <= allowed) | (slot != before))
+    begins_slot = order * allowed // count != (order - 1) * allowed // count
+    return mask & ((count <= allowed) | begins_slot)
 
 
 def as_rows(features: Tensor) -> Tensor:

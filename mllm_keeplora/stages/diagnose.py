@@ -13,7 +13,7 @@ from mllm_keeplora.adapters.stored import kept_of, parts_of, updates_of
 from mllm_keeplora.data import Record
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.schema import Turn
-from mllm_keeplora.probes.measure import measure_inputs
+from mllm_keeplora.probes.features import measure_inputs
 from mllm_keeplora.runs import Unit
 from mllm_keeplora.stages.learner import Learner
 from mllm_keeplora.strategies.passes import own_batches

@@ -49,7 +49,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def build_strategy(config: StrategyConfig, origin: str = "config") -> Strategy:
-    """The strategy of a run, its options checked: defaults, then the preset's, then those given.
+    """Build the strategy of a run, its options checked: defaults, then the preset's, then those given.
 
     Raises:
         UserError: unknown strategy, preset or option; an option out of range.
@@ -57,13 +57,13 @@ def build_strategy(config: StrategyConfig, origin: str = "config") -> Strategy:
     if config.name not in STRATEGIES:
         raise UserError(f"strategy.name {config.name!r} is unknown; known: {known(STRATEGIES)} ({origin})")
     strategy = STRATEGIES[config.name]
-    if config.preset is not None and config.preset not in strategy.presets:
+    presets: dict[str | None, dict] = {None: {}, **strategy.presets}
+    if config.preset not in presets:
         raise UserError(
             f"strategy.preset {config.preset!r} is unknown; {config.name} has {known(strategy.presets)} ({origin})"
         )
-    preset = strategy.presets[config.preset] if config.preset is not None else {}
     try:
-        options = strategy.Options.model_validate({**preset, **config.options})
+        options = strategy.Options.model_validate({**presets[config.preset], **config.options})
     except ValidationError as error:
         of = f" of strategy {config.name}"
         raise several(validation_faults(error, origin, strategy.Options, prefix="strategy.", of=of)) from None
@@ -71,7 +71,7 @@ def build_strategy(config: StrategyConfig, origin: str = "config") -> Strategy:
 
 
 def summary_of(name: str) -> str:
-    """The idea of a strategy in one sentence: the first line of its file, or of a plugin's class."""
+    """Give the idea of a strategy in one sentence: the first line of its file, or of a plugin's class."""
     strategy = STRATEGIES[name]
     told = strategy if ("STRATEGIES", name) in ENTERED else sys.modules[strategy.__module__]
     return (told.__doc__ or "").strip().partition("\n")[0]

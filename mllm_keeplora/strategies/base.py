@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from mllm_keeplora.adapters import Branch
 from mllm_keeplora.strategies.context import Context, Step
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 from mllm_keeplora.strategies.passes import DomainInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
-    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
-
-__all__ = ["Context", "DomainInfo", "Need", "Samples", "Step", "Strategy", "StrategyOptions"]
+__all__ = ["Branch", "Context", "DomainInfo", "Need", "Samples", "Step", "Strategy", "StrategyOptions"]
 
 
 def _count_or_share(value: int | float) -> int | float:
@@ -33,7 +32,7 @@ Need = Literal["gradients", "parameters", "forwards"]
 
 
 class StrategyOptions(BaseModel):
-    """Options that every strategy has; a strategy's own model extends it. Unknown keys are refused."""
+    """These options every strategy has; its own model extends them. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     rank: int = Field(16, ge=1)
@@ -41,12 +40,12 @@ class StrategyOptions(BaseModel):
 
     @property
     def record_sets(self) -> tuple[str, ...]:
-        """Names of further record sets that the strategy reads (`Passes.features`), checked before a run."""
+        """The names of further record sets that the strategy reads (`Passes.features`), checked before a run."""
         return ()
 
 
 class Strategy:
-    """Base of all strategies. `stream` and the other declarations tell the sequence how to drive it.
+    """A strategy derives from this class. `stream` and the other declarations tell the sequence how to drive it.
 
     A run may be killed and continued anywhere, by a new object. What a hook leaves in an attribute lasts so far:
 
@@ -69,7 +68,7 @@ class Strategy:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What DeepSpeed takes away, and a run with it is refused for.
+        """The needs for which a run is refused, as DeepSpeed takes away what they name; a class may simply state them.
 
         `gradients`: whole ones between backward and step (no DeepSpeed at all). `parameters`: whole trained ones
         outside of the model's forward (no ZeRO-3). `forwards`: of its own, more in one process than in another (no
@@ -79,7 +78,7 @@ class Strategy:
 
     @property
     def trains(self) -> tuple[str, ...]:
-        """Name the factors of a branch that train."""
+        """The factors of a branch that train."""
         return ("A", "B")
 
     def footprint(self, sizes: PassSizes) -> Footprint:
@@ -91,12 +90,12 @@ class Strategy:
         return {}
 
     def prepare(self, context: Context) -> None:
-        """Once, before the first domain, with the untouched base; `context.domain` has index -1."""
+        """Prepare once, before the first domain, with the untouched base; `context.domain` has index -1."""
 
     def before_domain(self, context: Context) -> Branch | None:
-        """Begin the branch that this domain trains, possibly after a pass over its data; what is returned is opened.
+        """Begin the branch that this domain trains, possibly after a pass over its data; the stage opens it.
 
-        To open it by `context.branches.open` and return None, as was the rule once, goes on working for one release.
+        A hook may still open it by `context.branches.open` and return None, as was the rule once, for one release.
         """
         return None
 
@@ -105,7 +104,7 @@ class Strategy:
         return batch
 
     def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any, step: Step) -> Tensor | float:
-        """A term added to the task loss.
+        """Give a term that is added to the task loss.
 
         Args:
             context: of the domain.
@@ -116,29 +115,29 @@ class Strategy:
         return 0.0
 
     def around_step(self, context: Context, phase: Literal["grad", "post"], step: Step) -> None:
-        """Before clipping and the optimizer's step (`grad`), and after it (`post`).
+        """Act before clipping and the optimizer's step (`grad`), and after it (`post`).
 
         Gradients are those of task loss and extra loss together, over all processes and micro-batches.
         """
 
     def after_domain(self, context: Context) -> None:
-        """Statistics and growth, with the finished branch active and not yet merged."""
+        """Gather statistics and grow what is kept, with the finished branch active and not yet merged."""
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a training adds up beside its parameters (a path integral, a running mean).
+        """Give what a training adds up beside its parameters (a path integral, a running mean).
 
         It goes into every checkpoint, and to `after_domain`. The main process alone is asked.
         """
         return {}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Before a training's first step: take back what `training_state` gave, on the CPU; empty at its start.
+        """Take back what `training_state` gave, on the CPU, before a training's first step; empty at its start.
 
         Also before `after_domain`, where that runs in another process than the training did.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What must survive to the next domain beyond branches and kept bases."""
+        """Give what must survive to the next domain beyond branches and kept bases."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

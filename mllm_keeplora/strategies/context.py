@@ -26,14 +26,13 @@ S, T = TypeVar("S"), TypeVar("T")
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step of a training, as one of its micro-batches sees it.
+    """A step tells a micro-batch of a training which optimizer step it belongs to.
 
     Attributes:
         number: optimizer steps that were done before.
         records: of the domain in the step, of all processes; fewer where an epoch ends.
-        optimizer: of the training.
+        optimizer, seed: of the training.
         tokens: mean number of supervised tokens of the step's micro-batches, a scalar tensor; None before `batch`.
-        seed: of the training.
         share: (place, places) of this process's micro-batch among those of all; around a step, of the process.
     """
 
@@ -54,20 +53,19 @@ class Step:
         return [draws.randrange(population) for _ in range(count)][place::places]
 
     def token_mean(self, values: Tensor) -> Tensor:
-        """Mean of an extra loss over supervised tokens, (n,) in this micro-batch: every token of the step counts alike.
+        """Average an extra loss over supervised tokens, (n,) in this micro-batch: every token of the step counts alike.
 
-        As in the task loss, micro-batches and processes with more tokens weigh more. Divided is by the tokens of the
-        training batch, as `batch` left it, whichever tokens the values are of.
+        As in the task loss, micro-batches with more tokens weigh more: the sum is divided by the tokens of the training
+        batch, as `batch` left it, whichever tokens the values are of.
         """
         return values.mean() if self.tokens is None else values.sum() / self.tokens
 
 
 class Context:
-    """One domain as a strategy sees it: its layers, its data, passes over it, and the processes of the run.
+    """A context is a domain as a strategy sees it: layers, data, passes over it, and the processes of the run.
 
     Args:
-        base: the loaded base model.
-        branches: its adapters.
+        base, branches: the loaded base model and its adapters.
         kept: kept basis of every target layer, shared over the domains.
         domain: place and name; index -1 before the first domain.
         records: training records of the domain.
@@ -128,13 +126,13 @@ class Context:
     def log(self, facts: dict[str, Any]) -> None:
         """Enter facts in the run's records: those of a domain in its gradient.json, those of `prepare` in run.json.
 
-        The main process's count, and of one key the last.
+        The main process's facts count, and the last of a key.
         """
         self.facts.update(facts)
 
 
 class Layers:
-    """Target layers by exact module name."""
+    """These layers are the targets, by exact module name."""
 
     def __init__(self, base: Base, branches: Adapters, passes: Passes):
         self.base, self.branches, self.passes = base, branches, passes
@@ -158,7 +156,7 @@ class Layers:
 
 
 class Processes:
-    """What several processes do together; one process is the identity."""
+    """Processes do these things together; one process is the identity."""
 
     def __init__(self, layers: Layers):
         self.layers = layers
@@ -168,7 +166,7 @@ class Processes:
         distributed.all_reduce(tensors)
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """Put the rows of all processes, each of which has its share of the records, into the order of the records."""
+        """Put the rows of all processes, each with its share of the records, into the order of the records."""
         return distributed.interleaved(rows)
 
     def dealt(

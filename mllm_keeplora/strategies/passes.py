@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.data.collate import batches, evenly_spaced
@@ -12,7 +13,7 @@ from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.models.partition import IdleBatch, is_partitioned, streamed
 from mllm_keeplora.models.running import as_in_training, evaluating
-from mllm_keeplora.probes.features import collect_moments, exact_passes, shared_inputs
+from mllm_keeplora.probes.features import collect_moments, shared_inputs
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.probes.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
 from mllm_keeplora.system import distributed, watch
@@ -22,21 +23,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters import Adapters
-    from mllm_keeplora.linalg import (
-        FrequentDirections,
-        GradientAccumulator,
-        GradientSketch,
-        MomentAccumulator,
-    )
     from mllm_keeplora.models import Base
-
+    from mllm_keeplora.probes.plans import Features, Gradients
 
 Reference = tuple[int, int]  # a training record: place of its domain, its number there
 
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """The domain being learnt: its 0-based place in the sequence, its name, and how many the run has so far."""
+    """Name the domain being learnt, with its 0-based place in the sequence, and how many the run has so far."""
 
     index: int
     name: str
@@ -45,38 +40,29 @@ class DomainInfo:
 
 @dataclass
 class Sources:
-    """Where records are that the domain itself does not have.
+    """Sources give records that the domain itself does not have."""
 
-    Attributes:
-        anchors: gives the records of an anchor set by its name.
-        trained: gives the training records of a domain by its name.
-        names: of the units of the sequence, in order.
-    """
-
-    anchors: Callable[[str], Sequence[Record]] | None = None
-    trained: Callable[[str], Sequence[Record]] | None = None
-    names: Sequence[str] = ()
+    anchors: Callable[[str], Sequence[Record]] | None = None  # records of an anchor set by its name
+    trained: Callable[[str], Sequence[Record]] | None = None  # training records of a domain by its name
+    names: Sequence[str] = ()  # of the units of the sequence, in order
     read: dict[int, Sequence[Record]] = field(default_factory=dict)  # else a file is read again for every record
 
     def domain(self, index: int) -> Sequence[Record]:
-        """Training records of a domain by its place."""
+        """Give the training records of a domain by its place."""
         if index not in self.read:
             self.read[index] = self.trained(self.names[index])
         return self.read[index]
 
 
+@dataclass
 class Data:
-    """Training records of a domain and, by reference, of earlier ones."""
+    """Give training records of a domain and, by reference, of earlier ones."""
 
-    def __init__(
-        self,
-        base: Base,
-        domain: DomainInfo,
-        records: Sequence[Record],
-        collate: Callable[[Sequence[Record]], dict[str, Tensor]],
-        sources: Sources,
-    ):
-        self.base, self.domain, self.records, self.collate, self.sources = base, domain, records, collate, sources
+    base: Base
+    domain: DomainInfo
+    records: Sequence[Record]
+    collate: Callable[[Sequence[Record]], dict[str, Tensor]]
+    sources: Sources
 
     def of_domain(self, index: int) -> Sequence[Record]:
         """Give the training records of a domain that is or was learnt, by its place."""
@@ -99,41 +85,34 @@ class Data:
 def own_batches(
     model: Any, collate: Callable[[Sequence[Record]], dict], records: Sequence[Record], size: int
 ) -> Iterator[dict]:
-    """Model inputs of this process's share of the records.
+    """Make model inputs of this process's share of the records.
 
     Where weights are divided (ZeRO-3) all processes run equally many batches: those with fewer end with idle ones.
     """
     from mllm_keeplora.adapters.mixers.mixing import look_at
 
-    device, world = next(model.parameters()).device, distributed.world_size()
-    for part in batches(records[distributed.rank() :: world], size):
-        batch = {key: value.to(device) for key, value in collate(part).items()}
+    device, rank, world = next(model.parameters()).device, distributed.rank(), distributed.world_size()
+    own = records[rank::world]
+    idle = math.ceil(len(records[::world]) / size) - math.ceil(len(own) / size) if is_partitioned(model) else 0
+    for kind, part in chain(((dict, part) for part in batches(own, size)), [(IdleBatch, records[:1])] * idle):
+        batch = kind({key: value.to(device) for key, value in collate(part).items()})
         look_at(model, batch)
         yield batch
         watch.stop_here()
-    if is_partitioned(model) and world > 1:
-        most, own = (math.ceil(len(records[rank::world]) / size) for rank in (0, distributed.rank()))
-        for _ in range(most - own):
-            batch = IdleBatch({key: value.to(device) for key, value in collate(records[:1]).items()})
-            look_at(model, batch)
-            yield batch
 
 
+@dataclass
 class Passes:
-    """Runs of the model over records, of which each process has its share.
+    """Run the model over records, of which each process has its share.
 
     `samples` are so many records of the domain, or that share of them, evenly spaced.
-
-    Args:
-        base, branches: the loaded base and its adapters.
-        domain: for what the user is told.
-        data: gives records and batches.
-        batch_size: records per forward.
     """
 
-    def __init__(self, base: Base, branches: Adapters, domain: DomainInfo, data: Data, batch_size: int):
-        self.base, self.branches, self.family = base, branches, base.family
-        self.domain, self.data, self.batch_size = domain, data, batch_size
+    base: Base
+    branches: Adapters
+    domain: DomainInfo  # for what the user is told
+    data: Data
+    batch_size: int  # records per forward
 
     def features(
         self,
@@ -141,7 +120,7 @@ class Passes:
         plan: FeaturePlan = EXACT_FEATURES,
         of: Sequence[str] = (),
         layers: Sequence[str] | None = None,
-    ) -> dict[str, MomentAccumulator | FrequentDirections]:
+    ) -> Features:
         """Collect statistics of the target layers' inputs, over records of the domain or of anchor sets named in `of`.
 
         All processes get the statistics of all records.
@@ -149,33 +128,33 @@ class Passes:
         records = self.data.records
         if of:  # answers of anchors are not used: the first question of each, whose tokens see no answer
             records = [record.first_exchange() for name in of for record in self.data.sources.anchors(name)]
-            plan = plan.of_questions()
+            plan = replace(plan, tokens={**(plan.tokens or {}), "answer": 0})
         passed = self._pass(records, samples, "anchors" if of else "features")
         idle = self._idle_layers(records, samples)
-        return collect_moments(self.family, self.branches.model, self._modules(layers), passed, plan, idle)
+        return collect_moments(self.base.family, self.branches.model, self._modules(layers), passed, plan, idle)
 
     def rounds(self, plan: FeaturePlan) -> list[list[str]] | None:
         """Group target layers for `features`, if exact statistics fit only one group after the other.
 
         None where `features` takes what the plan wants in one pass. The same in all processes.
         """
-        return exact_passes(self.groups(), self._modules(), plan) if plan.statistic == "auto" else None
+        if plan.statistic != "auto":
+            return None
+        modules = self._modules()
+        widths = {name: layer.in_features for name, layer in modules.items()}
+        device = next(iter(modules.values())).weight.device
+        return distributed.from_main(plan.exact_passes(self.groups(), widths, device))  # by its memory
 
-    def gradients(
-        self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS
-    ) -> dict[str, GradientAccumulator | GradientSketch]:
+    def gradients(self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS) -> Gradients:
         """Collect the mean loss gradient of every target layer's weight."""
         passed = self._pass(self.data.records, samples, "gradient")
         idle = self._idle_layers(self.data.records, samples)
-        return collect_mean_gradients(self.family, self.branches.model, self._modules(), passed, plan, idle)
+        return collect_mean_gradients(self.base.family, self.branches.model, self._modules(), passed, plan, idle)
 
     def record_gradients(self, samples: int | float) -> Iterator[dict[str, Tensor]]:
         """Give the gradient of -log p(answer) by trained parameter, of one record after the other of this process."""
-        chosen = _chosen(self.data.records, samples)
-        with progress_bar(f"{self.domain.name}: gradients", len(chosen) // distributed.world_size()) as advance:
-            for batch in own_batches(self.branches.base, self.data.collate, chosen, 1):
-                yield self._gradients(batch)[0]
-                advance()
+        for batch in self._pass(self.data.records, samples, "gradients", 1):
+            yield self._gradients(batch)[0]
 
     def loss_gradients(self, references: Sequence[Reference]) -> dict[str, Tensor]:
         """Give the gradient of training records' mean loss over supervised tokens by trained parameter, dropout off.
@@ -208,7 +187,7 @@ class Passes:
         """Give logits (n, classes) of the model as it was before this domain, without gradient."""
         import torch
 
-        supervised = self.family.supervised(self.branches.base, batch["labels"])
+        supervised = self.base.family.supervised(self.branches.base, batch["labels"])
         with torch.no_grad(), self.branches.closed(), supervised:
             return self.branches.model(**inputs_of(batch)).logits[0]
 
@@ -219,16 +198,16 @@ class Passes:
         found, base = [], self.branches.base
         with torch.no_grad(), streamed(base):
             for batch in self._pass(self.data.records, samples, "questions"):
-                features = self.family.question_features(base, batch, pictures).cpu()
+                features = self.base.family.question_features(base, batch, pictures).cpu()
                 found += [] if isinstance(batch, IdleBatch) else [features]
         return torch.cat(found) if found else torch.zeros(0, sum(self.feature_sizes(pictures)))
 
     def feature_sizes(self, pictures: bool = True) -> tuple[int, int]:
         """Say how many of `question_features` are of words, and how many of pictures."""
-        return self.family.feature_sizes(self.branches.base, pictures)
+        return self.base.family.feature_sizes(self.branches.base, pictures)
 
     def groups(self) -> list[list[str]]:
-        """Target layers that receive the same tensor; those that no text reaches are each for itself."""
+        """Group target layers that receive the same tensor; those that no text reaches are each for itself."""
         groups = self._reached_by_text()
         reached = {layer for group in groups for layer in group}
         return groups + [[layer] for layer in self.branches.layers if layer not in reached]
@@ -243,7 +222,7 @@ class Passes:
         """Target layers that a conversation without pictures reaches, grouped by their input."""
         batch = self.data.inputs([Record("a text", (), (Turn("user", "?"), Turn("assistant", "!")))])
         self.branches.look_at(batch)
-        return shared_inputs(self.family, self.branches.model, self._modules(), batch)
+        return shared_inputs(self.base.family, self.branches.model, self._modules(), batch)
 
     def _idle_layers(self, records: Sequence[Record], samples: int | float) -> list[str]:
         """Target layers, such as a projector's, that a pass does not reach as none of its records has a picture."""
@@ -252,11 +231,13 @@ class Passes:
         reached = {layer for group in self._reached_by_text() for layer in group}
         return [layer for layer in self.branches.layers if layer not in reached]
 
-    def _pass(self, records: Sequence[Record], samples: int | float, title: str) -> Iterator[dict]:
+    def _pass(
+        self, records: Sequence[Record], samples: int | float, title: str, size: int | None = None
+    ) -> Iterator[dict]:
         """Model inputs over evenly spaced records; each process takes its share."""
         chosen = _chosen(records, samples)
         with progress_bar(f"{self.domain.name}: {title}", len(chosen) // distributed.world_size()) as advance:
-            for batch in own_batches(self.branches.base, self.data.collate, chosen, self.batch_size):
+            for batch in own_batches(self.branches.base, self.data.collate, chosen, size or self.batch_size):
                 yield batch
                 advance(0 if isinstance(batch, IdleBatch) else len(batch["labels"]))
 
@@ -267,14 +248,14 @@ class Passes:
         trained = self.branches.trainable()
         with evaluating(self.branches.model, checkpointing=True):  # the backward pass runs blocks again
             with as_in_training(self.branches.base):
-                losses, _ = self.family.losses(self._logits(batch)[None], batch["labels"])
+                losses, _ = self.base.family.losses(self._logits(batch)[None], batch["labels"])
             found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
         pairs = zip(trained.items(), found, strict=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}, losses.numel()
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         self.branches.look_at(batch)
-        with self.family.supervised(self.branches.base, batch["labels"]):
+        with self.base.family.supervised(self.branches.base, batch["labels"]):
             return self.branches.model(**inputs_of(batch)).logits[0]
 
 

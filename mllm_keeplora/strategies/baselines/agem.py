@@ -11,36 +11,31 @@ there are no classes to take equally many of; both means are over answer tokens;
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from mllm_keeplora.strategies.base import Context, Need, Step, StrategyOptions
 from mllm_keeplora.strategies.baselines.buffered import Buffered, BufferOptions
-
-if TYPE_CHECKING:
-    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 
 class AGEMOptions(BufferOptions):
-    """`buffer`: records kept, of all domains together; published are 13 for each of 85 classes, near a thousand.
+    """The published buffer holds 13 records for each of 85 classes, near a thousand.
 
-    `ratio`: records of the reference for each one of the batch. Published are 256 beside batches of 10, for small
-    networks; 1 keeps a step at about twice the cost.
+    A published reference has 256 records beside batches of 10, for small networks; a `ratio` of 1 keeps a step at about
+    twice the cost.
     """
 
 
 class AGEM(Buffered):
-    """Stores what `Buffered` does."""
+    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are."""
 
     Options: ClassVar[type[StrategyOptions]] = AGEMOptions
     joins_domains: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
     options: AGEMOptions
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"gradients"})
-
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """The reference gradient is taken by so many records at a time as a data pass has."""
+        """Estimate the graph: the reference gradient takes as many records at a time as a data pass does."""
         return {"train": {"graph": sizes.graph(max(sizes.micro, sizes.probe), sizes.rank)}}
 
     def around_step(self, context: Context, phase: Literal["grad", "post"], step: Step) -> None:
@@ -49,11 +44,11 @@ class AGEM(Buffered):
             return
         reference = context.passes.loss_gradients(self.drawn(step))
         trained = context.branches.trainable()
-        used = {name: parameter for name, parameter in trained.items() if parameter.grad is not None}
-        product = float(sum((parameter.grad * reference[name]).sum() for name, parameter in used.items()))
+        used = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+        product = float(sum((gradient * reference[name]).sum() for name, gradient in used.items()))
         if product >= 0:
             return
         share = product / float(sum(each.square().sum() for each in reference.values()))
         for name, parameter in trained.items():
             change = -share * reference[name]
-            parameter.grad = parameter.grad + change if name in used else change
+            parameter.grad = used[name] + change if name in used else change

@@ -6,28 +6,21 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Step, Strategy, StrategyOptions
+from mllm_keeplora.data.reservoir import Reservoir
+from mllm_keeplora.strategies.base import Branch, Context, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
-
 
 class BufferOptions(StrategyOptions):
-    """`buffer`: records kept, of all domains together. `ratio`: buffered records for each one of a batch."""
-
-    buffer: int = Field(1000, ge=1)
-    ratio: float = Field(1.0, gt=0.0)
+    buffer: int = Field(1000, ge=1)  # records kept, of all domains together
+    ratio: float = Field(1.0, gt=0.0)  # buffered records for each one of a batch
 
 
 class Buffered(Strategy):
-    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are.
-
-    Each domain's records are offered to the buffer once and after the domain, so that several epochs count no more than
-    one, and what is drawn during a domain is of earlier ones.
-    """
+    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are."""
 
     options: BufferOptions
 
@@ -39,10 +32,11 @@ class Buffered(Strategy):
         return carried_branch(context, self.options)
 
     def after_domain(self, context: Context) -> None:
+        # Once and at the end: several epochs count no more than one, and what is drawn is of earlier domains.
         self.buffer.offer(context.domain.index, len(context.data.records), context.rng)
 
     def drawn(self, step: Step) -> list[tuple[int, int]]:
-        """References for this micro-batch (in `around_step`: this process), which may be none; at least one a step."""
+        """Draw references for this micro-batch (in `around_step`: this process), maybe none; at least one a step."""
         count = max(1, round(self.options.ratio * step.records))
         return [self.buffer.references[place] for place in step.drawn(len(self.buffer), count)]
 
@@ -50,8 +44,6 @@ class Buffered(Strategy):
         return {"buffer": self.buffer.state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        from mllm_keeplora.data.reservoir import Reservoir
-
         self.buffer = Reservoir(self.options.buffer)
         if state:
             self.buffer.load(state["buffer"])

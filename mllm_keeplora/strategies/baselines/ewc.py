@@ -15,20 +15,17 @@ A and B are held entry by entry, although only their product matters to the mode
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Need, Samples, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Need, Samples, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
-
-    from mllm_keeplora.adapters import Branch
-    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
     ByName = dict[str, Tensor]  # a tensor for each trained parameter
 
@@ -50,6 +47,8 @@ class EWC(Strategy):
     """Stores the branch, and F and theta* of its size: once (`online`), or for every past domain (`separate`)."""
 
     Options: ClassVar[type[StrategyOptions]] = EWCOptions
+    # The penalty reads parameters outside of the model's forward.
+    needs: ClassVar[frozenset[Need]] = frozenset({"parameters"})
     options: EWCOptions
 
     def __init__(self, options: EWCOptions):
@@ -57,19 +56,15 @@ class EWC(Strategy):
         self.fisher: list[ByName] = []  # F of past domains, oldest first; one for all of them if online
         self.optimum: list[ByName] = []  # theta*, likewise
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"parameters"})  # the penalty reads them outside of the model's forward
-
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """Gradients of one record after the other, over what is known and what is added up."""
+        """Estimate gradients of one record after the other, beside what is known and what is added up."""
         return {"consolidate": {"graph": sizes.graph(1, sizes.rank), "Fisher information": 3 * 4 * sizes.numbers}}
 
     def before_domain(self, context: Context) -> Branch:
         return carried_branch(context, self.options)
 
     def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any, step: Step) -> Tensor | float:
-        """The penalty on theta as it is now; 0 in the first domain."""
+        """Give the penalty on theta as it is now; 0 in the first domain."""
         theta = context.branches.trainable()
         self.fisher = [beside(theta, each) for each in self.fisher]
         self.optimum = [beside(theta, each) for each in self.optimum]
@@ -99,10 +94,10 @@ class EWC(Strategy):
 
 
 def mean_squared_gradients(context: Context, samples: int | float) -> tuple[ByName, int]:
-    """Diagonal of the empirical Fisher matrix at the model's present parameters.
+    """Take the diagonal of the empirical Fisher matrix at the model's present parameters.
 
     Args:
-        context: of the domain whose records are looked at, its branch open.
+        context: of the domain, its branch open.
         samples: so many of its records (or that share of them), evenly spaced and divided over the processes.
 
     Returns:
@@ -123,17 +118,17 @@ def mean_squared_gradients(context: Context, samples: int | float) -> tuple[ByNa
 
 
 def beside(theta: ByName, kept: ByName) -> ByName:
-    """What is kept of each parameter, on its device: copied there once, the same tensors from then on."""
+    """Give what is kept of each parameter on its device: copied there once, the same tensors from then on."""
     return {name: kept[name].to(values.device) for name, values in theta.items()}
 
 
 def packed(what: str, domains: list[ByName]) -> ByName:
-    """What is kept of each past domain as one dictionary, whose keys name the kind, the domain and the parameter."""
+    """Put what is kept of past domains into one dictionary, whose keys name kind, domain and parameter."""
     return {f"{what}|{number}|{name}": each for number, kept in enumerate(domains) for name, each in kept.items()}
 
 
 def unpacked(what: str, state: ByName) -> list[ByName]:
-    """What `packed` was given."""
+    """Take what is kept of a kind out of the dictionary again, domain by domain."""
     found: dict[int, ByName] = {}
     for key, tensor in state.items():
         kind, number, name = key.split("|", 2)

@@ -7,13 +7,10 @@ Source: the baselines of O-LoRA (arXiv 2310.14152) and of MCITlib (LoRA-FT).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch, fresh_branch
-
-if TYPE_CHECKING:
-    from mllm_keeplora.adapters import Branch
 
 
 class FinetuneOptions(StrategyOptions):
@@ -29,5 +26,4 @@ class Finetune(Strategy):
     def before_domain(self, context: Context) -> Branch:
         if self.options.branch == "carried":
             return carried_branch(context, self.options)
-        else:
-            return fresh_branch(context, self.options)
+        return fresh_branch(context, self.options)

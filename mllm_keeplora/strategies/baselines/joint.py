@@ -7,13 +7,10 @@ whole batches domain by domain, joint training once: it may have fewer steps by 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from mllm_keeplora.strategies.base import Context, Strategy
+from mllm_keeplora.strategies.base import Branch, Context, Strategy
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
-
-if TYPE_CHECKING:
-    from mllm_keeplora.adapters import Branch
 
 
 class Joint(Strategy):

@@ -13,19 +13,16 @@ with teacher logits of other records.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
-
-    from mllm_keeplora.adapters import Branch
 
 
 class LwFOptions(StrategyOptions):
@@ -45,7 +42,7 @@ class LwF(Strategy):
         return carried_branch(context, self.options)
 
     def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any, step: Step) -> Tensor | float:
-        """The distillation of a batch; 0 in the first domain. Costs a second forward, of the teacher."""
+        """Give the distillation of a batch; 0 in the first domain. It costs a second forward, of the teacher."""
         if context.domain.index == 0:
             return 0.0
         teacher = context.passes.teacher_logits(batch)
@@ -54,11 +51,10 @@ class LwF(Strategy):
 
 
 def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """How far a student's next token is from its teacher's, softened by a temperature T.
+    """Measure how far a student's next token is from its teacher's, softened by a temperature T.
 
     Args:
-        teacher: (n, vocabulary) logits.
-        student: likewise.
+        teacher, student: (n, vocabulary) logits.
         temperature: T.
 
     Returns:

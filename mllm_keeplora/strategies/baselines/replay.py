@@ -18,14 +18,14 @@ from mllm_keeplora.strategies.baselines.buffered import Buffered, BufferOptions
 
 
 class ReplayOptions(BufferOptions):
-    """`buffer`: records kept, of all domains together. None is published for LLaVA; of text, TRACE keeps a tenth.
+    """No size of the buffer is published for LLaVA; of text, TRACE keeps a tenth.
 
-    `ratio`: buffered records for each new one; 1 as published (10 and 10), which doubles what a micro-batch holds.
+    The `ratio` of buffered to new records is 1 as published (10 and 10), which doubles what a micro-batch holds.
     """
 
 
 class Replay(Buffered):
-    """Stores what `Buffered` does."""
+    """Stores the branch, and domain and number of each record in the buffer; the records stay where they are."""
 
     Options: ClassVar[type[StrategyOptions]] = ReplayOptions
     joins_domains: ClassVar[bool] = True

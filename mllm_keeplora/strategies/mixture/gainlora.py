@@ -2,7 +2,7 @@
 
 Branches come about as the method in `base` has them, and stay live: y = W x + sum_i a_i(question) s B_i A_i x, with the
 gate a_i of `adapters.gates`. M_l holds the inputs of gate layer l on past domains. A new gate is a copy of the last but
-for its key G_3, which is outside of M_3 and where the new domain's p_2 is strongest; after every step of the optimiser
+for its key G_3, which is outside of M_3 and where the new domain's p_2 is strongest; after every step of the optimizer
 the change of G_l is taken out of M_l. So a_t = 0 on past questions, and stays so: f(0) = 0. Afterwards M_l grows.
 Source: GainLoRA (NeurIPS 2025, arXiv 2505.15424) and its code (liangyanshuo/gainlora, a47edf4: T5, over InfLoRA).
 Departures from the code: p_0 is divided by the true number of words; rows are not made as long again (`row_renorm`),
@@ -20,16 +20,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Need, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Need, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 from mllm_keeplora.strategies.mixture.gainlora_options import BASES, GainLoRAOptions, options_of_base
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
-    from mllm_keeplora.adapters.mixers.gates import Gates
     from mllm_keeplora.linalg import Basis, MomentAccumulator
-    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 OF_BASE, OF_MEMORY = "base|", "memory|"
 
@@ -56,15 +54,42 @@ class GainLoRA(Strategy):
         return self.base.trains
 
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """What its base method takes; gates are small."""
+        """Give what its base method takes; gates are small."""
         return self.base.footprint(sizes)
 
     def prepare(self, context: Context) -> None:
         self.base.prepare(context)
 
     def before_domain(self, context: Context) -> Branch:
-        """Open the branch of the base method, with one gate more."""
-        gates = self._begun(context)
+        """Begin the branch of the base method, with one gate more, whose key is turned to the domain.
+
+        Raises:
+            UserError: the gates have nothing to tell the domain's questions from past ones by.
+        """
+        import torch
+
+        from mllm_keeplora.adapters.mixers.gates import Gates, informed_key
+        from mllm_keeplora.linalg import Basis
+
+        options, questions = self.options, self._questions(context)
+        d = questions.shape[1]
+        if context.branches.past:
+            gates = context.branches.past_mixer.grown()
+        else:
+            words = context.passes.feature_sizes(pictures=False)[0]
+            gates = Gates(1, d, options.gate_width, options.gate_head, words, options.gate_rate)
+            apart = torch.Generator().manual_seed(context.rng.initial_seed() + 1)  # the base draws what it would alone
+            gates.newest.begin(apart)
+        with torch.no_grad():
+            gate = gates.newest
+            moments = _moments(context, gate.inputs(questions)["key"])
+            key = informed_key(gate.key, self.memories.get("key", Basis(d)), moments)
+            if key is None:
+                raise UserError(
+                    f"domain {context.domain.name}: gates see nothing in its questions that past ones do not have; "
+                    "strategy.pictures=true shows them the pictures, and a lower strategy.gate_energy forgets more"
+                )
+            gate.key.copy_(key)
         return replace(self.base.before_domain(context), mixer=gates)
 
     def batch(self, context: Context, batch: dict[str, Any], step: Step) -> dict[str, Any]:
@@ -84,9 +109,15 @@ class GainLoRA(Strategy):
         if phase != "post" or not self.memories:
             return
         for layer, name in _newest(context).items():
-            before, memory = self._start(context, layer), self.memories[layer]
-            edit = partial(constrained, before=before, memory=memory, row_renorm=self.options.row_renorm)
-            context.edit_parameter(name, edit)
+            if self.options.row_renorm:  # lengths change with every step: the change is counted from the step's start
+                before = self._before[layer]
+            else:
+                # From the domain's start, which is known without keeping it: that of G_1 and G_2 is the gate before,
+                # and what counts of the key's, its part inside the memory, is zero.
+                before = getattr(context.branches.mixer.gates[-2], layer).detach()
+                before = before.new_zeros(before.shape) if layer == "key" else before
+            memory, row_renorm = self.memories[layer], self.options.row_renorm
+            context.edit_parameter(name, partial(constrained, before=before, memory=memory, row_renorm=row_renorm))
 
     def after_domain(self, context: Context) -> None:
         """Let the base method finish, and remember what every layer of the new gate receives on the domain."""
@@ -132,62 +163,11 @@ class GainLoRA(Strategy):
         from mllm_keeplora.adapters.mixers.gates import balanced
 
         features = context.passes.question_features(self.options.gate_samples, self.options.pictures)
-        return balanced(features, _words(context))
-
-    def _begun(self, context: Context) -> Gates:
-        """The gates of past domains and a new one, whose key is turned to the domain.
-
-        Raises:
-            UserError: the gates have nothing to tell the domain's questions from past ones by.
-        """
-        import torch
-
-        from mllm_keeplora.adapters.mixers.gates import Gates, informed_key
-        from mllm_keeplora.linalg import Basis
-
-        questions = self._questions(context)
-        d = questions.shape[1]
-        if context.branches.past:
-            gates = context.branches.past_mixer.grown()
-        else:
-            gates = Gates(
-                1, d, self.options.gate_width, self.options.gate_head, _words(context), self.options.gate_rate
-            )
-            apart = torch.Generator().manual_seed(context.rng.initial_seed() + 1)  # the base draws what it would alone
-            gates.newest.begin(apart)
-        with torch.no_grad():
-            gate = gates.newest
-            moments = _moments(context, gate.inputs(questions)["key"])
-            key = informed_key(gate.key, self.memories.get("key", Basis(d)), moments)
-            if key is None:
-                raise UserError(
-                    f"domain {context.domain.name}: gates see nothing in its questions that past ones do not have; "
-                    "strategy.pictures=true shows them the pictures, and a lower strategy.gate_energy forgets more"
-                )
-            gate.key.copy_(key)
-        return gates
-
-    def _start(self, context: Context, layer: str) -> Tensor:
-        """What a layer's change is counted from: the domain's start, or the step's if lengths change with every step.
-
-        The start is known without keeping it: that of G_1 and G_2 is the gate before, and what counts of the key's, its
-        part inside the memory, is zero.
-        """
-        import torch
-
-        if self.options.row_renorm:
-            return self._before[layer]
-        earlier = getattr(context.branches.mixer.gates[-2], layer).detach()
-        return torch.zeros_like(earlier) if layer == "key" else earlier
+        return balanced(features, context.passes.feature_sizes(pictures=False)[0])
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _words(context: Context) -> int:
-    """How many features of a question are of its words."""
-    return context.passes.feature_sizes(pictures=False)[0]
 
 
 def _newest(context: Context) -> dict[str, str]:

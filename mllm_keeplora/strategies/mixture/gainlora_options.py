@@ -18,7 +18,7 @@ DEFAULTS = {"inflora": {"energy": 0.995}}  # that of gated runs on T5, as the en
 
 
 class GainLoRAOptions(StrategyOptions):
-    """Those of gates are published for T5; nothing is for LLaVA.
+    """Options of gates are published for T5; nothing is for LLaVA.
 
     `base_options` are the base method's own; it shares rank and alpha. `gate_samples` is a count of records, or a share
     of them (published: about 1000 batches of 32; the questions alone are read).
@@ -59,12 +59,12 @@ class GainLoRAOptions(StrategyOptions):
         return value
 
     def gate_energy_at(self, index: int, total: int) -> float:
-        """Share of energy that a memory is to hold at a domain: from `gate_energy` at the first towards the end's."""
+        """Give the share of energy that a memory is to hold at a domain, from `gate_energy` towards the end's."""
         return self.gate_energy + (self.gate_energy_end - self.gate_energy) * index / total
 
 
 def options_of_base(own: Mapping[str, Any], base_options: Mapping[str, Any]) -> StrategyOptions:
-    """Options of the method that is gated: its own, beside the rank and alpha of GainLoRA's (`own`).
+    """Build the options of the method that is gated: its own, beside the rank and alpha of GainLoRA's (`own`).
 
     Raises:
         ValidationError: it does not take them.

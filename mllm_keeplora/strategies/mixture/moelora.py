@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
+from mllm_keeplora.adapters.mixers import rebuilt
+from mllm_keeplora.strategies.base import Branch, Context, Need, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import carried_branch
-
-if TYPE_CHECKING:
-    from mllm_keeplora.adapters import Branch
-    from mllm_keeplora.adapters.mixers.experts import Experts
 
 
 class MoELoRAOptions(StrategyOptions):
@@ -50,29 +47,21 @@ class MoELoRA(Strategy):
         "ucit": {"rank": 18, "alpha": 36.0, "experts": 6},
     }
     combine: ClassVar[Literal["gate"]] = "gate"
+    # Routers run inside of other layers, for which ZeRO-3 would have to fetch their weights in between.
+    needs: ClassVar[frozenset[Need]] = frozenset({"parameters"})
     options: MoELoRAOptions
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Routers run inside of other layers, for which ZeRO-3 would have to fetch their weights in between."""
-        return frozenset({"parameters"})
-
     def before_domain(self, context: Context) -> Branch:
-        from mllm_keeplora.adapters.mixers import rebuilt
-
-        branch, last = carried_branch(context, self.options), context.branches.past_mixer
-        mixer = self._fresh(context, branch) if last is None else rebuilt(*last.stored())
-        return replace(branch, mixer=mixer)
-
-    def _fresh(self, context: Context, branch: Branch) -> Experts:
-        """Routers as linear layers begin: uniform within 1 / sqrt(d_in)."""
         from torch.nn.init import uniform_
 
         from mllm_keeplora.adapters.mixers.experts import Experts
 
+        branch, last = carried_branch(context, self.options), context.branches.past_mixer
+        if last is not None:
+            return replace(branch, mixer=rebuilt(*last.stored()))
         inputs = {layer: A.shape[1] for layer, A in branch.A.items()}
         mixer = Experts(self.options.experts, inputs)
-        for layer, d_in in inputs.items():
+        for layer, d_in in inputs.items():  # routers begin as linear layers do
             bound = 1 / math.sqrt(d_in)
             uniform_(mixer.router(layer).weight, -bound, bound, generator=context.rng)
-        return mixer
+        return replace(branch, mixer=mixer)

@@ -16,21 +16,21 @@ records show of their first question (`adapters.features`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 from mllm_keeplora.system.log import log
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.adapters.mixers.router import Router
-    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 
 HELD_OUT = 4  # one question in so many is not fitted to: it measures how far a domain's own questions lie
 MATRICES = 7  # float64 (d, d) alive at once: scatter of before and now, covariance, mixed, factor, whitening
@@ -80,12 +80,18 @@ class Routed(Strategy):
         return fresh_branch(context, self.options)
 
     def after_domain(self, context: Context) -> None:
-        own = context.passes.question_features(self.options.samples, self.options.pictures)
-        features = context.processes.gathered(own)
+        samples, pictures = self.options.samples, self.options.pictures
+        features = context.processes.gathered(context.passes.question_features(samples, pictures))
         self._add(features)
         router = self._router()
         context.answer_with(router)
-        context.log({"routing": self._facts(context, router, features)})
+        # Shares of this domain's questions sent to its branch and to the base; of each domain's held-out ones.
+        chosen = router.choose(features).float()
+        own, base = float(chosen[:, -1].mean()), 1 - float(chosen.sum(dim=1).mean())
+        text = "%s: %.1f%% of its questions go to its branch, %.1f%% to the base"
+        log.info(text, context.domain.name, 100 * own, 100 * base)
+        held = [float(router.choose(rows)[:, number].float().mean()) for number, rows in enumerate(self._held_out())]
+        context.log({"routing": {"own": own, "base": base, "held_out": held}})
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.seen)
@@ -126,23 +132,16 @@ class Routed(Strategy):
         router.whitening.copy_(whitening)
         router.means.copy_(means @ whitening.mT)
         if self.options.reject is not None:
-            for number, own in enumerate(seen["held_out"].split(seen["held_counts"].tolist())):
+            for number, own in enumerate(self._held_out()):
                 router.limits[number] = router.distances(own)[:, number].quantile(self.options.reject)
         return router
 
-    def _facts(self, context: Context, router: Router, features: Tensor) -> dict[str, Any]:
-        """Shares of this domain's questions sent to its branch and to the base; of each domain's held-out ones."""
-        chosen = router.choose(features).float()
-        own, base = float(chosen[:, -1].mean()), 1 - float(chosen.sum(dim=1).mean())
-        name = context.domain.name
-        log.info("%s: %.1f%% of its questions go to its branch, %.1f%% to the base", name, 100 * own, 100 * base)
-        held = self.seen["held_out"].split(self.seen["held_counts"].tolist())
-        each = [float(router.choose(rows)[:, number].float().mean()) for number, rows in enumerate(held)]
-        return {"own": own, "base": base, "held_out": each}
+    def _held_out(self) -> Iterable[Tensor]:
+        return self.seen["held_out"].split(self.seen["held_counts"].tolist())
 
 
 def whitening_of(covariance: Tensor, shrinkage: float) -> Tensor:
-    """What makes features uncorrelated and of variance one, after their covariance was shrunk.
+    """Find what makes features uncorrelated and of variance one, after their covariance was shrunk.
 
     Args:
         covariance: (d, d) float64; it may be singular.

@@ -19,30 +19,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mllm_keeplora.strategies.base import Context, Need, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Need, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch, Factors
+    from mllm_keeplora.adapters import Factors
 
 
 class SDLoRAOptions(StrategyOptions):
-    """Defaults of the paper (query and value layers of a ViT): rank 10 without a scale (alpha = rank), magnitudes 1."""
+    """Defaults are the paper's (query and value layers of a ViT): rank 10, no scale (alpha = rank), magnitudes 1."""
 
     rank: int = Field(10, ge=1)
     alpha: float = Field(10.0, gt=0.0, description="alpha / rank also holds for `later_ranks`")
     magnitude: float = Field(1.0, gt=0.0, lt=float("inf"), description="of a new branch; the published code has 0.8")
-    magnitude_rate: float = Field(
-        1.0, gt=0.0, lt=float("inf"), description="times train.lr; Adam moves one by lr a step"
-    )
+    magnitude_rate: float = Field(1.0, gt=0.0, lt=float("inf"))  # times train.lr; Adam moves one by lr a step
     nu: Literal["norm", "one"] = "norm"
     compat: Literal["none", "official"] = "none"
     later_ranks: dict[int, int] = Field(default_factory=dict, description="from this 0-based domain on -> rank (RR)")
-    kd_threshold: float | None = Field(
-        None, ge=0.0, le=1.0, description="the paper has 9e-4; null = nothing is dropped"
-    )
+    kd_threshold: float | None = Field(None, ge=0.0, le=1.0)  # the paper has 9e-4; null = nothing is dropped
 
     @field_validator("later_ranks")
     @classmethod
@@ -58,7 +54,7 @@ class SDLoRAOptions(StrategyOptions):
         return self
 
     def in_domain(self, index: int) -> StrategyOptions:
-        """Rank of a domain, and the alpha that leaves alpha / rank as it is."""
+        """Give the rank of a domain, and the alpha that leaves alpha / rank as it is."""
         begun = [place for place in self.later_ranks if place <= index]
         rank = self.later_ranks[max(begun)] if begun else self.rank
         return StrategyOptions(rank=rank, alpha=self.alpha * rank / self.rank)
@@ -74,15 +70,12 @@ class SDLoRA(Strategy):
         "kd": {"kd_threshold": 9e-4},
     }
     combine: ClassVar[Literal["sum"]] = "sum"
+    needs: ClassVar[frozenset[Need]] = frozenset({"parameters"})
     options: SDLoRAOptions
 
     def __init__(self, options: SDLoRAOptions):
         super().__init__(options)
         self.load_state_dict({})
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"parameters"})
 
     def before_domain(self, context: Context) -> Branch:
         import torch
@@ -93,8 +86,7 @@ class SDLoRA(Strategy):
         if options.compat == "official":
             earlier = torch.full_like(earlier, options.magnitude)
         magnitudes = torch.cat([earlier, torch.tensor([options.magnitude])])
-        scales = self._scales(context)
-        mixer = self._mixer(context, magnitudes, torch.cat([scales, torch.ones(len(scales), 1)], dim=1))
+        mixer = self._mixer(context, magnitudes, self._scales(context))
         branch = fresh_branch(context, options.in_domain(context.domain.index))
         return replace(branch, mixer=mixer)
 
@@ -103,9 +95,7 @@ class SDLoRA(Strategy):
 
         magnitudes = context.branches.mixer.magnitudes.detach().cpu()
         in_use = torch.cat([self.in_use[: len(magnitudes) - 1], torch.tensor([True])])
-        scales = self._scales(context)
-        scales = torch.cat([scales, torch.ones(len(scales), 1)], dim=1)
-        facts: dict[str, Any] = {}
+        scales, facts = self._scales(context), {}
         if self.options.kd_threshold is not None and len(magnitudes) > 1:
             coefficients, left = self._fitted(context, scales)
             facts["unexplained"] = left
@@ -134,15 +124,15 @@ class SDLoRA(Strategy):
         return mixer
 
     def _scales(self, context: Context) -> Tensor:
-        """(layers, earlier branches): what makes a branch's product its direction times nu; 0 once it was dropped."""
+        """What makes a branch's product its direction times nu, (layers, branches): 0 if dropped, 1 for the newest."""
         import torch
 
         from mllm_keeplora.linalg import gram_of_products
 
-        past = context.branches.past
-        in_use = self.in_use[: len(past)].float().expand(len(context.layers.names), -1)
+        past, layers = context.branches.past, context.layers.names
+        in_use = torch.cat([self.in_use[: len(past)].float(), torch.ones(1)]).expand(len(layers), -1).clone()
         if self.options.nu == "norm" or not past:
-            return in_use.clone()
+            return in_use
 
         def norms(layer: str, branches: list[Factors]) -> Tensor:
             pairs = [(each.B[layer], each.A[layer]) for each in branches]
@@ -153,8 +143,9 @@ class SDLoRA(Strategy):
             return lengths * _scalings(layer, branches)
 
         found = context.processes.dealt(lambda layer: past, norms)
-        lengths = torch.stack([found[layer] for layer in context.layers.names])
-        return torch.where(lengths > 0, 1 / lengths, 0.0).float() * in_use
+        lengths = torch.stack([found[layer] for layer in layers])
+        in_use[:, :-1] *= torch.where(lengths > 0, 1 / lengths, 0.0).float()
+        return in_use
 
     def _fitted(self, context: Context, scales: Tensor) -> tuple[Tensor, float]:
         """Coefficients of the earlier branches, as they are scaled, that come nearest to the newest; the share left."""

@@ -1,8 +1,8 @@
 """GPM-LoRA: keep the input directions of past domains, and A of every new branch outside of them.
 
 The gradient of a linear layer lies in the span of its inputs. M holds the main ones of past domains, P = I - M M^T. A
-fresh branch starts at A P, each row as long as before, and A <- A - (A M) M^T after every step of the optimiser: then
-B A x = 0 for x in the span of M whatever B and the optimiser are. After a domain M grows (`kept_features.grow_kept`).
+fresh branch starts at A P, each row as long as before, and A <- A - (A M) M^T after every step of the optimizer: then
+B A x = 0 for x in the span of M whatever B and the optimizer are. After a domain M grows (`kept_features.grow_kept`).
 
 Source: Gradient Projection Memory (ICLR 2021, arXiv 2103.09762), whose rule G <- G - G M M^T is for full weights. The
 branch is our own adaptation; a branch carried on could not follow it, as its A lies in the inputs of past domains.
@@ -15,22 +15,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mllm_keeplora.strategies.base import Context, Need, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Need, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
+from mllm_keeplora.strategies.footprint import Footprint, PassSizes
 from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, branch_outside, grow_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.linalg import Basis
-    from mllm_keeplora.strategies.footprint import Footprint, PassSizes
-
-A_PARAMETER = ".lora_A.domain.weight"
 
 
 class GPMOptions(KeptFeatureOptions):
-    """Nothing is published for LLaVA: the energies are those of the vision benchmarks, rank and alpha plain LoRA's."""
+    """Nothing is published for LLaVA: energies are those of the vision benchmarks, rank and alpha plain LoRA's."""
 
     mode: Literal["post", "grad"] = "post"  # grad is exact for gradient descent without adaptive scaling alone
 
@@ -50,7 +47,7 @@ class GPM(Strategy):
         return frozenset({"gradients"}) if self.options.mode == "grad" else frozenset()
 
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """Kept bases are beside the parameters while these train."""
+        """Estimate kept bases beside the parameters while these train."""
         return {**self.options.footprint(sizes), "train": {"kept bases": sizes.kept_bases()}}
 
     def prepare(self, context: Context) -> None:
@@ -67,16 +64,16 @@ class GPM(Strategy):
             return
         trained = context.branches.trainable()
         if not self._kept:
-            names = {
-                f"base_model.model.{layer}{A_PARAMETER}": kept for layer, kept in context.kept.items() if kept.rank
-            }
-            self._kept = {name: kept.to(trained[name].device) for name, kept in names.items() if name in trained}
+            for layer, kept in context.kept.items():
+                name = f"base_model.model.{layer}.lora_A.domain.weight"
+                if kept.rank and name in trained:
+                    self._kept[name] = kept.to(trained[name].device)
         for name, kept in self._kept.items():
-            parameter = trained[name]
+            gradient = trained[name].grad
             if phase == "post":
                 context.edit_parameter(name, kept.residual)
-            elif parameter.grad is not None:
-                parameter.grad.copy_(kept.residual(parameter.grad))
+            elif gradient is not None:
+                gradient.copy_(kept.residual(gradient))
 
     def after_domain(self, context: Context) -> None:
         self._kept = {}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.footprint import Footprint, PassSizes, feature_pass
 from mllm_keeplora.strategies.subspace.deciding import decided_features
 from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, begin_kept, branch_outside, grow_kept
@@ -27,11 +27,9 @@ from mllm_keeplora.strategies.subspace.kept_features import KeptFeatureOptions, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
-
 
 class InfLoRAOptions(KeptFeatureOptions):
-    """Published for ImageNet-R; nothing is for LLaVA. The published code has no alpha / rank: scaling 1.
+    """Defaults are published for ImageNet-R; nothing is for LLaVA. The published code has no alpha / rank: scaling 1.
 
     A starts from the singular vectors of the features outside of M, or of their `moments` as in the published code,
     which needs exact statistics.
@@ -54,18 +52,13 @@ class InfLoRA(Strategy):
         "paper": {"energy_measure": "sigma2", "row_length": 1.0},
         "official": {"rank_rule": "below_legacy", "directions": "moments"},
     }
+    trains: ClassVar[tuple[str, ...]] = ("B",)
     options: InfLoRAOptions
 
-    @property
-    def trains(self) -> tuple[str, ...]:
-        return ("B",)
-
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """A feature pass before the domain, and one behind it."""
-        after = self.options.footprint(sizes)
-        exact = self.options.directions == "moments" or self.options.feature_statistic != "sketch"
-        before = feature_pass(sizes, "exact" if exact else "sketch", self.options.feature_sketch_size)
-        return {**after, "gradient": before}
+        """Estimate a feature pass before the domain, and one behind it."""
+        plan = self.options.feature_plan(exact=self.options.directions == "moments")
+        return {**self.options.footprint(sizes), "gradient": feature_pass(sizes, plan.statistic, plan.size)}
 
     def prepare(self, context: Context) -> None:
         begin_kept(context)

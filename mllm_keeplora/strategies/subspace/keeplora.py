@@ -9,11 +9,11 @@ in this package's tests; anchors are our own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.footprint import ALWAYS, Footprint, PassSizes, feature_pass, gradient_pass
 from mllm_keeplora.strategies.subspace.deciding import decided_features
 from mllm_keeplora.strategies.subspace.keeplora_options import PRESETS, KeepLoRAOptions
@@ -22,9 +22,8 @@ from mllm_keeplora.system.log import log
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
     from mllm_keeplora.linalg import Basis, FrequentDirections
-    from mllm_keeplora.strategies.subspace.deciding import Features
+    from mllm_keeplora.probes.plans import Features
 
 
 class KeepLoRA(Strategy):
@@ -43,22 +42,19 @@ class KeepLoRA(Strategy):
         return ("B",) if self.options.freeze_a else ("A", "B")
 
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """Decompositions of the weights, a gradient pass before the domain, a feature pass behind it."""
-        options, decomposition = self.options, sizes.decomposition()
+        """Estimate decompositions of the weights, a gradient pass before the domain, a feature pass behind it."""
+        options, decomposition = self.options, {"decomposition": sizes.decomposition()}
         if options.feature_source == "activations":
             after = feature_pass(sizes, options.feature_statistic, options.feature_sketch_size)
         else:
-            after = {**gradient_pass(sizes, exact=True), "decomposition": decomposition}
+            after = gradient_pass(sizes, exact=True) | decomposition
         exact = options.gradient_plan().statistic == "exact"
-        return {
-            ALWAYS: {"kept bases": sizes.kept_bases()},
-            "prepare": {"decomposition": decomposition},
-            "gradient": gradient_pass(sizes, exact, options.sketch_width),
-            "consolidate": after,
-        }
+        before = gradient_pass(sizes, exact, options.sketch_width)
+        always = {"kept bases": sizes.kept_bases()}
+        return {ALWAYS: always, "prepare": decomposition, "gradient": before, "consolidate": after}
 
     def prepare(self, context: Context) -> None:
-        """Kept basis of every layer: principal input subspace of its weight, Eq. (1); then what the anchors add."""
+        """Keep the principal input subspace of every layer's weight, Eq. (1); then what the anchors add."""
         from mllm_keeplora.linalg import Basis, principal_subspace
 
         self.options.refuse_idle_patterns(context.layers.names)
@@ -70,8 +66,12 @@ class KeepLoRA(Strategy):
 
         for layer, columns in context.processes.dealt(context.layers.weight, principal).items():
             context.kept[layer] = Basis.from_columns(columns)
-        if self.options.share_basis == "input":
-            self._unite(context)
+        # Layers with the same input keep the same: the span of what each of them keeps of its weight.
+        for first, *others in context.layers.groups() if self.options.share_basis == "input" else ():
+            for layer in others:
+                context.kept[first].grow(context.kept[layer].columns.mT, energy=1.0)
+            for layer in others:
+                context.kept[layer] = Basis.from_columns(context.kept[first].columns)
         for basis in context.kept.values():
             basis.round_last(basis.rank, self.options.torch_dtype())
         if self.options.anchors:
@@ -81,13 +81,16 @@ class KeepLoRA(Strategy):
             context.log({"added_by_anchors": added})
 
     def before_domain(self, context: Context) -> Branch:
-        """A = top directions of the residual mean gradient, Eqs. (2)-(4); B = 0, Eq. (5b), or S V^T, Eq. (5a)."""
-        from mllm_keeplora.adapters import Branch
+        """Begin A by the residual mean gradient, Eqs. (2)-(4), and B by 0, Eq. (5b), or S V^T, Eq. (5a)."""
+        import torch
+
         from mllm_keeplora.linalg import gradient_capture
 
-        options = self.options
+        options, layers = self.options, context.layers
         gradients = context.passes.gradients(options.grad_samples, options.gradient_plan())
-        noise = self._noise(context)
+        noise = {}  # rows to draw random directions from, where A does not come from gradients
+        for layer in layers.names if options.a_init != "gradient" else ():
+            noise[layer] = torch.randn(2 * options.rank, layers.d_in(layer), generator=context.rng)
 
         def begin(layer: str, gradient: Any) -> dict[str, Any]:
             kept = context.kept[layer]
@@ -103,28 +106,25 @@ class KeepLoRA(Strategy):
         B = {layer: starts[layer]["B"] for layer in A} if options.b_init == "gradient" else {}
         self._tell_of_exhaustion(context, facts)
         scaling = options.alpha / options.rank  # a layer with fewer directions keeps the same scale
-        scales = options.layer_scales({layer: context.layers.depth(layer) for layer in context.layers.names})
+        scales = options.layer_scales({layer: layers.depth(layer) for layer in layers.names})
         alpha = {layer: scaling * scales[layer] * directions.shape[0] for layer, directions in A.items()}
         context.log({"gradient": facts, "layer_scale": scales})
         return Branch(A, alpha, self.trains, B)
 
     def after_domain(self, context: Context) -> None:
         """Grow every kept basis by the domain's dominant feature directions, Eqs. (8)-(10)."""
-        parts: Iterable[dict[str, Any]]
-        if self.options.feature_source == "activations":
-            parts = self._features(context, self.options.feature_samples, "energy_features")
-        else:
-            parts = [context.passes.gradients(self.options.feature_samples)]
+        samples, bounded = self.options.feature_samples, self.options.max_kept is not None
+        parts = self._features(context, samples, "energy_features")
+        if self.options.feature_source == "post_gradient":
+            parts = iter([context.passes.gradients(samples)])
         added: dict[str, int] = {}
         forgotten: dict[str, int] = {}
         for features in parts:
             grown = self._grow(context, features, "energy_features")
-            if self.options.max_kept is not None:
+            if bounded:
                 forgotten |= self._forget_least_used(context, features, grown)
             added |= grown
-        context.log({"added": added})
-        if self.options.max_kept is not None:
-            context.log({"forgotten": forgotten})
+        context.log({"added": added, "forgotten": forgotten} if bounded else {"added": added})
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.use)
@@ -134,26 +134,8 @@ class KeepLoRA(Strategy):
 
     # -- parts of the above --------------------------------------------------------------------------------------
 
-    def _unite(self, context: Context) -> None:
-        """Let layers with the same input keep the same: the span of what each of them keeps of its weight."""
-        from mllm_keeplora.linalg import Basis
-
-        for first, *others in context.layers.groups():
-            for layer in others:
-                context.kept[first].grow(context.kept[layer].columns.mT, energy=1.0)
-            for layer in others:
-                context.kept[layer] = Basis.from_columns(context.kept[first].columns)
-
-    def _noise(self, context: Context) -> dict[str, Tensor]:
-        """Rows to draw random directions from, (2 rank, d_in) a layer, where A does not come from gradients."""
-        import torch
-
-        rows = 2 * self.options.rank
-        wanted = () if self.options.a_init == "gradient" else context.layers.names
-        return {layer: torch.randn(rows, context.layers.d_in(layer), generator=context.rng) for layer in wanted}
-
     def _directions(self, kept: Basis, gradient: Any, noise: Tensor | None) -> Tensor:
-        """(r', d_in) rows of A, none where the layer is to be left alone."""
+        """Rows of A (r', d_in), none where the layer is to be left alone."""
         from mllm_keeplora.linalg import Basis, top_residual_directions
 
         options = self.options
@@ -222,29 +204,26 @@ class KeepLoRA(Strategy):
         """
         shares = ("protected", "captured", "discarded")
         facts = {layer: fact for layer, fact in facts.items() if any(fact[share] for share in shares)}
-        ranks, wanted = {layer: fact["rank"] for layer, fact in facts.items()}, self.options.rank
+        ranks = {layer: fact["rank"] for layer, fact in facts.items()}
+        name, wanted = context.domain.name, self.options.rank
         advice = "lower strategy.energy_features or strategy.energy_weights"
         if not any(ranks.values()):
-            raise UserError(f"domain {context.domain.name}: no target layer has a direction left to learn in; {advice}")
+            raise UserError(f"domain {name}: no target layer has a direction left to learn in; {advice}")
         short = [layer for layer, rank in ranks.items() if rank < wanted]
         if short and self.options.on_exhaustion == "error":
             raise UserError(
-                f"domain {context.domain.name}: layer {short[0]} has {ranks[short[0]]} of {wanted} directions "
+                f"domain {name}: layer {short[0]} has {ranks[short[0]]} of {wanted} directions "
                 f"(and {len(short) - 1} more layers too few), strategy.on_exhaustion is error; {advice}"
             )
-        if short:
-            name = context.domain.name
-            log.warning("%s: %d layers have fewer than %d directions, first %s", name, len(short), wanted, short[0])
         tight = [layer for layer, fact in facts.items() if context.layers.d_in(layer) - fact["kept"] < 4 * wanted]
-        if tight:
-            log.warning(
-                "%s: %d layers have fewer than %d free directions (four times the rank), first %s",
-                context.domain.name, len(tight), 4 * wanted, tight[0],
-            )  # fmt: skip
+        warnings = ((short, wanted, "directions"), (tight, 4 * wanted, "free directions (four times the rank)"))
+        for layers, count, what in warnings:
+            if layers:
+                log.warning("%s: %d layers have fewer than %d %s, first %s", name, len(layers), count, what, layers[0])
 
 
 def _rows(source: Any) -> Any:
-    """What stands for a layer's features: statistics of them, or the rows of its mean gradient."""
+    """Statistics of a layer's features, or the rows of the mean gradient that stand for them."""
     from mllm_keeplora.linalg import GradientAccumulator
 
     return source.mean if isinstance(source, GradientAccumulator) else source

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -18,40 +18,32 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.linalg import RandomizedSVD
 
-LAYER_SCALES = ("none", "linear", "reversed")
-THRESHOLDS = ("energy_weights", "energy_features", "energy_anchor")
+Threshold = Literal["energy_weights", "energy_features", "energy_anchor"]
 
 
 class KeepLoRAOptions(StrategyOptions):
-    """Our defaults; `presets` has the published ones.
+    """Defaults are our own; `presets` has the published ones.
 
-    A sketch of gradients is taken along directions that follow the gradient (`sketch_directions`), or random
-    ones. Samples are counts of records, or shares of them (0.2, 1.0). `share_basis: input` lets layers with the
-    same input (q, k, v; gate, up) keep what any of them keeps: stricter, and full sooner. `thresholds` gives layers
-    whose name matches a regular expression energies of their own. `basis_dtype` is how bases and A are kept; bases
-    are orthonormalised again when they are read, which the published code leaves out. `max_kept` bounds the kept
-    share of every layer's input directions for long sequences: the least used feature directions are given up (our
-    own; the published rule goes on until the space is full). `layer_scale` is KeepLoRA++: `linear` from
-    `layer_scale_gamma` at the first layer to 1 at the last, `reversed`, one number for all layers, or a list of one
-    number per layer.
+    Samples are counts of records, or shares of them (0.2, 1.0). `share_basis: input` lets layers with the same input
+    (q, k, v; gate, up) keep what any of them keeps: stricter, and full sooner. `basis_dtype` is how bases and A are
+    kept; bases are orthonormalised again when they are read, which the published code leaves out. `max_kept` is for
+    long sequences: the least used feature directions are given up (our own; the published rule goes on until the space
+    is full). `layer_scale` is KeepLoRA++: `linear` from `layer_scale_gamma` at the first layer to 1 at the last,
+    `reversed`, one number for all layers, or a list of one number per layer.
     """
 
     energy_weights: float = Field(0.6, ge=0.0, le=1.0)
     energy_features: float = Field(0.99, ge=0.0, le=1.0)
     energy_anchor: float = Field(0.99, ge=0.0, le=1.0)
-    thresholds: dict[str, dict[Literal["energy_weights", "energy_features", "energy_anchor"], float]] = Field(
-        default_factory=dict
-    )
+    thresholds: dict[str, dict[Threshold, float]] = Field(default_factory=dict)  # by regular expression of layer names
     rank_rule: Literal["reach", "below_legacy"] = "reach"
     share_basis: Literal["module", "input"] = "module"
     energy_reference: Literal["total", "residual"] = "total"
 
     grad_samples: Samples = 512
     gradient_statistic: Statistic = "auto"
-    sketch_width: int | None = Field(
-        None, ge=1, description="columns of a gradient sketch; null = 3 times the rank, 8 times along random directions"
-    )
-    sketch_directions: Literal["following", "random"] = "following"
+    sketch_width: int | None = Field(None, ge=1)  # columns; null = 3 times the rank, 8 times along random directions
+    sketch_directions: Literal["following", "random"] = "following"  # they follow the gradient
     a_init: Literal["gradient", "random_complement", "random"] = "gradient"
     a_init_svd: Literal["exact", "randomized"] = "exact"
     oversample: int | None = Field(None, ge=0, description="of a randomized SVD; null = width of 4 times the rank")
@@ -87,7 +79,7 @@ class KeepLoRAOptions(StrategyOptions):
             except re.error as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
             if not energies:
-                raise ValueError(f"{pattern!r} names no energy; allowed: {', '.join(THRESHOLDS)}")
+                raise ValueError(f"{pattern!r} names no energy; allowed: {', '.join(get_args(Threshold))}")
             wrong = [energy for energy in energies.values() if not 0.0 <= energy <= 1.0]
             if wrong:
                 raise ValueError(f"energies of {pattern!r} must be in [0, 1], got {wrong[0]}")
@@ -113,57 +105,48 @@ class KeepLoRAOptions(StrategyOptions):
     def record_sets(self) -> tuple[str, ...]:
         return self.anchors
 
-    # -- what they mean ------------------------------------------------------------------------------------------
-
     def threshold(self, name: str, layer: str) -> float:
-        """Energy of a layer: that of the first pattern that matches it and names one, else the general one."""
+        """Give the energy of a layer: by the first pattern that matches it and names one, else the general one."""
         for pattern, energies in self.thresholds.items():
             if name in energies and re.search(pattern, layer):
                 return energies[name]
         return getattr(self, name)
 
     def refuse_idle_patterns(self, layers: Iterable[str]) -> None:
-        """UserError if a pattern of `thresholds` matches no target layer."""
+        """Raise a UserError if a pattern of `thresholds` matches no target layer."""
         layers = list(layers)
         for pattern in self.thresholds:
             if not any(re.search(pattern, layer) for layer in layers):
                 raise UserError(f"strategy.thresholds: {pattern!r} matches none of {len(layers)} layers as {layers[0]}")
 
     def layer_scales(self, depths: dict[str, int | None]) -> dict[str, float]:
-        """Scale g_l of every layer from its depth; 1 for layers outside the transformer (the projector).
+        """Give the scale g_l of every layer from its depth; 1 for layers outside the transformer (the projector).
 
         Source: KeepLoRA++, Eq. (11): g_l = gamma + (1 - gamma) (l - l_0) / (L - 1); a single layer gets 1.
         Raises:
             UserError: a list that has not one number per adapted transformer layer.
         """
         adapted = sorted({depth for depth in depths.values() if depth is not None})
-        scales = dict(zip(adapted, self._scales(len(adapted)), strict=True))
+        given, gamma, count = self.layer_scale, self.layer_scale_gamma, len(adapted)
+        if isinstance(given, list) and len(given) != count:
+            raise UserError(f"strategy.layer_scale lists {len(given)} numbers for {count} adapted layers")
+        if isinstance(given, str):
+            rising = [gamma + (1 - gamma) * place / (count - 1) for place in range(count)] if count > 1 else [1.0]
+            given = {"none": 1.0, "linear": rising, "reversed": rising[::-1]}[given]
+        numbers = given if isinstance(given, list) else [given] * count
+        scales = dict(zip(adapted, numbers, strict=True))
         return {layer: 1.0 if depth is None else scales[depth] for layer, depth in depths.items()}
 
-    def _scales(self, count: int) -> list[float]:
-        given, gamma = self.layer_scale, self.layer_scale_gamma
-        if isinstance(given, list):
-            if len(given) != count:
-                raise UserError(f"strategy.layer_scale lists {len(given)} numbers for {count} adapted layers")
-            return given
-        if given == "none":
-            return [1.0] * count
-        if isinstance(given, float):
-            return [given] * count
-        rising = [gamma + (1 - gamma) * place / (count - 1) for place in range(count)] if count > 1 else [1.0]
-        return rising if given == "linear" else rising[::-1]
-
     def gradient_plan(self) -> GradientPlan:
-        """Exact sums where B starts from the gradient, which a sketch does not have."""
+        """Sum exactly where B starts from the gradient, which a sketch does not have."""
         statistic = self.gradient_statistic if self.b_init == "zero" else "exact"
         following = self.sketch_directions == "following"
         width = self.sketch_width or (3 if following else 8) * self.rank
         return GradientPlan(statistic, width, 0, self.statistics_memory_gb, following)
 
     def feature_plan(self) -> FeaturePlan:
-        tokens = dict(self.feature_tokens) if self.feature_tokens is not None else None
         size, memory = self.feature_sketch_size, self.statistics_memory_gb
-        return FeaturePlan(self.feature_statistic, size, memory, tokens, self.normalise_tokens)
+        return FeaturePlan(self.feature_statistic, size, memory, self.feature_tokens, self.normalise_tokens)
 
     def randomized(self) -> RandomizedSVD | None:
         from mllm_keeplora.linalg import RandomizedSVD

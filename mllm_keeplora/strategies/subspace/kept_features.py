@@ -6,13 +6,13 @@ Source: GPM (ICLR 2021, arXiv 2103.09762), whose rule is stated at `grow_kept`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.probes.plans import FeaturePlan, Statistic
-from mllm_keeplora.strategies.base import Context, Samples, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Samples, StrategyOptions
 from mllm_keeplora.strategies.footprint import ALWAYS, Footprint, PassSizes, feature_pass
 from mllm_keeplora.strategies.subspace.deciding import decided_features
 from mllm_keeplora.system.log import log
@@ -20,12 +20,11 @@ from mllm_keeplora.system.log import log
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
-    from mllm_keeplora.linalg import FrequentDirections, MomentAccumulator
+    from mllm_keeplora.linalg import FrequentDirections
 
 
 class KeptFeatureOptions(StrategyOptions):
-    """Which directions of a domain's features are kept.
+    """Options say which directions of a domain's features are kept.
 
     The share of energy rises from `energy` at the first domain towards `energy_end`. `energy_measure: sigma4` squares
     the squared singular values once more and needs exact statistics. `rank_rule: below_legacy` keeps one direction
@@ -50,13 +49,12 @@ class KeptFeatureOptions(StrategyOptions):
         return value
 
     def energy_at(self, index: int, total: int) -> float:
-        """Share of energy to keep at a domain: energy + (energy_end - energy) t / T, t from 0 of T."""
+        """Give the share of energy to keep at a domain: energy + (energy_end - energy) t / T, t from 0 of T."""
         return self.energy + (self.energy_end - self.energy) * index / total
 
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """What it takes to keep, and to grow what is kept after a domain."""
-        exact = self.energy_measure == "sigma4" or self.feature_statistic != "sketch"
-        grown = feature_pass(sizes, "exact" if exact else "sketch", self.feature_sketch_size)
+        """Estimate what it takes to keep, and to grow what is kept after a domain."""
+        grown = feature_pass(sizes, self.feature_statistic, self.feature_sketch_size)
         return {ALWAYS: {"kept bases": sizes.kept_bases()}, "consolidate": grown}
 
     def feature_plan(self, exact: bool = False) -> FeaturePlan:
@@ -65,7 +63,7 @@ class KeptFeatureOptions(StrategyOptions):
 
 
 def begin_kept(context: Context) -> None:
-    """Nothing is kept yet, in any target layer."""
+    """Begin with nothing kept in any target layer."""
     from mllm_keeplora.linalg import Basis
 
     context.kept.update({layer: Basis(context.layers.d_in(layer)) for layer in context.layers.names})
@@ -86,7 +84,7 @@ def grow_kept(context: Context, options: KeptFeatureOptions) -> None:
     def decides(layer: str, sketch: FrequentDirections) -> bool:
         return context.kept[layer].is_decided(sketch, energy)
 
-    def missing(layer: str, source: MomentAccumulator | FrequentDirections) -> Tensor:
+    def missing(layer: str, source: Any) -> Tensor:
         return context.kept[layer].missing(moment_rows(source) if squared else source, energy, rule=rule)
 
     added: dict[str, int] = {}
@@ -107,8 +105,6 @@ def branch_outside(context: Context, options: StrategyOptions, A: dict[str, Tens
     Raises:
         UserError: no layer has a row.
     """
-    from mllm_keeplora.adapters import Branch
-
     name, rank = context.domain.name, options.rank
     short = [layer for layer, rows in A.items() if len(rows) < rank]
     if not any(len(rows) for rows in A.values()):

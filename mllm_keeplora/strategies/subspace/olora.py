@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.strategies.base import Context, Need, Step, Strategy, StrategyOptions
+from mllm_keeplora.strategies.base import Branch, Context, Need, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Branch
-
 
 class OLoRAOptions(StrategyOptions):
-    """Defaults of the published code for T5 and LLaMA (query and value layers alone).
+    """Defaults are those of the published code for T5 and LLaMA (query and value layers alone).
 
     The penalty is a sum over layers, so `lambda1` does not carry over to a model with more of them: MCITlib takes 0.05
     for the 224 linear layers of LLaVA-1.5-7B (presets; its implementation is another, see its code). A list gives one
@@ -58,28 +56,26 @@ class OLoRA(Strategy):
         "mllm_dcl": {"rank": 32, "alpha": 64.0, "lambda1": 0.05},
         "ucit": {"rank": 16, "alpha": 32.0, "lambda1": 0.05},
     }
+    needs: ClassVar[frozenset[Need]] = frozenset({"parameters"})
     options: OLoRAOptions
 
     def __init__(self, options: OLoRAOptions):
         super().__init__(options)
-        self._trained: dict[str, dict[str, Any]] | None = None  # layer -> parameters A and B
+        self._trained: dict[str, dict[str, Tensor]] = {}  # layer -> parameters A and B
         self._past: dict[str, Tensor] = {}  # layer -> A of all earlier domains, where the parameters are
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"parameters"})
 
     def before_domain(self, context: Context) -> Branch:
         self.load_state_dict({})
-        for name in ("lambda1", "lambda2"):
-            _of_domain(getattr(self.options, name), context, name)
+        self._lambdas(context)  # lists that are too short are refused before anything is trained
         return fresh_branch(context, self.options)
 
     def extra_loss(self, context: Context, batch: Mapping[str, Any], outputs: Any, step: Step) -> Tensor | float:
-        lambda1 = _of_domain(self.options.lambda1, context, "lambda1")
-        lambda2 = _of_domain(self.options.lambda2, context, "lambda2")
-        if self._trained is None:
-            self._trained = _factors_by_layer(context)
+        lambda1, lambda2 = self._lambdas(context)
+        if not self._trained:
+            parameters = context.branches.trainable()
+            for layer in context.layers.names:
+                names = {part: f"base_model.model.{layer}.lora_{part}.domain.weight" for part in ("A", "B")}
+                self._trained[layer] = {part: parameters[name] for part, name in names.items()}
             self._past = _past_by_layer(context, self._trained)
         total: Tensor | float = 0.0
         if lambda1:
@@ -99,12 +95,25 @@ class OLoRA(Strategy):
             context.log({"overlap": found, "overlap_per_layer": sum(found.values()) / len(found)})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing is stored; what was gathered from another domain's branches is let go."""
-        self._trained, self._past = None, {}
+        """Let go of what was gathered from another domain's branches; nothing is stored."""
+        self._trained, self._past = {}, {}
+
+    def _lambdas(self, context: Context) -> list[float]:
+        """Both weights of the penalty in this domain."""
+        found = []
+        for name in ("lambda1", "lambda2"):
+            value, index = getattr(self.options, name), context.domain.index
+            if isinstance(value, list) and index >= len(value):
+                raise UserError(
+                    f"strategy.{name} lists {len(value)} numbers, but {context.domain.name} is domain "
+                    f"{index + 1} of the sequence"
+                )
+            found.append(value[index] if isinstance(value, list) else value)
+        return found
 
 
 def overlap(past: Tensor, A: Tensor, penalty: str) -> Tensor:
-    """How far two sets of input directions overlap: the sum of |past A^T|, or of its squares.
+    """Measure how far two sets of input directions overlap: the sum of |past A^T|, or of its squares.
 
     Args:
         past: (k, d_in) float32, rows of all earlier A, fixed.
@@ -120,34 +129,12 @@ def overlap(past: Tensor, A: Tensor, penalty: str) -> Tensor:
     return products.abs().sum() if penalty == "l1" else products.square().sum()
 
 
-def _factors_by_layer(context: Context) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {layer: {} for layer in context.layers.names}
-    names = context.branches.trainable()
-    for layer in found:
-        for part in ("A", "B"):
-            [name] = [name for name in names if name.endswith(f".{layer}.lora_{part}.domain.weight")]
-            found[layer][part] = names[name]
-    return found
-
-
-def _past_by_layer(context: Context, trained: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+def _past_by_layer(context: Context, trained: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """All earlier A of each layer as one, on the device of the trained one."""
     import torch
 
     past = context.branches.past
     if not past:
         return {}
-    return {
-        layer: torch.cat([factors.A[layer] for factors in past]).to(pair["A"].device) for layer, pair in trained.items()
-    }
-
-
-def _of_domain(value: float | list[float], context: Context, name: str) -> float:
-    if not isinstance(value, list):
-        return value
-    if context.domain.index >= len(value):
-        raise UserError(
-            f"strategy.{name} lists {len(value)} numbers, but {context.domain.name} is domain "
-            f"{context.domain.index + 1} of the sequence"
-        )
-    return value[context.domain.index]
+    joined = {layer: torch.cat([factors.A[layer] for factors in past]) for layer in trained}
+    return {layer: A.to(trained[layer]["A"].device) for layer, A in joined.items()}
