@@ -114,7 +114,7 @@ def pass_line(
     copies = 2 * sum(layer.weight.numel() for layer in layers.values()) * 4
 
     def ours() -> dict:
-        return collect_mean_gradients(model, layers, batches, plan)
+        return collect_mean_gradients(FAMILY, model, layers, batches, plan)
 
     timing = side_by_side(ours, lambda: other(model, layers, batches), options.repeats)
     extra = peak_bytes(ours) - peak_bytes(lambda: input_gradients(model, layers, batches))
@@ -137,8 +137,8 @@ def two_copies(model: Any, layers: dict, batches: list) -> dict:
 
 def captured(model: Any, layers: dict, batches: list, plan: GradientPlan, what: str) -> Line:
     """Energy that A of a sketch captures, measured on the exact gradient, in units of the exact A's."""
-    exact = collect_mean_gradients(model, layers, batches, GradientPlan("exact"))
-    sketched = collect_mean_gradients(model, layers, batches, plan)
+    exact = collect_mean_gradients(FAMILY, model, layers, batches, GradientPlan("exact"))
+    sketched = collect_mean_gradients(FAMILY, model, layers, batches, plan)
     shares = {}
     for name, layer in layers.items():
         basis = Basis.from_columns(principal_subspace(layer.weight, ENERGY_WEIGHTS))
@@ -158,7 +158,7 @@ def start(model: Any, batches: list, options: argparse.Namespace) -> Iterator[Li
     """A of every layer of a block, and of large matrices, from exact gradients."""
     block = {name: layer for name, layer in adapted_layers(model).items() if ".layers.10." in name}
     cases = {}
-    exact = collect_mean_gradients(model, block, batches[:1], GradientPlan("exact"))
+    exact = collect_mean_gradients(FAMILY, model, block, batches[:1], GradientPlan("exact"))
     for name, layer in block.items():
         basis = Basis.from_columns(principal_subspace(layer.weight, ENERGY_WEIGHTS))
         cases[name.rsplit(".", 1)[-1]] = (exact[name].mean, basis)
@@ -188,7 +188,7 @@ def growth(model: Any, batches: list, options: argparse.Namespace) -> Iterator[L
     for depth in (2, 15, 28):
         block = {n: layer for n, layer in adapted_layers(model).items() if f".layers.{depth}." in n}
         begun = {n: principal_subspace(layer.weight, ENERGY_WEIGHTS) for n, layer in block.items()}
-        groups, rows = shared_inputs(model, block, batches[0]), rows_of(model, block, batches)
+        groups, rows = shared_inputs(FAMILY, model, block, batches[0]), rows_of(model, block, batches)
 
         def ours(groups: list = groups, rows: dict = rows, begun: dict = begun) -> dict[str, torch.Tensor]:
             grown = {}

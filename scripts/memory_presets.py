@@ -16,6 +16,7 @@ import transformers as hf
 
 from mllm_keeplora import load_config
 from mllm_keeplora.checks.memory import Estimate, estimate
+from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.causal.parts import name_parts
 from mllm_keeplora.strategies import build_strategy
 
@@ -73,7 +74,7 @@ def estimated(preset: Preset) -> Estimate:
     parts = name_parts(model, config.adapters.projector, config.adapters.target)
     strategy = build_strategy(config.strategy)
     shape = (TOKENS, ANSWER, DOMAINS, torch.bfloat16, True, preset.gpus)
-    return estimate(config, strategy, model, parts, *shape)
+    return estimate(config, strategy, CausalFamily(prompt=None), model, parts, *shape)
 
 
 def skeleton(width: int, inner: int, blocks: int, heads: int) -> Any:
