@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,14 +28,16 @@ from rich.table import Table
 
 from mllm_keeplora.adapters import Adapters, Factors
 from mllm_keeplora.linalg import Basis, gradient_capture, principal_subspace, top_residual_directions
+from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.causal.logits import graph_from_inputs
-from mllm_keeplora.models.causal.losses import per_sample_loss
+from mllm_keeplora.models.family import inputs_of, mean_by_row
 from mllm_keeplora.probes.features import shared_inputs
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.probes.plans import EXACT_FEATURES, GradientPlan
 
 ENERGY_WEIGHTS, ENERGY_FEATURES, RANK = 0.6, 0.99, 16
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008), (11008, 4096))  # (d_out, d_in) beyond the language model's own
+FAMILY = CausalFamily(prompt=None)  # texts are tokens already
 Line = dict[str, Any]
 
 
@@ -229,7 +232,9 @@ def history(model: Any, batches: list, options: argparse.Namespace) -> Iterator[
             which(input_ids=batches[0]["input_ids"])
 
     for domains in (1, 5, 20, 40, 60):
-        adapters = Adapters(copy.deepcopy(model), tuple(layers), "factors", dropout=0.0)
+        parts = SimpleNamespace(target_layers=tuple(layers))
+        base = SimpleNamespace(model=copy.deepcopy(model), parts=parts, family=FAMILY)
+        adapters = Adapters(base, "factors", dropout=0.0)
         adapters.restore([random_factors(layers, seed) for seed in range(domains)], [])
         timing = side_by_side(lambda after=adapters.model: forward(after), lambda: forward(model), options.repeats)
         yield {
@@ -246,8 +251,8 @@ def random_factors(layers: dict, seed: int) -> Factors:
 
 
 def loss_of(model: Any, batch: dict) -> torch.Tensor:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return per_sample_loss(model(**inputs).logits, batch["labels"]).mean()
+    losses, rows = FAMILY.losses(model(**inputs_of(batch)).logits, batch["labels"])
+    return mean_by_row(losses, rows, len(batch["labels"])).mean()
 
 
 def rows_of(model: Any, layers: dict, batches: list) -> dict[str, torch.Tensor]:
