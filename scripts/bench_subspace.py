@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,13 +28,16 @@ from rich.table import Table
 
 from mllm_keeplora.adapters import Adapters, Factors
 from mllm_keeplora.linalg import Basis, gradient_capture, principal_subspace, top_residual_directions
-from mllm_keeplora.models.causal.losses import graph_from_inputs, per_sample_loss
+from mllm_keeplora.models.causal import CausalFamily
+from mllm_keeplora.models.causal.losses import graph_from_inputs
+from mllm_keeplora.models.family import inputs_of, mean_by_row
 from mllm_keeplora.probes.features import shared_inputs
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.probes.plans import EXACT_FEATURES, GradientPlan
 
 ENERGY_WEIGHTS, ENERGY_FEATURES, RANK = 0.6, 0.99, 16
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008), (11008, 4096))  # (d_out, d_in) beyond the language model's own
+FAMILY = CausalFamily(prompt=None)  # texts are tokens already
 Line = dict[str, Any]
 
 
@@ -113,7 +117,7 @@ def pass_line(
     copies = 2 * sum(layer.weight.numel() for layer in layers.values()) * 4
 
     def ours() -> dict:
-        return collect_mean_gradients(model, layers, batches, plan)
+        return collect_mean_gradients(FAMILY, model, layers, batches, plan)
 
     timing = side_by_side(ours, lambda: other(model, layers, batches), options.repeats)
     extra = peak_bytes(ours) - peak_bytes(lambda: input_gradients(model, layers, batches))
@@ -136,8 +140,8 @@ def two_copies(model: Any, layers: dict, batches: list) -> dict:
 
 def captured(model: Any, layers: dict, batches: list, plan: GradientPlan, what: str) -> Line:
     """Energy that A of a sketch captures, measured on the exact gradient, in units of the exact A's."""
-    exact = collect_mean_gradients(model, layers, batches, GradientPlan("exact"))
-    sketched = collect_mean_gradients(model, layers, batches, plan)
+    exact = collect_mean_gradients(FAMILY, model, layers, batches, GradientPlan("exact"))
+    sketched = collect_mean_gradients(FAMILY, model, layers, batches, plan)
     shares = {}
     for name, layer in layers.items():
         basis = Basis.from_columns(principal_subspace(layer.weight, ENERGY_WEIGHTS))
@@ -157,7 +161,7 @@ def start(model: Any, batches: list, options: argparse.Namespace) -> Iterator[Li
     """A of every layer of a block, and of large matrices, from exact gradients."""
     block = {name: layer for name, layer in adapted_layers(model).items() if ".layers.10." in name}
     cases = {}
-    exact = collect_mean_gradients(model, block, batches[:1], GradientPlan("exact"))
+    exact = collect_mean_gradients(FAMILY, model, block, batches[:1], GradientPlan("exact"))
     for name, layer in block.items():
         basis = Basis.from_columns(principal_subspace(layer.weight, ENERGY_WEIGHTS))
         cases[name.rsplit(".", 1)[-1]] = (exact[name].mean, basis)
@@ -187,7 +191,7 @@ def growth(model: Any, batches: list, options: argparse.Namespace) -> Iterator[L
     for depth in (2, 15, 28):
         block = {n: layer for n, layer in adapted_layers(model).items() if f".layers.{depth}." in n}
         begun = {n: principal_subspace(layer.weight, ENERGY_WEIGHTS) for n, layer in block.items()}
-        groups, rows = shared_inputs(model, block, batches[0]), rows_of(model, block, batches)
+        groups, rows = shared_inputs(FAMILY, model, block, batches[0]), rows_of(model, block, batches)
 
         def ours(groups: list = groups, rows: dict = rows, begun: dict = begun) -> dict[str, torch.Tensor]:
             grown = {}
@@ -228,7 +232,9 @@ def history(model: Any, batches: list, options: argparse.Namespace) -> Iterator[
             which(input_ids=batches[0]["input_ids"])
 
     for domains in (1, 5, 20, 40, 60):
-        adapters = Adapters(copy.deepcopy(model), tuple(layers), "factors", dropout=0.0)
+        parts = SimpleNamespace(target_layers=tuple(layers))
+        base = SimpleNamespace(model=copy.deepcopy(model), parts=parts, family=FAMILY)
+        adapters = Adapters(base, "factors", dropout=0.0)
         adapters.restore([random_factors(layers, seed) for seed in range(domains)], [])
         timing = side_by_side(lambda after=adapters.model: forward(after), lambda: forward(model), options.repeats)
         yield {
@@ -245,8 +251,8 @@ def random_factors(layers: dict, seed: int) -> Factors:
 
 
 def loss_of(model: Any, batch: dict) -> torch.Tensor:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return per_sample_loss(model(**inputs).logits, batch["labels"]).mean()
+    losses, rows = FAMILY.losses(model(**inputs_of(batch)).logits, batch["labels"])
+    return mean_by_row(losses, rows, len(batch["labels"])).mean()
 
 
 def rows_of(model: Any, layers: dict, batches: list) -> dict[str, torch.Tensor]:

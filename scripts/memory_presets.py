@@ -74,7 +74,7 @@ def estimated(preset: Preset) -> Estimate:
     parts = name_parts(model, config.adapters.projector, config.adapters.target)
     strategy = build_strategy(config.strategy)
     shape = (TOKENS, ANSWER, DOMAINS, torch.bfloat16, True, preset.gpus)
-    return estimate(config, strategy, CausalFamily(None), model, parts, *shape)  # sizes need no prompt
+    return estimate(config, strategy, CausalFamily(prompt=None), model, parts, *shape)
 
 
 def skeleton(width: int, inner: int, blocks: int, heads: int) -> Any:

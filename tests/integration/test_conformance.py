@@ -14,14 +14,16 @@ import torch
 
 from mllm_keeplora.adapters.mixers.mixing import look_at
 from mllm_keeplora.adapters.stored import LIVE, stored_files
-from mllm_keeplora.config import parse_config
+from mllm_keeplora.checks.memory import estimate
+from mllm_keeplora.config import load_config, parse_config
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.rows import asked_records
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.exports.checkpoint import export
+from mllm_keeplora.models.base import skeleton
 from mllm_keeplora.sequence import run_sequence
-from mllm_keeplora.strategies import STRATEGIES
+from mllm_keeplora.strategies import STRATEGIES, Strategy, build_strategy
 from mllm_keeplora.system import files
 from mllm_keeplora.training.fit import Reporter
 from mllm_keeplora.training.trainer import DomainTrainer
@@ -267,3 +269,43 @@ def test_reported_storage_is_what_a_saved_run_needs_to_answer(seen, tmp_path):
             path.unlink()
     found = _logits(load_run(bare).restore(last, asked=asked), batch)
     assert torch.equal(found, _logits(saved.restore(last, asked=asked), batch))
+
+
+def test_memory_is_estimated_for_the_stages_whose_hooks_a_strategy_overrides(two_plain, world):
+    """Of every row of the registry; train and evaluate are stages of all."""
+    base, rows = load_run(two_plain).base, []
+    for name, strategy in STRATEGIES.items():
+        config = load_config("mini_dcl_finetune", [f"strategy.name={name}"])
+        model = skeleton(str(world / "base"), torch.float32)
+        shape = (40, 2, 2, torch.float32, False)
+        found = estimate(config, build_strategy(config.strategy), base.family, model, base.parts, *shape)
+        overridden = {
+            "prepare": strategy.prepare is not Strategy.prepare,
+            "gradient": strategy.before_domain is not Strategy.before_domain,
+            "train": True,
+            "consolidate": strategy.after_domain is not Strategy.after_domain,
+            "evaluate": True,
+        }
+        assert list(found.stages) == [stage for stage, has in overridden.items() if has], name
+        rows.append(name)
+    assert len(rows) == 15
+
+
+MEASURED = {
+    "keeplora": ["gradient", "train", "consolidate"],
+    "inflora": ["gradient", "train", "consolidate"],
+    "routed": ["train", "consolidate"],
+    "ewc": ["train", "consolidate"],
+}
+
+
+@pytest.mark.parametrize("strategy", MEASURED)
+def test_estimated_memory_is_near_the_measured_peak(strategy, monkeypatch):
+    """Tiny-llava over eight records of one domain: its weights, past domains and kept bases left out."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    import bench_memory
+
+    lines = bench_memory.compared("tiny-llava", strategy)
+    assert [line["stage"] for line in lines] == MEASURED[strategy]
+    for line in lines:
+        assert 0.7 < line["estimated"] / line["measured"] < 1.4, line

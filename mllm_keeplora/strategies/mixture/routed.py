@@ -68,10 +68,14 @@ class Routed(Strategy):
         self.seen: dict[str, Tensor] = {}  # statistics of all domains so far: see `_add`
 
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """Statistics of questions of d features: float64 matrices of (d, d), and the questions twice."""
+        """Statistics of questions of d features: float64 matrices of (d, d), and the questions twice.
+
+        Embeddings and tower alone are asked, no target layer runs: words are held as they are, and masked, in float32.
+        """
         d = sizes.question[0 if self.options.pictures else 1]
         statistics = MATRICES * 8 * d * d + (4 + 8) * self.options.samples * d
-        return {"consolidate": {"question statistics": statistics, "forward": sizes.forward(sizes.probe)}}
+        words = 2 * 4 * sizes.base.width * sizes.tokens * sizes.probe
+        return {"consolidate": {"question statistics": statistics, "word embeddings": words}}
 
     def before_domain(self, context: Context) -> Branch:
         count = len(context.data.records)

@@ -11,14 +11,14 @@ from mllm_keeplora.strategies import build_strategy
 from tests.support.tiny import tiny_config
 
 
-def estimated(tiny_folder, base, tokens=40, domains=2, world=1, strategy=None, **changes):
+def estimated(tiny_folder, base, tokens=40, domains=2, world=1, strategy=None, on_gpu=False, **changes):
     values = tiny_config(tiny_folder, tiny_folder, tiny_folder / "run", **changes)
     values["strategy"] = strategy or values["strategy"]
     config = parse_config(values, origin="test")
     built = build_strategy(config.strategy, "test")
     model = skeleton(str(tiny_folder), torch.float32)
-    shape = (base.parts, tokens, 2, domains, torch.float32)
-    return estimate(config, built, base.family, model, *shape, on_gpu=False, world=world)
+    shape = (tokens, 2, domains, torch.float32, on_gpu, world)
+    return estimate(config, built, base.family, model, base.parts, *shape)
 
 
 def saved_by(decoder, width, tokens):
@@ -37,13 +37,11 @@ def saved_by(decoder, width, tokens):
 
 
 def test_a_skeleton_saves_what_the_model_itself_would(base, tiny_folder):
-    traced = sizes_of(skeleton(str(tiny_folder), torch.float32), base.parts, torch.float32, tokens=32)
+    sizes = sizes_of(skeleton(str(tiny_folder), torch.float32), base.parts, torch.float32, tokens=32)
     decoder = base.model.get_submodule(base.parts.language_model)
-    assert 32 * traced.saved == pytest.approx(saved_by(decoder, 32, 32), rel=0.1)
-    assert traced.blocks == 2
-    assert (
-        sorted(traced.input_widths) == [32] * 8 + [48] * 2
-    )  # q k v share one, gate and up share one; two of projector
+    assert 32 * sizes.saved == pytest.approx(saved_by(decoder, 32, 32), rel=0.1)
+    assert sizes.blocks == 2
+    assert sorted(sizes.input_widths) == [32] * 8 + [48] * 2  # q k v share one, gate and up one; two of projector
 
 
 def test_what_grows_with_what(base, tiny_folder):
@@ -88,33 +86,49 @@ def test_gradients_that_are_summed_exactly_take_their_full_size(base, tiny_folde
 def test_gradients_of_records_by_themselves_are_counted(base, tiny_folder):
     """A-GEM's reference beside its training, EWC's squared ones behind it."""
     plain, reference, squared = (
-        estimated(tiny_folder, base, strategy={"name": name, "rank": 4, "alpha": 8}, train=train).stages
-        for name, train in (
-            ("replay", {"micro_batch_size": 1, "probe_batch_size": 8}),
-            ("agem", {"micro_batch_size": 1, "probe_batch_size": 8}),
-            ("ewc", {}),
-        )
+        estimated(
+            tiny_folder,
+            base,
+            strategy={"name": name, "rank": 4, "alpha": 8},
+            train={"micro_batch_size": 1, "probe_batch_size": 8},
+        ).stages
+        for name in ("replay", "agem", "ewc")
     )
     assert reference["train"]["graph"] > 7 * plain["train"]["graph"]
     layers = [base.model.get_submodule(name) for name in base.parts.target_layers]
     assert squared["consolidate"]["Fisher information"] == 12 * 4 * sum(sum(m.weight.shape) for m in layers)
-    assert squared["consolidate"]["graph"] > 0 and "graph" not in plain.get("consolidate", {})
+    assert squared["consolidate"]["graph"] == squared["train"]["graph"] > 0, "of one record, through the branch"
+    assert plain["consolidate"] == reference["consolidate"] and "graph" not in plain["consolidate"]
 
 
 def test_stages_and_past_are_those_of_the_strategy(base, tiny_folder):
     ours = estimated(tiny_folder, base)
-    plain, routed, projected = (
+    plain, routed, projected, projected_start = (
         estimated(tiny_folder, base, domains=9, strategy={"name": name, "rank": 4, "alpha": 8})
-        for name in ("finetune", "routed", "gpm")
+        for name in ("finetune", "routed", "gpm", "inflora")
     )
     assert list(ours.stages) == ["prepare", "gradient", "train", "consolidate", "evaluate"]
     assert list(plain.stages) == ["gradient", "train", "evaluate"]
     assert list(routed.stages) == ["gradient", "train", "consolidate", "evaluate"]
-    assert list(projected.stages) == list(ours.stages)
+    assert list(projected.stages) == list(projected_start.stages) == list(ours.stages)
+    assert plain.stages["gradient"].keys() == {"weights", "past domains"}, "a branch is begun, and nothing looked at"
     layers = [base.model.get_submodule(name) for name in base.parts.target_layers]
     into, out = 4 * sum(m.in_features for m in layers), 4 * sum(m.out_features for m in layers)
     assert ours.stages["train"]["branch and optimizer"] == 16 * out + 4 * into
+    assert projected_start.stages["train"]["branch and optimizer"] == 16 * out + 4 * into, "its A is frozen, too"
     assert plain.stages["train"]["branch and optimizer"] == 16 * (out + into)
     assert plain.stages["train"]["past domains"] == 4 * sum(m.weight.numel() for m in layers)
     assert routed.stages["train"]["past domains"] == 4 * 9 * (into + out)
     assert "kept bases" not in plain.stages["train"] and projected.stages["train"]["kept bases"] > 0
+
+
+def test_kept_bases_are_on_the_host_beside_a_gpu_but_where_the_training_needs_them(base, tiny_folder):
+    ours, projected = (
+        estimated(tiny_folder, base, strategy={"name": name, "rank": 4, "alpha": 8}, on_gpu=True)
+        for name in ("keeplora", "gpm")
+    )
+    kept = ours.host
+    assert kept == 2 * sum(base.model.get_submodule(name).in_features ** 2 for name in base.parts.target_layers)
+    assert "kept bases" not in ours.stages["train"]
+    assert projected.host == projected.stages["train"]["kept bases"] == kept
+    assert "kept bases" not in projected.stages["consolidate"]

@@ -62,7 +62,8 @@ def second_domain(base, records, folder, dropout=0.0, **options):
 
 def references_of(strategy, context, records, count=BATCH):
     """References of the buffered records that the next step meets, and the records."""
-    references = [strategy.buffer.references[place] for place in context.drawn(len(strategy.buffer), count)]
+    drawn = Step(0, BATCH, seed=context.seed).drawn(len(strategy.buffer), count)
+    references = [strategy.buffer.references[place] for place in drawn]
     return references, [list(records.values())[domain][number] for domain, number in references]
 
 
@@ -209,7 +210,7 @@ def test_the_reference_is_taken_as_a_training_runs_its_blocks(base, domains, tmp
     hook = block.mlp.register_forward_pre_hook(lambda *_: ran.append(torch.is_autocast_enabled("cpu")))
     try:
         found = context.passes.loss_gradients(references)
-        assert len(ran) == 2 * -(-5 // context.probe_batch_size) and not any(ran), "once more in the backward pass"
+        assert len(ran) == 2 * -(-5 // context.passes.batch_size) and not any(ran), "once more in the backward pass"
         assert all(torch.allclose(found[name], values, atol=1e-6) for name, values in plain.items())
         ran.clear()
         decoder.to(torch.bfloat16)

@@ -10,7 +10,8 @@ from mllm_keeplora.adapters import Factors
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies.baselines.ewc import EWC, EWCOptions
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
-from mllm_keeplora.strategies.context import Context, Step
+from mllm_keeplora.strategies.context import Processes, Step
+from mllm_keeplora.strategies.passes import Passes
 from mllm_keeplora.system.files import read_tensors, write_tensors
 from tests.oracles import ewc
 from tests.support.strategies import context_of, fit, learn, open_branch
@@ -105,20 +106,22 @@ def test_processes_add_up_their_records(base, tiny_records):
     moved(adapters, 1)
     whole.after_domain(context)
     sums: dict[int, list[torch.Tensor]] = {}
+    rank = 0
 
-    class Process(Context):
+    class Share(Passes):
         def record_gradients(self, samples):
-            return (each for number, each in enumerate(super().record_gradients(samples)) if number % 2 == self.rank)
+            return (each for number, each in enumerate(super().record_gradients(samples)) if number % 2 == rank)
 
+    class Process(Processes):
         def reduce(self, tensors):
-            sums.setdefault(self.rank, [each.clone() for each in tensors])
-            for tensor, other in zip(tensors, sums.get(1 - self.rank, tensors), strict=True):
+            sums.setdefault(rank, [each.clone() for each in tensors])
+            for tensor, other in zip(tensors, sums.get(1 - rank, tensors), strict=True):
                 tensor += other
 
-    context.__class__ = Process
-    for context.rank in (0, 1):
-        half = strategy_of()
-        half.after_domain(context)
+    context.passes.__class__, context.processes.__class__ = Share, Process
+    strategy_of().after_domain(context)
+    rank, half = 1, strategy_of()
+    half.after_domain(context)
     assert len(sums) == 2 and context.facts["fisher"]["records"] == SAMPLES
     assert close(arrays(half.fisher[0]), arrays(whole.fisher[0]), 1e-5)
 

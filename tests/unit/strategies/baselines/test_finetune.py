@@ -65,7 +65,7 @@ def test_a_domain_is_stock_lora_trained_by_a_plain_loop(opened, new_base, tiny_r
 
 def test_a_branch_begins_as_peft_begins_it(opened, new_base):
     """A uniform within 1 / sqrt(d_in), whose square has a third of that in the mean; B zero."""
-    start, layers = opened.branches.read(), layers_of(stock(new_base()), opened.target_layers)
+    start, layers = opened.branches.read(), layers_of(stock(new_base()), opened.layers.names)
     for drawn in (start.A, {name: layer.lora_A["default"].weight.detach() for name, layer in layers.items()}):
         scaled = torch.cat([(A * math.sqrt(A.shape[1])).flatten() for A in drawn.values()])
         assert 0.99 < scaled.abs().max() <= 1.0 and scaled.min() < -0.99

@@ -74,7 +74,7 @@ def test_the_first_domain_is_plain_sequential_lora_bit_for_bit(new_base, tiny_re
 def test_one_step_descends_the_joint_mean_over_new_and_buffered_tokens(base, tiny_records, tmp_path, micro, ratio):
     records = {**tiny_records, "Beta": tiny_records["Beta"][:BATCH]}
     strategy, context = second_domain(base, records, tmp_path, ratio=ratio)
-    drawn = context.drawn(len(strategy.buffer), round(ratio * BATCH))
+    drawn = Step(0, BATCH, seed=context.seed).drawn(len(strategy.buffer), round(ratio * BATCH))
     references = [strategy.buffer.references[place] for place in drawn]
     old = [records["Alpha"][number] for _, number in references]
     losses, gradient = alone(base, context.branches, [*records["Beta"], *old])

@@ -93,6 +93,7 @@ def gainlora(**options) -> GainLoRA:
 
 def weights_for(base, gates, records) -> torch.Tensor:
     """Weights (n, parts) that a mixer finds for records, run one by one."""
+    gates.family = base.family  # as `Mixing` gives it to a mixer that runs
     with torch.no_grad():
         return torch.cat([gates.weigh(encode(base, [record]), base.model) for record in records])
 

@@ -32,8 +32,9 @@ class Asked:
     def __init__(self, features, index=0):
         self.features, self.domain = torch.tensor(features).float(), DomainInfo(index, f"domain {index}")
         self.wanted, self.answering, self.facts = None, None, {}
+        self.passes = self.processes = self
 
-    def prompt_features(self, samples, pictures=True):
+    def question_features(self, samples, pictures=True):
         self.wanted = samples, pictures
         return self.features
 
