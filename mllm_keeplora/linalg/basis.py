@@ -6,6 +6,7 @@ Knows no layer. A basis holds float32 columns; what decides about them is comput
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ ENERGY_REFERENCES = ("total", "residual")
 # columns), up to the second re-orthonormalised (columns stored in bf16 or fp16), beyond it refused.
 KEEP_TOLERANCE = 5e-7
 REPAIR_TOLERANCE = 2e-2
+
+
+class Capacity(NamedTuple):
+    """How much of an input space is taken: `share` = rank / d_in, `free` = d_in - rank."""
+
+    rank: int
+    d_in: int
+    share: float
+    free: int
 
 
 class Basis:
@@ -103,20 +113,30 @@ class Basis:
         self.columns = torch.cat([self.columns, columns.to(self.columns)], dim=1)
 
     def grow(
-        self, features: Features, energy: float, reference: str = "total", limit: int | None = None, rule: str = "reach"
+        self,
+        moments_or_rows: Features,
+        energy: float,
+        reference: str = "total",
+        limit: int | None = None,
+        rule: str = "reach",
     ) -> int:
         """Append what is `missing` by the same arguments; returns how many columns that is."""
-        added = self.missing(features, energy, reference, limit, rule)
+        added = self.missing(moments_or_rows, energy, reference, limit, rule)
         self.append(added)
         return added.shape[1]
 
     def missing(
-        self, features: Features, energy: float, reference: str = "total", limit: int | None = None, rule: str = "reach"
+        self,
+        moments_or_rows: Features,
+        energy: float,
+        reference: str = "total",
+        limit: int | None = None,
+        rule: str = "reach",
     ) -> Tensor:
         """Give the fewest directions with which the basis would cover a share of the energy of new features.
 
         Args:
-            features: feature rows (n, d_in), not centred; or what was accumulated from them. Of a sketch, the
+            moments_or_rows: feature rows (n, d_in), not centred; or what was accumulated from them. Of a sketch, the
                 energy it no longer holds counts as not covered, which errs on the side of adding directions.
             energy: share to reach, in [0, 1].
             reference: "total": of all energy, what is covered already counts; "residual": of the energy outside
@@ -134,7 +154,7 @@ class Basis:
         Source: KeepLoRA (ICLR 2026), Eqs. (8)-(10). Directions below rounding noise are never added: singular
             values up to 1e-6 of the features' largest one, 3.5e-4 for float32 moments.
         """
-        leftover, total = self._left(features, energy, reference)
+        leftover, total = self._left(moments_or_rows, energy, reference)
         covered = leftover.covered if reference == "total" else 0.0
         room = self.d_in - self.rank
         if limit is not None:
@@ -160,20 +180,27 @@ class Basis:
         leftover, total = self._left(sketch, energy, reference)
         return leftover.lost <= (1.0 - energy) * total
 
-    def _left(self, features: Features, energy: float, reference: str) -> tuple[Leftover, float]:
+    def _left(self, moments_or_rows: Features, energy: float, reference: str) -> tuple[Leftover, float]:
         """What of features is outside the basis, and the energy that a share is of."""
         as_share(energy, "energy")
         as_choice(reference, "reference", ENERGY_REFERENCES)
-        leftover = leftover_of(features, self.columns)
+        leftover = leftover_of(moments_or_rows, self.columns)
         return leftover, leftover.total_energy if reference == "total" else leftover.energy + leftover.lost
 
-    def energies(self, features: Features) -> Tensor:
+    def coverage(self, moments_or_rows: Features) -> float:
+        """Measure the share of the energy of features inside the subspace: in [0, 1], 1 if they carry none.
+
+        For a sketch this is a lower bound.
+        """
+        return leftover_of(moments_or_rows, self.columns).covered
+
+    def energies(self, moments_or_rows: Features) -> Tensor:
         """Measure the share of the energy of features along each column, q^T C q / tr C.
 
         Returns:
             (rank,) float64 on the CPU; lower bounds for a sketch, zeros if the features carry no energy.
         """
-        matrix, is_moments, _, total = source_matrix(features, self.d_in)
+        matrix, is_moments, _, total = source_matrix(moments_or_rows, self.d_in)
         with full_precision(matrix.device):
             columns = self.columns.to(matrix)
             image = matrix @ columns
@@ -193,6 +220,10 @@ class Basis:
         first = self.rank - as_count(count, "count", 0)
         rounded = self.columns[:, first:].to(dtype).to(self.columns.dtype)
         self.columns = torch.cat([self.columns[:, :first], rounded], dim=1)
+
+    def capacity(self) -> Capacity:
+        """Count the columns and the directions left."""
+        return Capacity(self.rank, self.d_in, self.rank / self.d_in, self.d_in - self.rank)
 
 
 def leak(delta_weight: Tensor, basis: Basis) -> float:

@@ -62,6 +62,12 @@ class FrequentDirections:
         return self._rows if self._rows.shape[0] <= self.size else _shrink(self._rows, self.size)
 
     @property
+    def shrunken_energy(self) -> float:
+        """The energy of the rows seen that the sketch no longer holds."""
+        kept = float(torch.linalg.vector_norm(self.sketch, dtype=torch.float64).square())
+        return max(self.total_energy - kept, 0.0)
+
+    @property
     def device(self) -> torch.device:
         """The device that the buffer lives on."""
         return self._rows.device

@@ -146,7 +146,14 @@ def all_reduce(tensors: Iterable[Any]) -> None:
 
 def largest(number: int) -> int:
     """Give the largest of all processes' numbers."""
-    return max(gather(number))
+    if world_size() == 1:
+        return number
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor(number, device=device() if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 def share_of(tensor: Any) -> Any:

@@ -17,7 +17,7 @@ from tests.support.tiny import tiny_benchmark
 
 CHILD = """
 import json, sys, torch
-from mllm_keeplora import distributed
+from mllm_keeplora.system import distributed
 with distributed.process_group(deepspeed=False):
     rank = distributed.rank()
     values = torch.arange(6.0).view(2, 3)
@@ -36,7 +36,7 @@ def test_a_strided_tensor_is_summed_by_its_entries(tmp_path):
 
 CHECKING = """
 import json, sys
-from mllm_keeplora import distributed
+from mllm_keeplora.system import distributed
 from mllm_keeplora.checks.run import check_everywhere
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError

@@ -3,7 +3,6 @@
 import torch
 
 from mllm_keeplora.linalg import Basis, FrequentDirections, MomentAccumulator
-from mllm_keeplora.linalg.leftover import leftover_of
 
 D_IN = 24
 
@@ -40,19 +39,9 @@ def sketch_of(rows, size):
     return sketch
 
 
-def energy_lost(sketch):
-    """Energy of the rows seen that a sketch no longer holds."""
-    return max(sketch.total_energy - float(sketch.sketch.double().square().sum()), 0.0)
-
-
 def share_covered(basis, rows):
     rows = rows.double()
     return float((rows @ basis.columns.double()).square().sum() / rows.square().sum())
-
-
-def coverage(basis, source):
-    """The share of the energy of features, in any form, that the basis itself takes for covered."""
-    return leftover_of(source, basis.columns).covered
 
 
 SOURCES = {

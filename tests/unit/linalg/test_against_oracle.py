@@ -6,7 +6,6 @@ import torch
 
 from mllm_keeplora.linalg import Basis, MomentAccumulator, principal_subspace, rank_for_energy, top_residual_directions
 from tests.oracles import subspace as oracle
-from tests.support.bases import coverage
 
 
 def projector(columns):
@@ -39,7 +38,7 @@ def test_three_domains_follow_the_reference(seed, use_moments, reference):
         slow = oracle.grow(slow, features, 0.9, reference=reference)
         assert fast.grow(source, 0.9, reference=reference) == slow.shape[1] - before
         assert np.abs(projector(slow) - projector(fast.columns)).max() < 1e-4
-        assert coverage(fast, source) == pytest.approx(oracle.coverage(slow, features), abs=1e-5)
+        assert fast.coverage(source) == pytest.approx(oracle.coverage(slow, features), abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(20))

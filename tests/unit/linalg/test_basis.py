@@ -39,6 +39,11 @@ def test_projection_keeps_float64_and_promotes_half_precision():
     assert not basis.residual(rows.requires_grad_()).requires_grad
 
 
+def test_capacity_counts_what_is_left():
+    capacity = basis_of(6, 14).capacity()
+    assert (capacity.rank, capacity.d_in, capacity.share, capacity.free) == (6, D_IN, 0.25, 18)
+
+
 def test_columns_survive_a_round_trip_bit_for_bit_and_are_copied():
     basis = Basis(D_IN)
     basis.grow(rows_of(50, 15), 0.95)
@@ -74,7 +79,7 @@ def test_bad_features_and_options_are_refused_and_change_nothing():
     before = basis.columns.clone()
     broken = rows_of(4, 17)
     broken[2, 5] = float("nan")
-    for call in (basis.grow, basis.project, basis.residual, basis.energies):
+    for call in (basis.grow, basis.project, basis.residual, basis.coverage):
         extra = (0.9,) if call == basis.grow else ()
         with pytest.raises(ValueError, match="must be finite, got 1 NaN"):
             call(broken, *extra)

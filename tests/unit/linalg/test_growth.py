@@ -6,18 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_keeplora.linalg import Basis, FrequentDirections, MomentAccumulator
-from tests.support.bases import (
-    D_IN,
-    SOURCES,
-    basis_of,
-    coverage,
-    energy_lost,
-    gram_error,
-    moments_of,
-    rows_of,
-    share_covered,
-    sketch_of,
-)
+from tests.support.bases import D_IN, SOURCES, basis_of, gram_error, moments_of, rows_of, share_covered, sketch_of
 
 QUICK = settings(max_examples=40, deadline=None)
 
@@ -54,7 +43,7 @@ def test_features_inside_the_basis_add_nothing_even_at_full_energy(source):
     inside = torch.randn(200, 10, generator=generator) @ basis.columns.mT
     assert basis.grow(SOURCES[source](inside), 1.0) == 0
     assert basis.grow(SOURCES[source](inside), 1.0, reference="residual") == 0
-    assert coverage(basis, SOURCES[source](inside)) == pytest.approx(1.0, abs=1e-6)
+    assert basis.coverage(SOURCES[source](inside)) == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -136,7 +125,7 @@ def test_no_energy_adds_nothing_and_counts_as_covered():
     for nothing in (torch.zeros(5, D_IN), torch.zeros(0, D_IN), MomentAccumulator(D_IN), FrequentDirections(D_IN, 4)):
         assert basis.grow(nothing, 0.99) == 0
         assert basis.grow(nothing, 0.99, reference="residual") == 0
-        assert coverage(basis, nothing) == 1.0
+        assert basis.coverage(nothing) == 1.0
     assert basis.grow(rows_of(5, 0), 0.0) == 0
 
 
@@ -170,7 +159,7 @@ def test_energy_lost_by_a_sketch_counts_as_not_covered():
     exact, careful = Basis(D_IN), Basis(D_IN)
     exact.grow(rows, 0.6)
     careful.grow(lossy, 0.6)
-    assert energy_lost(lossy) > 0
+    assert lossy.shrunken_energy > 0
     assert careful.rank == 8
-    assert coverage(exact, lossy) <= coverage(exact, rows)
-    assert coverage(careful, rows) == pytest.approx(share_covered(careful, rows), abs=1e-6)
+    assert exact.coverage(lossy) <= exact.coverage(rows)
+    assert careful.coverage(rows) == pytest.approx(share_covered(careful, rows), abs=1e-6)
