@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def sizes_of(model: Any, parts: Parts, dtype: torch.dtype, tokens: int = 64) -> Sizes:
     """Run the language model's skeleton on shapes alone; it is no use afterwards.
 
-    Args:
-        model, parts: the base's skeleton, and its parts.
-        dtype, tokens: of the weights in memory; length of the sequence that is run.
+    The weights are of `dtype`, and the sequence that is run has `tokens` tokens.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
