@@ -2,7 +2,7 @@
 
 from mllm_keeplora.data.benchmarks import PATHS, Benchmark, Domain, Suite, TestSet
 from mllm_keeplora.data.loading import load_benchmark, with_published_epochs
-from mllm_keeplora.data.schema import Media, Record
+from mllm_keeplora.data.schema import Media, Record, Turn
 
 __all__ = [
     "PATHS",
@@ -12,6 +12,7 @@ __all__ = [
     "Record",
     "Suite",
     "TestSet",
+    "Turn",
     "load_benchmark",
     "with_published_epochs",
 ]
