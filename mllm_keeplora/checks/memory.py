@@ -87,6 +87,7 @@ def estimate(
         probe=train.probe_batch_size,
         question=(whole, without),
         checkpointing=train.gradient_checkpointing,
+        trains_a="A" in strategy.trains,
     )
     # What ZeRO leaves to each process, and what it moves to the host.
     divided = {1: ADAM, 2: ADAM + GRADIENT, 3: ADAM + GRADIENT + MASTER}.get(stage, 0)
