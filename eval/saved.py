@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.adapters import adapters_for, merge_for_good
+from mllm_keeplora.adapters import Adapters, adapters_for, merge_for_good
 from mllm_keeplora.adapters.placed import PlacedModel
 from mllm_keeplora.adapters.stored import is_oracle, past_of
 from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
@@ -40,6 +40,10 @@ class SavedRun:
         """The run's model, which answers as it did after any unit."""
         settings = self.config.adapters
         return PlacedModel(adapters_for(self.base, settings.projector, settings.history), self.run)
+
+    @property
+    def adapters(self) -> Adapters:
+        return self.placed.adapters
 
     @cached_property
     def benchmark(self) -> Benchmark:

@@ -140,7 +140,7 @@ def test_each_question_is_answered_by_its_own_branch_whatever_its_company(run, t
     records, collate = conversations(saved, tmp_path)
     mixer = Given(2, 4)
     mixer.table.data = torch.eye(2)[[0, 1, 1, 0]]
-    saved.placed.adapters.restore([random_factors(saved.base, seed) for seed in (1, 2)], [], mixer)
+    saved.adapters.restore([random_factors(saved.base, seed) for seed in (1, 2)], [], mixer)
     batch = collate(records)
     saved.adapters.look_at(batch)
     together = logits(saved.adapters.model, batch)
