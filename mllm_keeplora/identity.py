@@ -91,9 +91,8 @@ class Identity:
 
     def graded_like(self, other: Identity) -> set[str]:
         """Name the domains and suites that both grade by the same files and rules, however they are trained."""
-        shared = self.parts.keys() & other.parts.keys()
-        pairs = {name: ({**each.parts[name], "train": {}} for each in (self, other)) for name in shared}
-        return {name for name, pair in pairs.items() if not part_differences(*pair, "")}
+        mine, theirs = ({key: {**part, "train": {}} for key, part in each.parts.items()} for each in (self, other))
+        return {name for name in mine.keys() & theirs.keys() if not part_differences(mine[name], theirs[name], "")}
 
     def digest(self, *names: str) -> str:
         """Digest what domains and suites are learnt from and graded by, whatever their order and place on disk.
