@@ -20,7 +20,7 @@ from rich.table import Table
 
 from mllm_keeplora import load_config
 from mllm_keeplora.adapters import Adapters, adapters_for
-from mllm_keeplora.checks.memory import HOOKS, estimate, has_hook
+from mllm_keeplora.checks.memory import estimate
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
@@ -95,7 +95,7 @@ def measured(strategy: Strategy, base: Base, records: list) -> dict[str, int]:
         peaks["train"] += 4 * sum(A.numel() for A in adapters.branch.A.values())
     for each in trained.values():
         each.grad = None
-    if has_hook(strategy, HOOKS["consolidate"]):
+    if type(strategy).after_domain is not Strategy.after_domain:
         peaks["consolidate"] = peak_bytes(lambda: strategy.after_domain(context))
     return peaks
 
