@@ -16,6 +16,7 @@ import torch
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.adapters.stored import kept_of
 from mllm_keeplora.runs import RunDir
+from mllm_keeplora.strategies.context import Step
 from mllm_keeplora.system import files
 from tests.integration.commands import shell
 from tests.integration.processes import results, run_in_child
@@ -99,10 +100,10 @@ def test_own_method_pulls_back_to_the_start(monkeypatch):
     context = SimpleNamespace(branches=SimpleNamespace(trainable=lambda: {"theta": theta}))
     strategy = Pulled(PulledOptions(pull=3.0))
     strategy.load_training_state({})
-    assert strategy.extra_loss(context, {}, None).item() == 0.0
+    assert strategy.extra_loss(context, {}, None, Step(0, 4)).item() == 0.0
     with torch.no_grad():
         theta += torch.tensor([1.0, -2.0])
     continued = Pulled(PulledOptions(pull=3.0))
     continued.load_training_state(strategy.training_state())
-    continued.extra_loss(context, {}, None).backward()
+    continued.extra_loss(context, {}, None, Step(0, 4)).backward()
     assert theta.grad.tolist() == [3.0, -6.0]
