@@ -13,7 +13,6 @@ from mllm_keeplora.probes.features import collect_moments
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.probes.plans import FeaturePlan, GradientPlan
 from tests.oracles import tokens as oracle
-from tests.support.bases import energy_lost
 from tests.support.keeplora import modules_of
 from tests.unit.conftest import captured_tokens, encode
 
@@ -102,7 +101,7 @@ def test_a_sketch_of_features_bounds_the_exact_moments_along_every_direction(bas
         squares = np.linalg.svd(rows, compute_uv=False) ** 2
         bound = min(squares[k:].sum() / (size - k) for k in range(size))
         assert -1e-5 * squares.sum() < gap[0] and gap[-1] <= bound + 1e-5 * squares.sum()
-        lossy += energy_lost(sketch) > 1e-3 * sketch.total_energy
+        lossy += sketch.shrunken_energy > 1e-3 * sketch.total_energy
     assert lossy == ALL_LAYERS
 
 
