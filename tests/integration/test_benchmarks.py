@@ -27,7 +27,8 @@ def test_every_shipped_benchmark_has_a_miniature_here():
 
 @pytest.mark.parametrize(
     # One goes the whole way each time; the others' readers and rules have tests of their own.
-    "name", [name if name == "mllm_dcl" else pytest.param(name, marks=pytest.mark.slow) for name in MINIATURES]
+    "name",
+    [name if name == "mllm_dcl" else pytest.param(name, marks=pytest.mark.slow) for name in MINIATURES],
 )
 def test_a_miniature_goes_through_everything(name, world, tmp_path, command):
     if name == "ucit":
