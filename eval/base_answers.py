@@ -95,9 +95,9 @@ def _publish(kept: Path, predictions: Path, facts: Facts) -> None:
 def _digest(run: RunDir, config: RunConfig, name: str) -> str:
     import torch
 
-    identity = Identity.of_record(run.record)
+    identity = Identity.of_ledger(run.ledger)
     what = [identity.base, identity.digest(name), identity.generator]
-    how = {key: value for key, value in run.record["config"].items() if key.startswith(("base.", "eval."))}
+    how = {key: value for key, value in run.ledger.config.items() if key.startswith(("base.", "eval."))}
     batches = [config.eval.batch_size, config.eval.weights, config.deepspeed, distributed.world_size()]
     on_gpu = distributed.device() != "cpu"
     device = torch.cuda.get_device_name() if on_gpu else [torch.backends.cpu.get_cpu_capability(), config.threads]

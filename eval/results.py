@@ -95,9 +95,9 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
 
     A union of domains is trained in one unit: it fills the last row of the matrix, since all domains are then seen.
     """
-    record = run.record
-    domains = [each["name"] for each in record["domains"]]
-    suites = [each["name"] for each in record["suites"]]
+    ledger = run.ledger
+    domains = [each["name"] for each in ledger.domains]
+    suites = [each["name"] for each in ledger.suites]
 
     def scores(unit: Unit, names: list[str]) -> list[float | None]:
         folder = run.folder(unit)
@@ -125,15 +125,15 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
 
     asked = [(unit, name) for unit in units for name in sets_after(unit, run.units, benchmark, config)]
     is_graded = all(run.is_done(f"{unit.key}/evaluate/{name}") for unit, name in asked)
-    trained = [record["stages"][f"{unit.key}/train"].get("trained_parameters", 0) for unit in run.finished_units]
+    trained = [ledger.stages[f"{unit.key}/train"].get("trained_parameters", 0) for unit in run.finished_units]
     needed = stored_files(run, run.finished_units)
     return Results(
-        name=record["name"],
-        benchmark=record["benchmark"],
+        name=ledger.name,
+        benchmark=ledger.benchmark,
         domains=domains,
-        strategy=record["config"]["strategy.name"],
-        base=record["base"]["name"],
-        seed=record["config"]["seed"],
+        strategy=ledger.config["strategy.name"],
+        base=ledger.base["name"],
+        seed=ledger.config["seed"],
         score_matrix=matrix,
         zero_shot=zero_shot,
         blind=blind,
@@ -141,9 +141,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         metrics=metrics,
         wall_seconds=run.seconds_by_kind(),
         peak_memory_bytes=run.peak_memory_bytes(),
-        questions={
-            key.split("/")[2]: each["questions"] for key, each in record["stages"].items() if "questions" in each
-        },
+        questions={key.split("/")[2]: each["questions"] for key, each in ledger.stages.items() if "questions" in each},
         environment=environment(),
         per_type={name: kinds for name, kinds in typed.items() if kinds},
         blind_per_type={name: blind_typed[name] for name in domains if blind_typed.get(name)},
@@ -153,8 +151,8 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         trained_parameters=trained,
         stored_bytes={use: sum(path.stat().st_size for path in paths) for use, paths in needed.items()},
         complete=is_graded and len(run.finished_units) == len(run.units),
-        settings=settings_of(record),
-        identity=Identity.of_record(record).told(),
+        settings=settings_of(ledger),
+        identity=Identity.of_ledger(ledger).told(),
         origin=run.results,
     )
 

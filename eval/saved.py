@@ -48,16 +48,11 @@ class SavedRun:
     @cached_property
     def benchmark(self) -> Benchmark:
         """The domains and suites as the run recorded them, every path absolute."""
-        record = self.run.record
-        domains = {each["name"]: Domain(**each["files"]) for each in record["domains"]}
-        suites = {each["name"]: Suite(**each["files"]) for each in record["suites"]}
+        ledger = self.run.ledger
+        domains = {each["name"]: Domain(**each["files"]) for each in ledger.domains}
+        suites = {each["name"]: Suite(**each["files"]) for each in ledger.suites}
         split = self.config.eval.split
-        return Benchmark(name=record["benchmark"], domains=domains, suites=suites, split=split)
-
-    @property
-    def recorded(self) -> dict[str, dict[str, Any]]:
-        """The run's own records of its domains and suites, by name."""
-        return {each["name"]: each for each in [*self.run.record["domains"], *self.run.record["suites"]]}
+        return Benchmark(name=ledger.benchmark, domains=domains, suites=suites, split=split)
 
     def changed_files(self, name: str) -> dict[str, tuple[Path, str]]:
         """Find files that a set is graded by and that are not those of the run any more.
@@ -65,7 +60,7 @@ class SavedRun:
         Returns:
             Key of the set's settings -> path, and its digest now.
         """
-        recorded, changed = self.recorded[name], {}
+        recorded, changed = self.run.ledger.sets[name], {}
         for key in ("test", "validation", "references"):
             if key in recorded["sha256"]:
                 path = Path(recorded["files"][key])
@@ -98,7 +93,7 @@ class SavedRun:
     @property
     def names(self) -> list[str]:
         """The names of the run's domains and suites."""
-        return list(self.recorded)
+        return list(self.run.ledger.sets)
 
     def folder(self, after: int) -> DomainDir:
         return self.run.folder(self.run.units[after - 1] if after else BASE_UNIT)
@@ -128,7 +123,7 @@ class SavedRun:
             UserError: its weights are not those that the run was made with.
         """
         parts = self.config.adapters
-        return load_base(config, parts.projector, parts.target, self.run.record["base"]["fingerprint"])
+        return load_base(config, parts.projector, parts.target, self.run.ledger.base["fingerprint"])
 
     def first(self, after: int | None) -> list[Unit]:
         """Give the first `after` units, None for all that are finished; a UserError if so many are not."""
@@ -180,7 +175,7 @@ def evaluate(
     # A set must be what is graded under its name already: answers to other questions would be mixed with it or lost.
     for name in names:
         path = folder.predictions(name)
-        if name in saved.recorded:
+        if name in saved.names:
             for changed, _ in saved.changed_files(name).values():
                 raise UserError(
                     f"{name}: {changed} has changed since {saved.run.path} was graded by it; `rescore` grades its "
@@ -216,7 +211,7 @@ def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, fl
     benchmark, changed = saved.benchmark, []
     with saved.run.locked():
         for unit in [BASE_UNIT, *saved.run.finished_units]:
-            for name in saved.recorded:
+            for name in saved.names:
                 path, part = saved.run.folder(unit).predictions(name), benchmark.graded(name)
                 if not path.is_file():
                     continue
@@ -226,7 +221,7 @@ def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, fl
                 except ValueError as error:
                     raise UserError(str(error)) from None
                 changed.append((unit.key, name, before, now))
-        for name, part in saved.recorded.items():
+        for name, part in saved.run.ledger.sets.items():
             for key, (path, digest_now) in saved.changed_files(name).items():
                 part["sha256"][key] = digest_now
                 saved.run.note(f"{name} is graded by {path} as it is now")
@@ -243,7 +238,7 @@ def _sets(saved: SavedRun, domains: Sequence[str] | None, suite: str | Path | No
             raise UserError(f"--suite: {suite} does not exist")
         if domains is not None:
             raise UserError("--suite FILE asks that file alone; leave out --domains, or name a suite of the run")
-        if name in saved.recorded:
+        if name in saved.names:
             raise UserError(f"--suite: {suite} would replace the run's own {name!r}; give the file another name")
         parts = list(benchmark.domains.values())
         longest = max(part.max_new_tokens for part in parts)

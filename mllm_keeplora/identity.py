@@ -14,6 +14,7 @@ from typing import Any
 from mllm_keeplora.config import EXPONENT, RunConfig, flatten
 from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
 from mllm_keeplora.data.readers import digest
+from mllm_keeplora.runs import Ledger, SetEntry
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "torchvision")
 
@@ -25,15 +26,15 @@ class Identity:
     Attributes:
         config: result-defining keys by dotted name, but those that `domains` stand for.
         base: fingerprint of the base's weights; None of a hub's base that has not been loaded yet.
-        domains: in order, each as `graded_record` has it, and in `train` how it is trained.
-        suites: as `graded_record` has them.
+        domains: in order, each as `described_set` has it, and in `train` how it is trained.
+        suites: as `described_set` has them.
         generator: name of drawn data; None where the data is somebody's own.
     """
 
     config: Mapping[str, Any]
     base: str | None
-    domains: tuple[dict[str, Any], ...]
-    suites: tuple[dict[str, Any], ...]
+    domains: tuple[SetEntry, ...]
+    suites: tuple[SetEntry, ...]
     generator: str | None
 
     @classmethod
@@ -44,29 +45,29 @@ class Identity:
             comparable(config),
             base,
             tuple(
-                {**graded_record(benchmark, name), "train": trained.train_of(name).result_defining()}
+                {**described_set(benchmark, name), "train": trained.train_of(name).result_defining()}
                 for name in benchmark.domains
             ),
-            tuple(graded_record(benchmark, name) for name in benchmark.suites),
+            tuple(described_set(benchmark, name) for name in benchmark.suites),
             benchmark.root.name if benchmark.generator is not None else None,
         )
 
     @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Identity:
+    def of_ledger(cls, ledger: Ledger) -> Identity:
         """Identify a run by what it was started with.
 
         A key that came later has the value that everything had before it. An option that a YAML has as 1e5 was kept as
         a string once.
         """
-        config = {"eval.split": "test", **record["config"]}
+        config = {"eval.split": "test", **ledger.config}
         for key, value in config.items():
             if key.startswith("strategy.") and isinstance(value, str) and EXPONENT.match(value):
                 config[key] = float(value)
-        parts = tuple(record["domains"]), tuple(record["suites"])
-        return cls(config, record["base"]["fingerprint"], *parts, record.get("generator"))
+        sets = tuple(ledger.domains), tuple(ledger.suites)
+        return cls(config, ledger.base["fingerprint"], *sets, ledger.generator)
 
     @property
-    def parts(self) -> dict[str, dict[str, Any]]:
+    def parts(self) -> dict[str, SetEntry]:
         """The domains and suites by name."""
         return {each["name"]: each for each in (*self.domains, *self.suites)}
 
@@ -124,7 +125,7 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in config.result_defining().items() if key.split(".")[0] not in by_definition}
 
 
-def graded_record(benchmark: Benchmark, name: str) -> dict[str, Any]:
+def described_set(benchmark: Benchmark, name: str) -> SetEntry:
     """Describe a domain or suite by absolute paths and the digests of its files."""
     part = benchmark.graded(name)
     values = part.model_dump()
@@ -137,8 +138,8 @@ def graded_record(benchmark: Benchmark, name: str) -> dict[str, Any]:
     return {"name": name, "files": values, "sha256": digests}
 
 
-def part_differences(old: dict[str, Any], new: dict[str, Any], origin: str) -> list[str]:
-    """Say where two records of a domain or suite differ; files may move, their content may not change."""
+def part_differences(old: SetEntry, new: SetEntry, origin: str) -> list[str]:
+    """Say where two descriptions of a domain or suite differ; files may move, their content may not change."""
     name, lines = old["name"], []
     kind = Domain if "train" in new["files"] else Suite  # an older run may not have recorded what had its default
     defaults = {key: each.default for key, each in kind.model_fields.items() if not each.is_required()}
@@ -164,13 +165,13 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], origin: str
     return lines
 
 
-def settings_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Select a record's result-defining keys but name and seed; training keys by domain only where they differ."""
-    found = {key: value for key, value in record["config"].items() if key not in {"name", "seed"}}
-    if record["parent"] is not None:
-        found["parent"] = f"{record['parent']['run']} after {record['parent']['after']}"
-    for key in {key: None for each in record["domains"] for key in each["train"]}:
-        values = {each["name"]: each["train"].get(key) for each in record["domains"]}
+def settings_of(ledger: Ledger) -> dict[str, Any]:
+    """Select a run's result-defining keys but name and seed; training keys by domain only where they differ."""
+    found = {key: value for key, value in ledger.config.items() if key not in {"name", "seed"}}
+    if ledger.parent is not None:
+        found["parent"] = f"{ledger.parent['run']} after {ledger.parent['after']}"
+    for key in {key: None for each in ledger.domains for key in each["train"]}:
+        values = {each["name"]: each["train"].get(key) for each in ledger.domains}
         if len({repr(value) for value in values.values()}) == 1:
             found[f"train.{key}"] = next(iter(values.values()))
         else:

@@ -17,7 +17,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict
+
+from mllm_keeplora.errors import UserError, several, validation_faults
 from mllm_keeplora.system import distributed, files, watch
 
 FORMAT = 1
@@ -37,6 +40,70 @@ class Unit:
 
 
 BASE_UNIT = Unit(0, "base", ())
+
+
+class StageEntry(TypedDict):
+    """What a finished stage took, beside facts of its own."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    seconds: float
+    peak_memory_bytes: int
+
+
+class SetEntry(TypedDict):
+    """A domain or suite as a run knows it: absolute paths and rules, digests of its files, how it is trained."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # `train`: settings of a domain alone
+
+    name: str
+    files: dict[str, Any]
+    sha256: dict[str, str]
+
+
+class BaseEntry(TypedDict):
+    """The base that a run started with; a hub's has no fingerprint before it is loaded."""
+
+    name: str
+    fingerprint: str | None
+
+
+class Parent(TypedDict):
+    """The run that a run was started from, and how many of its units are inherited."""
+
+    run: str
+    after: int
+
+
+class Ledger(BaseModel):
+    """What `run.json` holds: what the run was started with, and the stages that are done.
+
+    Keys that another version entered are kept.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    format: int = FORMAT
+    stages: dict[str, StageEntry] = Field(default_factory=dict)
+    notes: list[dict[str, str]] = Field(default_factory=list)
+    name: str
+    created: str
+    environment: dict[str, str]
+    benchmark: str
+    generator: str | None = None
+    base: BaseEntry
+    seed: int
+    parent: Parent | None
+    config: dict[str, Any]
+    plugins: dict[str, str] = Field(default_factory=dict)
+    domains: list[SetEntry]
+    units: list[Unit]
+    suites: list[SetEntry]
+
+    @property
+    def sets(self) -> dict[str, SetEntry]:
+        """The domains and suites by name."""
+        return {each["name"]: each for each in (*self.domains, *self.suites)}
 
 
 class Within:
@@ -73,9 +140,9 @@ class DomainDir:
 
 
 class RunDir:
-    """Knows a run's folder and its ledger."""
+    """Knows a run's folder and, once created or loaded, its ledger."""
 
-    ledger = Within("run.json")
+    ledger_file = Within("run.json")
     config = Within("config.yaml")
     log = Within("log.txt")
     results = Within("results.json")
@@ -84,7 +151,7 @@ class RunDir:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.record: dict[str, Any] = {}
+        self.ledger: Ledger
 
     def folder(self, unit: Unit) -> DomainDir:
         return DomainDir(self.path / "domains" / unit.key)
@@ -92,7 +159,7 @@ class RunDir:
     @property
     def units(self) -> list[Unit]:
         """The units of the sequence as recorded, finished or not."""
-        return [Unit(each["index"], each["name"], tuple(each["domains"])) for each in self.record["units"]]
+        return self.ledger.units
 
     @property
     def finished_units(self) -> list[Unit]:
@@ -100,19 +167,23 @@ class RunDir:
         return list(takewhile(lambda unit: self.is_done(f"{unit.key}/consolidate"), self.units))
 
     def exists(self) -> bool:
-        return self.ledger.is_file()
+        return self.ledger_file.is_file()
 
     def load(self) -> RunDir:
         """Read the ledger of an existing run.
 
         Raises:
-            UserError: the folder is no run, or was written by a later format.
+            UserError: the folder is no run, or its ledger is damaged or of another format.
         """
         if not self.exists():
             raise UserError(f"{self.path} is not a run directory: it has no run.json")
-        self.record = files.read_json(self.ledger)
-        if self.record.get("format") != FORMAT:
-            raise UserError(f"{self.ledger} has format {self.record.get('format')!r}; this version reads {FORMAT}")
+        entered = files.read_json(self.ledger_file)
+        if entered.get("format") != FORMAT:
+            raise UserError(f"{self.ledger_file} has format {entered.get('format')!r}; this version reads {FORMAT}")
+        try:
+            self.ledger = Ledger.model_validate(entered)
+        except ValidationError as error:
+            raise several(validation_faults(error, str(self.ledger_file), Ledger)) from None
         return self
 
     def refuse_foreign_content(self) -> None:
@@ -122,15 +193,15 @@ class RunDir:
         if any(name not in ours and not (name.startswith("run.json.") and name.endswith(".tmp")) for name in entries):
             raise UserError(f"output folder {self.path} is not empty and holds no run; choose another `output`")
 
-    def create(self, record: dict[str, Any]) -> None:
-        """Start a new run: enter its first record."""
+    def create(self, ledger: Ledger) -> None:
+        """Start a new run with its first ledger."""
         self.refuse_foreign_content()
-        self.record = {"format": FORMAT, "stages": {}, "notes": [], **record}
+        self.ledger = ledger
         self.save()
 
     def save(self) -> None:
         if distributed.is_main():
-            files.write_json(self.ledger, self.record)
+            files.write_json(self.ledger_file, self.ledger.model_dump())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -167,7 +238,7 @@ class RunDir:
                         self.path.rmdir()
 
     def is_done(self, stage: str) -> bool:
-        return stage in self.record["stages"]
+        return stage in self.ledger.stages
 
     def once(self, stage: str, work: Callable[[], dict[str, Any] | None]) -> bool:
         """Do a stage unless the ledger has it; returns whether it was done now. `work` may return facts to enter."""
@@ -178,25 +249,25 @@ class RunDir:
         facts = work() or {}
         distributed.barrier()
         entry = {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory_bytes(), **facts}
-        self.record["stages"][stage] = entry
+        self.ledger.stages[stage] = entry
         self.save()
         distributed.barrier()
         return True
 
     def note(self, text: str) -> None:
-        self.record["notes"].append({"at": now(), "text": text})
+        self.ledger.notes.append({"at": now(), "text": text})
         self.save()
 
     def seconds_by_kind(self) -> dict[str, float]:
         """Sum the wall seconds of each kind of stage over the sequence: prepare, gradient, train and so on."""
         total: dict[str, float] = {}
-        for stage, entry in self.record["stages"].items():
+        for stage, entry in self.ledger.stages.items():
             kind = stage.split("/")[1] if "/" in stage else stage
             total[kind] = round(total.get(kind, 0.0) + entry["seconds"], 3)
         return total
 
     def peak_memory_bytes(self) -> int:
-        return max((entry["peak_memory_bytes"] for entry in self.record["stages"].values()), default=0)
+        return max((entry["peak_memory_bytes"] for entry in self.ledger.stages.values()), default=0)
 
 
 def peak_memory_bytes() -> int:

@@ -64,9 +64,8 @@ def _looked_into(run: RunDir) -> set[str]:
     """Domains, suites and anchors of a run that was started before: its check looked into them then."""
     if not run.exists():
         return set()
-    record = run.load().record
-    anchors = (f"anchors of {name}" for name in record["config"].get("strategy.anchors") or ())
-    return {*(each["name"] for each in [*record["domains"], *record["suites"]]), *anchors}
+    ledger = run.load().ledger
+    return {*ledger.sets, *(f"anchors of {name}" for name in ledger.config.get("strategy.anchors") or ())}
 
 
 def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:

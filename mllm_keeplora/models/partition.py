@@ -89,7 +89,7 @@ class Kept:
         self.values = distributed.share_of(values) if self.is_divided else values
 
     def whole(self) -> Tensor:
-        return distributed.joined(self.values, self.shape) if self.is_divided else self.values
+        return distributed.whole_of(self.values, self.shape) if self.is_divided else self.values
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def changes_of(
         return found
 
     costs = {layer: float(kept[layer].rank if layer in kept else 1) * A.shape[1] for layer, A in factors.A.items()}
-    return dealing.divided(costs, pristine, look)
+    return dealing.dealt(costs, pristine, look)
 
 
 def inputs_of(

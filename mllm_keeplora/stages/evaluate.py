@@ -30,6 +30,6 @@ def evaluate(learner: Learner, unit: Unit) -> None:
     names = sets_after(unit, run.units, benchmark, config)
     asked = [run.once(f"{unit.key}/evaluate/{name}", partial(ask, name)) for name in names]
     if any(asked):
-        scores = {name: run.record["stages"][f"{unit.key}/evaluate/{name}"]["score"] for name in names}
+        scores = {name: run.ledger.stages[f"{unit.key}/evaluate/{name}"]["score"] for name in names}
         told = (f"{name} " + ("not graded" if score is None else f"{score:.1f}") for name, score in scores.items())
         log.info("after %s: %s", unit.name, ", ".join(told))

@@ -57,11 +57,11 @@ class Learner:
         """The base, loaded at first use; of a hub's base the fingerprint is recorded then."""
         log.info("loading base %s", self.config.base.model)
         bf16 = compute_dtype(self.config.base.dtype).itemsize == 2
-        expected, parts = self.run.record["base"]["fingerprint"], self.config.adapters
+        expected, parts = self.run.ledger.base["fingerprint"], self.config.adapters
         with divided_loading(self.config.deepspeed, bf16):
             base = load_base(self.config.base, parts.projector, parts.target, expected)
         if expected is None:
-            self.run.record["base"]["fingerprint"] = base.fingerprint
+            self.run.ledger.base["fingerprint"] = base.fingerprint
             self.run.save()
         cache_tower(base, self.config.base.tower_cache_mb)
         return base

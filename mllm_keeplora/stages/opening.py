@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from mllm_keeplora.config import RunConfig, as_yaml, flatten, read_yaml
 from mllm_keeplora.data import Benchmark, Domain
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.identity import Identity, comparable, differences, environment
-from mllm_keeplora.runs import BASE_UNIT, RunDir, now
+from mllm_keeplora.runs import BASE_UNIT, Ledger, RunDir, now
 from mllm_keeplora.stages.units import plan_units
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log
@@ -24,7 +23,7 @@ MAY_DIFFER_FROM_PARENT = ("name:", "seed:", "eval.domains:", "eval.zero_shot:")
 
 
 def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, after: int | None = None) -> RunDir:
-    """Create the run directory or accept the one that is there; afterwards `run.record` describes this run.
+    """Create the run directory or accept the one that is there; afterwards `run.ledger` describes this run.
 
     Args:
         config, checked: the config and what it resolves to; `checked.benchmark` gains inherited domains.
@@ -36,7 +35,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
     run = RunDir(config.output_dir)
     source = RunDir(parent).load() if parent is not None else None
     if run.exists():
-        inherited = run.load().record["parent"]
+        inherited = run.load().ledger.parent
         if source is not None and (inherited or {}).get("run") != str(parent):
             raise UserError(f"{run.path} was not started from {parent}; choose another `output`")
         if source is not None and after not in (None, inherited["after"]):
@@ -45,55 +44,53 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
                 "`output`"
             )
         if inherited is not None:
-            _inherit_definitions(checked.benchmark, run.record["domains"][: inherited["after"]])
+            _inherit_definitions(checked.benchmark, run.ledger.domains[: inherited["after"]])
         _accept(run, config, checked, Identity.of_config(config, checked.benchmark, checked.base_fingerprint))
     else:
         if source is not None:
             _fits_parent(source, config, checked, after)
-            _inherit_definitions(checked.benchmark, source.record["domains"][:after])
+            _inherit_definitions(checked.benchmark, source.ledger.domains[:after])
         identity = Identity.of_config(config, checked.benchmark, checked.base_fingerprint)
-        record = _record(config, checked, identity, source, after or 0)
+        ledger = _first_ledger(config, checked, identity, source, after or 0)
         if source is not None:
-            names = Identity.of_record(source.record).graded_like(Identity.of_record(record))
-            record["stages"] = _inherit_state(source, run, after, names)
-        run.create(record)
+            names = Identity.of_ledger(source.ledger).graded_like(Identity.of_ledger(ledger))
+            ledger.stages = _inherit_state(source, run, after, names)
+        run.create(ledger)
     if distributed.is_main():
         files.write_text(run.config, as_yaml(config.resolved()))
         files.remove_leftovers(run.path)
     return run
 
 
-def _record(
-    config: RunConfig, checked: Checked, identity: Identity, source: RunDir | None, after: int
-) -> dict[str, Any]:
-    """What a new run enters in its ledger."""
-    inherited = source.record["domains"][:after] if source is not None else []
+def _first_ledger(config: RunConfig, checked: Checked, identity: Identity, source: RunDir | None, after: int) -> Ledger:
+    """What a new run is started with."""
+    inherited = source.ledger.domains[:after] if source is not None else []
     base = identity.base  # None of a hub's: the parent's is the one to load
     if base is None and source is not None:
-        base = source.record["base"]["fingerprint"]
-    return {
-        "name": config.name,
-        "created": now(),
-        "environment": environment(),
-        "benchmark": checked.benchmark.name,
-        "generator": identity.generator,
-        "base": {"name": config.base.model, "fingerprint": base},
-        "seed": config.seed,
-        "parent": {"run": str(source.path), "after": after} if source is not None else None,
-        "config": dict(identity.config),
-        **({"plugins": {name: version_of(name) for name in config.plugins}} if config.plugins else {}),
-        "domains": [*inherited, *identity.domains[after:]],
-        "units": [asdict(unit) for unit in plan_units(list(checked.benchmark.domains), checked.strategy.stream)],
-        "suites": list(identity.suites),
-    }
+        base = source.ledger.base["fingerprint"]
+    return Ledger(
+        name=config.name,
+        created=now(),
+        environment=environment(),
+        benchmark=checked.benchmark.name,
+        generator=identity.generator,
+        base={"name": config.base.model, "fingerprint": base},
+        seed=config.seed,
+        parent={"run": str(source.path), "after": after} if source is not None else None,
+        config=dict(identity.config),
+        plugins={name: version_of(name) for name in config.plugins},
+        domains=[*inherited, *identity.domains[after:]],
+        units=plan_units(list(checked.benchmark.domains), checked.strategy.stream),
+        suites=list(identity.suites),
+    )
 
 
 def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity) -> None:
     """Compare an existing run with the config; extend it where domains were appended."""
-    record, origin = run.record, str(run.path)
-    inherited = (record["parent"] or {"after": 0})["after"]
-    lines = Identity.of_record(record).differences(identity, origin, inherited)
-    old, new = [each["name"] for each in record["domains"]], list(checked.benchmark.domains)
+    ledger, origin = run.ledger, str(run.path)
+    inherited = ledger.parent["after"] if ledger.parent is not None else 0
+    lines = Identity.of_ledger(ledger).differences(identity, origin, inherited)
+    old, new = [each["name"] for each in ledger.domains], list(checked.benchmark.domains)
     if new[: len(old)] == old != new and checked.strategy.stream == "union":
         lines.append(f"domains: {config.strategy.name} learns all domains at once, so none can be appended")
     if lines:
@@ -101,16 +98,15 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
             "\n  ".join([f"run {origin} was started with another config; choose another `output`:", *lines])
         )
     for domain in identity.domains[len(old) :]:
-        record["domains"].append(domain)
+        ledger.domains.append(domain)
         run.note(f"domain {domain['name']} appended")
         log.info("domain %s appended to %s", domain["name"], origin)
-    record["units"] = [asdict(unit) for unit in plan_units(new, checked.strategy.stream)]
-    plugins, before = {name: version_of(name) for name in config.plugins}, record.get("plugins", {})
-    for line in differences(before, plugins, "before"):
+    ledger.units = plan_units(new, checked.strategy.stream)
+    plugins = {name: version_of(name) for name in config.plugins}
+    for line in differences(ledger.plugins, plugins, "before"):
         run.note(f"plugin changed: {line}")
         log.warning("plugin changed: %s", line)
-    if plugins != before:
-        record["plugins"] = plugins
+    ledger.plugins = plugins
     _forget_lost_answers(run)
     run.save()
     now, defining = flatten(config.resolved()), config.result_defining()
@@ -124,25 +120,25 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
 def _forget_lost_answers(run: RunDir) -> None:
     """Let a set be asked again whose answers somebody took away."""
     for unit in [BASE_UNIT, *run.units]:
-        for stage in [stage for stage in run.record["stages"] if stage.startswith(f"{unit.key}/evaluate/")]:
+        for stage in [stage for stage in run.ledger.stages if stage.startswith(f"{unit.key}/evaluate/")]:
             answers = run.folder(unit).predictions(stage.split("/")[2])
             if not answers.is_file():
-                del run.record["stages"][stage]
+                del run.ledger.stages[stage]
                 run.note(f"{answers} is gone; {stage} is to be done again")
                 log.warning("%s is gone: the questions are asked again", answers)
 
 
 def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int | None) -> None:
-    names = [each["name"] for each in source.record["domains"]]
+    names = [each["name"] for each in source.ledger.domains]
     if checked.strategy.stream == "union":
         raise UserError(f"--from: strategy {config.strategy.name} learns all domains at once and cannot continue a run")
     if after is None or not 1 <= after <= len(names):
         raise UserError(f"--after must be between 1 and {len(names)} for {source.path}, got {after}")
     if after > len(source.finished_units):
         raise UserError(f"--from {source.path}: domain {names[after - 1]} (--after {after}) is not finished there")
-    if checked.base_fingerprint not in (None, source.record["base"]["fingerprint"]):
+    if checked.base_fingerprint not in (None, source.ledger.base["fingerprint"]):
         raise UserError(f"--from {source.path}: its base model is not {config.base.model} as it is now")
-    told = differences(Identity.of_record(source.record).config, comparable(config), str(source.path))
+    told = differences(Identity.of_ledger(source.ledger).config, comparable(config), str(source.path))
     lines = [line for line in told if not line.startswith(MAY_DIFFER_FROM_PARENT)]
     if lines:
         raise UserError("\n  ".join([f"--from {source.path}: its state does not fit this config:", *lines]))
@@ -183,7 +179,7 @@ def _inherit_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> 
             if before.is_dir():
                 shutil.copytree(before, now, ignore=passed_over, dirs_exist_ok=True)
     kept, keys = {}, {unit.key for unit in units}
-    for stage, entry in source.record["stages"].items():
+    for stage, entry in source.ledger.stages.items():
         unit, _, rest = stage.partition("/")
         kind, _, graded = rest.partition("/")
         if stage == "prepare" or (unit in keys and (kind != "evaluate" or graded in names)):

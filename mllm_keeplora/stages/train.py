@@ -33,7 +33,7 @@ def train(learner: Learner, unit: Unit) -> dict[str, Any]:
     engine, world = deepspeed_file(config.deepspeed), distributed.world_size()
     arguments = training_arguments(settings, epochs, folder.checkpoints, context.seed, engine, bf16)
     identity = {  # facts that a checkpoint must share with a training that goes on from it
-        "config": run.record["config"],
+        "config": run.ledger.config,
         "unit": unit.key,
         "epochs": epochs,
         "train": settings.result_defining(),

@@ -178,4 +178,4 @@ class Processes:
         """
         chosen = self.layers.names if layers is None else layers
         costs = {layer: float(self.layers.d_in(layer)) ** 3 for layer in chosen}  # of a decomposition
-        return dealing.divided(costs, load, work)
+        return dealing.dealt(costs, load, work)

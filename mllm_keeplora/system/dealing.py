@@ -11,7 +11,7 @@ from mllm_keeplora.system.distributed import device, gather, rank, world_size
 S, T = TypeVar("S"), TypeVar("T")
 
 
-def divided(costs: Mapping[str, float], load: Callable[[str], S], work: Callable[[str, S], T]) -> dict[str, T]:
+def dealt(costs: Mapping[str, float], load: Callable[[str], S], work: Callable[[str, S], T]) -> dict[str, T]:
     """Do a piece of work for every name, each by one process alone, and give every result to all.
 
     Args:

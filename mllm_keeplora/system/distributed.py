@@ -165,7 +165,7 @@ def share_of(tensor: Any) -> Any:
     return padded[rank() * length : (rank() + 1) * length].clone()
 
 
-def joined(share: Any, shape: tuple[int, ...]) -> Any:
+def whole_of(share: Any, shape: tuple[int, ...]) -> Any:
     """Put together the tensor whose shares all processes hold."""
     import torch
     import torch.distributed as dist

@@ -48,7 +48,7 @@ def shared_run(settings, world, tmp_path, monkeypatch):
 
 
 def _base_stages(run: RunDir) -> dict[str, tuple[float, float]]:
-    stages = run.record["stages"].items()
+    stages = run.ledger.stages.items()
     return {name: (entry["score"], entry["seconds"]) for name, entry in stages if name.startswith("00_base/")}
 
 

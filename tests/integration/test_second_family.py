@@ -70,7 +70,7 @@ def test_a_second_family_learns_and_answers(learnt):
         for name in ("Alpha", "Beta"):
             answers = files.read_json_lines(run.folder(unit).predictions(name))
             assert len(answers) == 8 and {row["prediction"] for row in answers} <= {*COLOURS, *PLACES}
-    scores = {stage: entry["score"] for stage, entry in run.record["stages"].items() if "score" in entry}
+    scores = {stage: entry["score"] for stage, entry in run.ledger.stages.items() if "score" in entry}
     assert len(scores) == 6 and scores["01_Alpha/evaluate/Alpha"] > scores["00_base/evaluate/Alpha"]
     told = files.read_json(run.folder(run.units[1]).diagnostics)
     assert set(told["inputs"]["Alpha"]) == {"see", "read"}

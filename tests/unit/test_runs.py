@@ -12,18 +12,33 @@ import pytest
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.identity import differences
-from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
+from mllm_keeplora.runs import BASE_UNIT, Ledger, RunDir, Unit
 from mllm_keeplora.stages.units import plan_units, token_limit
 from mllm_keeplora.system import files
 from mllm_keeplora.training.seeds import stage_seed
 
-RECORD = {"units": [{"index": 1, "name": "A", "domains": ["A"]}, {"index": 2, "name": "B", "domains": ["B"]}]}
+
+def new_ledger() -> Ledger:
+    sets = [{"name": name, "files": {"test": f"/data/{name}.json"}, "sha256": {"test": "00"}} for name in "AB"]
+    return Ledger(
+        name="x",
+        created="2026-01-01T00:00:00Z",
+        environment={},
+        benchmark="two",
+        base={"name": "tiny-llava", "fingerprint": None},
+        seed=0,
+        parent=None,
+        config={"strategy.alpha": 1e-5},
+        domains=[{**each, "train": {"lr": 1e-5}} for each in sets],
+        units=[Unit(1, "A", ("A",)), Unit(2, "B", ("B",))],
+        suites=[],
+    )
 
 
 @pytest.fixture
 def run(tmp_path) -> RunDir:
     run = RunDir(tmp_path / "run")
-    run.create(dict(RECORD))
+    run.create(new_ledger())
     return run
 
 
@@ -32,7 +47,7 @@ def test_a_stage_is_done_once_and_entered_with_its_facts(run):
     assert run.once("prepare", lambda: calls.append(1) or {"layers": 3}) is True
     assert run.once("prepare", lambda: calls.append(1)) is False
     assert calls == [1]
-    entry = RunDir(run.path).load().record["stages"]["prepare"]
+    entry = RunDir(run.path).load().ledger.stages["prepare"]
     assert entry["layers"] == 3 and entry["seconds"] >= 0 and entry["peak_memory_bytes"] > 0
 
 
@@ -56,7 +71,7 @@ def test_finished_units_are_the_leading_ones_that_are_consolidated(run):
 
 
 def test_seconds_are_summed_by_kind_of_stage(run):
-    run.record["stages"] = {
+    run.ledger.stages = {
         name: {"seconds": seconds, "peak_memory_bytes": 5}
         for name, seconds in (("prepare", 1.0), ("01_A/evaluate/A", 2.0), ("01_A/evaluate/B", 3.5), ("02_B/train", 4.0))
     }
@@ -65,7 +80,7 @@ def test_seconds_are_summed_by_kind_of_stage(run):
 
 def test_notes_are_kept_with_their_time(run):
     run.note("hello")
-    [note] = RunDir(run.path).load().record["notes"]
+    [note] = RunDir(run.path).load().ledger.notes
     assert note["text"] == "hello" and note["at"].endswith("Z")
 
 
@@ -77,14 +92,14 @@ def test_folders_of_units_are_numbered_and_the_base_is_zero(run):
 def test_a_folder_with_other_content_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and holds no run"):
-        RunDir(tmp_path).create(dict(RECORD))
+        RunDir(tmp_path).create(new_ledger())
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("name", [".lock", "log.txt", "run.json.tmp"])
 def test_what_a_run_killed_at_its_start_left_is_no_other_content(name, tmp_path):
     (tmp_path / name).write_text("")
-    RunDir(tmp_path).create(dict(RECORD))
+    RunDir(tmp_path).create(new_ledger())
 
 
 @pytest.mark.parametrize(
@@ -94,6 +109,27 @@ def test_a_ledger_that_cannot_be_read_is_refused(text, message, tmp_path):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match=message):
         RunDir(tmp_path).load()
+
+
+def test_a_ledger_reads_back_as_it_was_written_with_what_other_versions_entered(run):
+    entered = json.loads(run.ledger_file.read_text()) | {"colour": "blue"}
+    entered["domains"][0]["shade"] = "dark"
+    run.ledger_file.write_text(json.dumps(entered))
+    again = RunDir(run.path).load()
+    assert (again.units, again.ledger.sets["A"]["train"]) == (new_ledger().units, {"lr": 1e-5})
+    again.save()
+    assert json.loads(run.ledger_file.read_text()) == entered
+    assert list(entered)[:4] == ["format", "stages", "notes", "name"]
+
+
+def test_a_ledger_somebody_damaged_is_told_by_key_and_file(run):
+    entered = json.loads(run.ledger_file.read_text())
+    del entered["base"]["fingerprint"], entered["units"]
+    run.ledger_file.write_text(json.dumps(entered))
+    with pytest.raises(UserError) as error:
+        RunDir(run.path).load()
+    assert f"base.fingerprint is missing ({run.ledger_file})" in str(error.value)
+    assert f"units is missing ({run.ledger_file})" in str(error.value)
 
 
 def test_a_folder_without_ledger_is_no_run(tmp_path):
