@@ -19,13 +19,11 @@ class Said:
     err: str
 
 
-def shell(*words: object, code: str | None = None) -> Said:
-    """`python -m mllm_keeplora` (or a program text that ends in it) in a process of its own."""
-    program = ["-c", code] if code is not None else ["-m", "mllm_keeplora"]
+def shell(*words: object) -> Said:
+    """`python -m mllm_keeplora` in a process of its own, which imports everything anew: seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, *program, *map(str, words)], capture_output=True, text=True, env=environment, timeout=240
-    )
+    command = [sys.executable, "-m", "mllm_keeplora", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     return Said(done.returncode, done.stdout, done.stderr)
 
 

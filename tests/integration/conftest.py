@@ -13,6 +13,7 @@ import pytest
 from tests.integration.commands import caller
 from tests.integration.processes import run_in_child
 from tests.support.tiny import tiny_benchmark, tiny_config, write_tiny_data, write_tiny_llava
+from tests.support.undrawn import leave_drawing_out
 
 TRAIN, TEST = 12, 8  # records a domain: with batches of 4 and two epochs six optimiser steps, two batches of questions
 
@@ -78,6 +79,15 @@ def three(settings, tmp_path_factory) -> Path:
 def command(monkeypatch, capsys) -> Callable:
     """Function (*words) -> what `mllm-keeplora` says to them: `code`, `out`, `err`."""
     return caller(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn(request):
+    """Pages have no pictures, but in modules that say `DRAWN = True` since they look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "DRAWN", False):
+            leave_drawing_out(patch.setattr)
+        yield
 
 
 @pytest.fixture(autouse=True)

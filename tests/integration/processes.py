@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.integration.commands import Said
+from tests.support.undrawn import leave_drawing_out
 
 PRELOADED = [
     "torch",
@@ -39,6 +43,7 @@ PRELOADED = [
     "mllm_keeplora.training.fit",
     "mllm_keeplora.eval.saved",
     "mllm_keeplora.mini",
+    "mllm_keeplora.report.compared",
 ]
 MEASURED = ("predictions/*.jsonl", "*.safetensors", "adapter/*", "gradient.json", "manifest.json")
 
@@ -52,6 +57,11 @@ def paused() -> None:
     """As if the machine had vanished: connections stay open, and nothing answers. Ends after a minute."""
     subprocess.Popen(["sh", "-c", f"sleep 60; kill -KILL {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def interrupted() -> None:
+    """As by Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def told(number: int) -> None:
@@ -76,7 +86,18 @@ def run_in_child(
         act: what happens then, if not SIGKILL.
         options: for `run_sequence`.
     """
-    child = _start(_child, values, kill, act, options)
+    return _ended(_start(_child, values, kill, act, options))
+
+
+def command_in_child(*words: object, kill: tuple[str, int] | None = None, act: Callable[[], None] = killed) -> Said:
+    """Run `mllm-keeplora` in a child with this process's environment; `kill` and `act` as in `run_in_child`."""
+    with tempfile.TemporaryDirectory() as folder:
+        armed = (*kill, act) if kill is not None else None
+        code = _ended(_start(_command, list(map(str, words)), dict(os.environ), f"{folder}/said", armed))
+        return Said(code, *(Path(f"{folder}/said.{name}").read_text() for name in ("out", "err")))
+
+
+def _ended(child: Any) -> int:
     child.join(240)
     if child.is_alive():
         child.kill()
@@ -96,10 +117,9 @@ def _child(
     values: dict[str, Any], kill: tuple[str, int] | None, act: Callable[[], None], options: dict[str, Any]
 ) -> None:
     from mllm_keeplora.config import parse_config
-    from mllm_keeplora.report import page
     from mllm_keeplora.sequence import run_sequence
 
-    page.render_html = lambda *args, **keywords: "left out"  # drawing takes longer than the whole run
+    leave_drawing_out()
     if kill is not None:
         _arm(*kill, act)
     run_sequence(parse_config(values, origin="test"), **options)
@@ -158,19 +178,29 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(rank: int, port: int, folder: str, act: tuple[str, int, Callable[[], None]] | None) -> None:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {**{name: str(value) for name, value in ranks.items()}, "COLUMNS": "200"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    from mllm_keeplora.__main__ import main
-    from mllm_keeplora.report import page
+Act = tuple[str, int, Callable[[], None]]  # what, n and act, as in `run_in_child`
 
-    page.render_html = lambda *args, **keywords: "left out"
+
+def _rank(rank: int, port: int, folder: str, act: Act | None) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = {name: str(value) for name, value in environment.items()}
+    _command(["run", f"{folder}/run.yaml"], words, f"{folder}/{rank}", act)
+
+
+def _command(words: list[str], environment: dict[str, str], told: str, act: Act | None) -> None:
+    """The command in this forked process; what it says goes into the files `told`.out and .err."""
+    os.environ |= {**environment, "COLUMNS": "200"}
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{told}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    from mllm_keeplora.__main__ import main
+
+    leave_drawing_out()
     if act is not None:
         _arm(*act)
-    sys.argv = ["mllm-keeplora", "run", f"{folder}/run.yaml"]
+    sys.argv = ["mllm-keeplora", *words]
     main()
 
 

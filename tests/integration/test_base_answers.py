@@ -33,9 +33,8 @@ def base_asked(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def shared_run(settings, world, tmp_path, monkeypatch):
+def shared_run(settings, world, tmp_path):
     """Function (name, base=None, **changes) -> a run over one domain that shares the base's answers."""
-    monkeypatch.setattr("mllm_keeplora.report.page.render_html", lambda *args, **keywords: "left out")
 
     def run(name: str, base: Path | None = None, **changes) -> RunDir:
         evaluation = {"base_answers": str(tmp_path / "shared"), **changes.pop("eval", {})}

@@ -8,8 +8,7 @@ import shutil
 import pytest
 import yaml
 
-from tests.integration.commands import shell
-from tests.integration.processes import differing, leftovers, results, stages
+from tests.integration.processes import command_in_child, differing, interrupted, leftovers, results, stages
 
 COMMANDS = ("run", "eval", "report", "check", "list")
 
@@ -112,31 +111,17 @@ def test_list_names_what_a_config_can_say(kind, names, command):
         assert all(len(line.split()) > 3 for line in said.out.splitlines()), "each with a sentence"
 
 
-INTERRUPTED = """
-import os, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background lets its children ignore it
-from mllm_keeplora.training.fit import Reporter
-calls = []
-def interrupted(self, *args, **keywords):
-    calls.append(1)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGINT)
-Reporter.on_step_end = interrupted
-from mllm_keeplora.__main__ import main
-main()
-"""
-
-
 def test_ctrl_c_exits_with_130_and_the_same_command_continues(settings, two, tmp_path):
     output = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(output)))
-    said = shell("run", tmp_path / "run.yaml", code=INTERRUPTED)
+    step = ("mllm_keeplora.training.fit:Reporter.on_step_end", 4)
+    said = command_in_child("run", tmp_path / "run.yaml", kill=step, act=interrupted)
     assert said.code == 130, said.err
     assert said.err.rstrip().endswith("stopped; the same command continues the run")
     assert "Traceback" not in said.err
     assert stages(output)[-1] == "01_Alpha/gradient"
 
-    said = shell("run", tmp_path / "run.yaml")  # python -m mllm_keeplora
+    said = command_in_child("run", tmp_path / "run.yaml")
     assert said.code == 0, said.err
     assert "after Beta" in said.out
     assert differing(output, two) == []

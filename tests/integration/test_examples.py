@@ -18,8 +18,7 @@ from mllm_keeplora.adapters.stored import kept_of
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.strategies.context import Step
 from mllm_keeplora.system import files
-from tests.integration.commands import shell
-from tests.integration.processes import results, run_in_child
+from tests.integration.processes import command_in_child, results, run_in_child
 from tests.support.tiny import tiny_benchmark
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -85,7 +84,7 @@ def test_own_method_runs_by_its_name(world, tmp_path, monkeypatch):
         f"base.model={world / 'base'}", f"benchmark={json.dumps(tiny_benchmark(world / 'data'))}",
         "domains=[Alpha, Beta]", "strategy.rank=4", "train.batch_size=4", f"output={tmp_path / 'run'}",
     ]  # fmt: skip
-    said = shell("run", folder / "run.yaml", *shorter)
+    said = command_in_child("run", folder / "run.yaml", *shorter)
     assert said.code == 0, said.err
     assert results(tmp_path / "run")["settings"]["strategy.pull"] == 0.1
     record = files.read_json(tmp_path / "run/run.json")

@@ -14,7 +14,7 @@ import yaml
 
 from mllm_keeplora.config import parse_config
 from tests.integration.commands import shell
-from tests.integration.processes import artefacts, differing, results, run_in_child
+from tests.integration.processes import artefacts, command_in_child, differing, results, run_in_child
 from tests.support.plugins import registries_restored
 from tests.support.tiny import tiny_benchmark
 
@@ -104,7 +104,7 @@ def whole(lab, values, tmp_path_factory) -> Path:
     (output.parent / "run.yaml").write_text(yaml.safe_dump(values(output)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{lab}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        said = shell("run", output.parent / "run.yaml")
+        said = command_in_child("run", output.parent / "run.yaml")
     assert said.code == 0, said.err
     return output
 
@@ -127,7 +127,7 @@ def test_killed_and_continued_it_ends_with_the_same_bytes(on_path, lab, values, 
     module = lab / "my_lab" / "methods.py"
     try:
         module.write_text(f"{METHODS}\n# a remark\n")
-        said = shell("run", tmp_path / "run.yaml")
+        said = command_in_child("run", tmp_path / "run.yaml")
     finally:
         module.write_text(METHODS)
     assert said.code == 0, said.err
@@ -145,7 +145,7 @@ def test_names_of_a_plugin_are_listed(on_path, command):
 
 def test_a_benchmark_of_a_plugin_is_asked_without_a_run(on_path, world, whole, tmp_path):
     words = (world / "base", "--benchmark", whole.parent / "run.yaml", "--domains", "Beta", "--output", tmp_path)
-    said = shell("eval", *words)
+    said = command_in_child("eval", *words)
     assert said.code == 0, said.err
     assert said.out.split() == ["Beta", f"{results(whole)['zero_shot'][1]:.2f}"]
 

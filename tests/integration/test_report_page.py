@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+DRAWN = True  # see conftest.py
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; scripts/setup.sh dev tells how")
 MEASURE = """
