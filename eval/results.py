@@ -153,7 +153,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         complete=is_graded and len(run.finished_units) == len(run.units),
         settings=settings_of(ledger),
         identity=Identity.of_ledger(ledger).told(),
-        origin=run.results,
+        origin=run.results_file,
     )
 
 
@@ -161,7 +161,7 @@ def _blind(
     run: RunDir, benchmark: Benchmark, config: RunConfig, domains: list[str]
 ) -> tuple[list[float | None], dict[str, dict[str, float]]]:
     """Grade blind answers, also by question type; scores stay as they were where training records are gone."""
-    before = files.read_json(run.results) if run.results.is_file() else {}
+    before = files.read_json(run.results_file) if run.results_file.is_file() else {}
     percents = dict(zip(before.get("domains", ()), before.get("blind", ()), strict=False))
     typed = dict(before.get("blind_per_type", {}))
     for name in filter(benchmark.has_training, domains):

@@ -140,7 +140,7 @@ def load_run(path: str | Path) -> SavedRun:
         UserError: the folder is no run.
     """
     run = RunDir(path).load()
-    return SavedRun(run, parse_config(read_yaml(run.config), origin=str(run.config)))
+    return SavedRun(run, parse_config(read_yaml(run.config_file), origin=str(run.config_file)))
 
 
 def evaluate(

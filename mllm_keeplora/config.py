@@ -60,7 +60,8 @@ class StrategyConfig(BaseModel):
 
 class AdaptersConfig(Section):
     target: Literal["language_linears"] | list[str] = Field("language_linears", min_length=1)
-    projector: Literal["keeplora", "full", "frozen"] = "keeplora"  # adapted as other layers, or trained in full, or not
+    # `keeplora`: its linear layers are target layers like all others, whatever the strategy; `full`: trained as it is.
+    projector: Literal["keeplora", "full", "frozen"] = "keeplora"
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the branches' inputs in a training")
     history: Literal["auto", "merged", "factors"] = "auto"  # how the past is applied; auto merges into float32 weights
 

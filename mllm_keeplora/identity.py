@@ -24,7 +24,7 @@ class Identity:
     """What a run is known by: it is the same run as long as these are the same. They are recorded in `run.json`.
 
     Attributes:
-        config: result-defining keys by dotted name, but those that `domains` stand for.
+        config: result-defining keys by dotted name, without those of domains: `domains` has their files and digests.
         base: fingerprint of the base's weights; None of a hub's base that has not been loaded yet.
         domains: in order, each as `described_set` has it, and in `train` how it is trained.
         suites: as `described_set` has them.
@@ -56,8 +56,8 @@ class Identity:
     def of_ledger(cls, ledger: Ledger) -> Identity:
         """Identify a run by what it was started with.
 
-        A key that came later has the value that everything had before it. An option that a YAML has as 1e5 was kept as
-        a string once.
+        Older ledgers lack keys that came later, which get the value that everything had before; and 1e5 of a YAML
+        was a string in them.
         """
         config = {"eval.split": "test", **ledger.config}
         for key, value in config.items():
@@ -67,7 +67,7 @@ class Identity:
         return cls(config, ledger.base["fingerprint"], *sets, ledger.generator)
 
     @property
-    def parts(self) -> dict[str, SetEntry]:
+    def sets(self) -> dict[str, SetEntry]:
         """The domains and suites by name."""
         return {each["name"]: each for each in (*self.domains, *self.suites)}
 
@@ -77,7 +77,7 @@ class Identity:
         Args:
             now: what is asked for.
             origin: where this identity comes from, for the lines.
-            inherited: so many of the first domains another run has learnt, by settings of its own.
+            inherited: number of leading domains that came from another run; how that one learnt them is not compared.
         """
         lines = differences(self.config, now.config, origin)
         if None not in (self.base, now.base) and self.base != now.base:
@@ -86,13 +86,13 @@ class Identity:
         if new[: len(old)] != old:
             lines.append(f"domains: {old} in {origin}, {new} now; domains may only be appended")
         for each in (*self.domains[inherited:], *self.suites):
-            if each["name"] in now.parts:
-                lines += part_differences(each, now.parts[each["name"]], origin)
+            if each["name"] in now.sets:
+                lines += part_differences(each, now.sets[each["name"]], origin)
         return lines
 
     def graded_like(self, other: Identity) -> set[str]:
         """Name the domains and suites that both grade by the same files and rules, however they are trained."""
-        mine, theirs = ({key: {**part, "train": {}} for key, part in each.parts.items()} for each in (self, other))
+        mine, theirs = ({key: {**part, "train": {}} for key, part in each.sets.items()} for each in (self, other))
         return {name for name in mine.keys() & theirs.keys() if not part_differences(mine[name], theirs[name], "")}
 
     def digest(self, *names: str) -> str:
@@ -102,8 +102,8 @@ class Identity:
             names: of some of them; none for all.
         """
         told = []
-        for name in sorted(names or self.parts):
-            part = self.parts[name]
+        for name in sorted(names or self.sets):
+            part = self.sets[name]
             rules = sorted((key, value) for key, value in part["files"].items() if key not in PATHS)
             told.append([name, rules, sorted(part["sha256"].items())])
         return digest_of(told)
@@ -120,7 +120,7 @@ def digest_of(facts: Any) -> str:
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """Select the result-defining keys that are compared as they are; domains are compared by what they are."""
+    """Select the result-defining keys that are compared literally: all but those of domains."""
     by_definition = {"domains", "benchmark", "train", "per_domain"}
     return {key: value for key, value in config.result_defining().items() if key.split(".")[0] not in by_definition}
 

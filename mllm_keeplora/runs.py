@@ -69,7 +69,7 @@ class BaseEntry(TypedDict):
 
 
 class Parent(TypedDict):
-    """The run that a run was started from, and how many of its units are inherited."""
+    """The run that a run was started from, and how many of its domains are inherited."""
 
     run: str
     after: int
@@ -118,7 +118,7 @@ class Within:
 
 @dataclass(frozen=True)
 class DomainDir:
-    """The paths of what one trained unit leaves; `00_base` stands for the untouched base model."""
+    """The paths of what one unit leaves, a domain or all of joint training; `00_base` is the untouched base's."""
 
     path: Path
 
@@ -129,7 +129,7 @@ class DomainDir:
     mixer = Within("mixer.safetensors")
     trained_mixer = Within("adapter/mixer.safetensors")
     manifest = Within("manifest.json")
-    basis = Within("basis.safetensors")
+    basis = Within("basis.safetensors")  # columns that this unit added
     gradient = Within("gradient.json")
     diagnostics = Within("diagnostics.json")
     checkpoints = Within("checkpoints")
@@ -143,10 +143,10 @@ class RunDir:
     """Knows a run's folder and, once created or loaded, its ledger."""
 
     ledger_file = Within("run.json")
-    config = Within("config.yaml")
-    log = Within("log.txt")
-    results = Within("results.json")
-    report = Within("report.html")
+    config_file = Within("config.yaml")
+    log_file = Within("log.txt")
+    results_file = Within("results.json")
+    report_file = Within("report.html")
     kept_by_prepare = Within("prepare/basis.safetensors")
 
     def __init__(self, path: str | Path):
@@ -158,7 +158,7 @@ class RunDir:
 
     @property
     def units(self) -> list[Unit]:
-        """The units of the sequence as recorded, finished or not."""
+        """The units of the sequence, finished or not; their order is that of `data/loading.py`."""
         return self.ledger.units
 
     @property

@@ -1,10 +1,11 @@
 """The main job, read from top to bottom: teach a base model one domain after another, and show what it still knows.
 
-    prepare                 what to keep of the untouched base
+    prepare                 what to keep of the untouched base (Strategy.prepare)
+    evaluate                what the base answers
     for each domain:
-      gradient              where to learn: the start of the domain's branch
-      train                 the branch, under Trainer and DeepSpeed
-      consolidate           grow what is kept; merge from pristine base and all factors
+      gradient              where to learn: the start of the domain's branch (before_domain)
+      train                 the branch, under Trainer and DeepSpeed (batch, extra_loss, around_step)
+      consolidate           grow what is kept (after_domain); merge from pristine base and all factors
       diagnose              room left, leak, interference, overlap
       evaluate              one row of the score matrix
     report                  metrics, table, HTML
@@ -56,7 +57,8 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
         with RunDir(config.output_dir).locked():
             parent = Path(from_run) if from_run is not None else None
             run = distributed.main_first(lambda: open_run(config, checked, parent, after))
-            start_logging(run.log)
+            start_logging(run.log_file)
+            # The ledger has compared what was asked; published epochs are filled in for the stages alone.
             return _run_stages(with_published_epochs(config, checked.benchmark), run, checked)
 
 
@@ -71,7 +73,7 @@ def _looked_into(run: RunDir) -> set[str]:
 def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:
     learner = Learner(config, run, checked.benchmark, checked.strategy)
     run.once("prepare", partial(prepare, learner))
-    evaluate(learner, BASE_UNIT)
+    evaluate(learner, BASE_UNIT)  # does each set once by itself
     for unit in run.units:
         if not run.is_done(f"{unit.key}/consolidate"):
             log.info("[%d/%d] %s", unit.index, len(run.units), ", ".join(unit.domains))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters.factors import Factors
-from mllm_keeplora.models.partition import Kept, assign, copy_of
+from mllm_keeplora.models.partition import SavedParameter, assign, copy_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +84,8 @@ class PristineWeights:
 
     def __init__(self, model: Any, layers: tuple[str, ...], parameters: tuple[str, ...]):
         self.model = model
-        self.weights = {layer: Kept(model.get_submodule(layer).weight) for layer in layers}
-        self.parameters = {name: Kept(model.get_parameter(name)) for name in parameters}
+        self.weights = {layer: SavedParameter(model.get_submodule(layer).weight) for layer in layers}
+        self.parameters = {name: SavedParameter(model.get_parameter(name)) for name in parameters}
 
     def merge(self, history: list[Factors]) -> None:
         """Set every target weight to pristine + sum of deltas: summed in float32, in order, cast once."""

@@ -16,14 +16,14 @@ class PlacedModel:
     def __init__(self, adapters: Adapters, run: RunDir):
         self.adapters = adapters
         self.run = run
-        self._place: tuple | None = None  # what the adapters hold; None where it is not what a unit left
+        self._place: tuple | None = None  # (units, asked) that the adapters hold; None: changed since they were read
 
     def at(self, units: Sequence[Unit], asked: str | None = None) -> Any:
         """Give the model as it is after some units: pristine base plus stored factors.
 
         Args:
             units: in order, from the first; none for the untouched base.
-            asked: the domain or suite that is to be answered, where each domain has its own branch.
+            asked: the domain or suite to be answered; it matters only where each domain has its own branch (oracle).
         """
         place = (len(units), asked if is_oracle(self.run, units) else None)
         if place != self._place:
@@ -32,6 +32,6 @@ class PlacedModel:
             self._place = place
         return self.adapters.model
 
-    def leave(self) -> None:
+    def invalidate(self) -> None:
         """Forget where the model is, since it was changed: the next `at` reads the files."""
         self._place = None

@@ -48,17 +48,17 @@ class Past:
         return self.factors, self.full
 
 
-def write_manifest(unit: DomainDir, combine: str, start_from: str, carried: bool, mixer: Mixer | None) -> None:
+def write_manifest(folder: DomainDir, combine: str, start_from: str, carried: bool, mixer: Mixer | None) -> None:
     """State how this unit's branch combines with the earlier ones at answering time, and which files hold it."""
-    manifest: dict[str, Any] = {"combine": combine, "start_from": start_from, "adapter": unit.adapter.name}
+    manifest: dict[str, Any] = {"combine": combine, "start_from": start_from, "adapter": folder.adapter.name}
     if carried:
         manifest["carried"] = True
-    if unit.projector.is_file():
-        manifest["projector"] = unit.projector.name
+    if folder.projector.is_file():
+        manifest["projector"] = folder.projector.name
     if mixer is not None:
-        save_mixer(unit.mixer, mixer)
-        manifest["mixer"] = unit.mixer.name
-    files.write_json(unit.manifest, manifest)
+        save_mixer(folder.mixer, mixer)
+        manifest["mixer"] = folder.mixer.name
+    files.write_json(folder.manifest, manifest)
 
 
 def past_of(run: RunDir, units: list[Unit], asked: str | None = None) -> Past:

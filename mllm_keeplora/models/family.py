@@ -1,7 +1,8 @@
 """What differs between kinds of base: how records become batches, what a loss is, how a question is answered.
 
-Everything above `models` works through a `Family` and knows no head, no label and no generation. A batch is a
-dictionary of tensors, a row for each record: `labels` is what losses are made of, everything else goes into the model.
+Whatever probes, trains or asks a model works through a `Family` and knows no head, no label and no generation; checks
+of chat templates and the export of a processor know the causal kind. A batch is a dictionary of tensors, a row for each
+record: `labels` is what losses are made of, everything else goes into the model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Answer:
 
     Attributes:
         text, is_cut: without special tokens and outer spaces; it reached the limit without an end.
-        is_close: another answer was as likely but for rounding, so that other rows of a batch might have tipped it.
+        is_close: a near tie, which the other rows of a batch could tip by rounding.
     """
 
     text: str
@@ -81,7 +82,10 @@ class Family(Protocol):
         """Mark what counts in a batch by its kind: masks of one shape (b, t) or (b,), no place in two of them."""
 
     def passing(self, model: Any, gradients: bool = False) -> AbstractContextManager:
-        """Prepare a model for a data pass: no head where it is there for its layers alone, else a graph from inputs."""
+        """Prepare a model for a data pass.
+
+        Without `gradients` the head is skipped. With them the graph starts at the inputs, as no weight needs any.
+        """
 
     def supervised(self, model: Any, labels: Tensor) -> AbstractContextManager:
         """Let a model give logits (1, n, classes) of what carries loss alone, in the order of the labels."""
@@ -102,7 +106,7 @@ class Family(Protocol):
     ) -> list[Answer]:
         """Answer a batch of questions by what is likeliest, in at most `limit` tokens.
 
-        `keep_rows` is told which rows (n,) go on where the others have ended, before they do.
+        `keep_rows` is called with the places (n,) of unfinished rows, just before the batch shrinks to them.
         """
 
     def question_features(self, model: Any, batch: Mapping[str, Tensor], pictures: bool = True) -> Tensor:
@@ -115,7 +119,7 @@ class Family(Protocol):
         """Say how many of a projector's input rows belong to each question, (b,)."""
 
     def sizes(self, model: Any, parts: Parts, dtype: torch.dtype) -> Sizes:
-        """Count what a base takes, from its skeleton; which is no use afterwards."""
+        """Count what a base takes, from its skeleton, which must not be used afterwards."""
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> Batch:

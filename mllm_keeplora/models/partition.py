@@ -80,7 +80,7 @@ def keeps_step(model: Module) -> bool:
     return any(hasattr(each, "ds_id") and each.numel() == 0 for each in model.parameters())
 
 
-class Kept:
+class SavedParameter:
     """Values of a parameter as they are now; where ZeRO-3 divides it, each process keeps its share alone."""
 
     def __init__(self, parameter: Parameter):

@@ -14,10 +14,10 @@ from mllm_keeplora.system import distributed, files
 
 def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
     """Write report.html, one self-contained file."""
-    values = {**results.to_dict(), "config": run.config.read_text(encoding="utf-8")}
+    values = {**results.to_dict(), "config": run.config_file.read_text(encoding="utf-8")}
     diagnosed = inspection_figures(unit_facts(run))
     page = render_html(values, wrong_answers(run, benchmark), diagnosed, published_table(results))
-    files.write_text(run.report, page)
+    files.write_text(run.report_file, page)
 
 
 def refresh_results(saved: SavedRun) -> Results:

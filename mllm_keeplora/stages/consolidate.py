@@ -20,7 +20,8 @@ def consolidate(learner: Learner, unit: Unit) -> dict[str, Any]:
     before = {layer: basis.rank for layer, basis in learner.kept.items()}
     learner.strategy.after_domain(context)
     if distributed.is_main():
-        mixer, carried = context.answering or learner.adapters.mixer, learner.adapters.branch.carried
+        mixer = context.answering or learner.adapters.mixer
+        carried = learner.adapters.branch.carried
         write_manifest(folder, learner.strategy.combine, learner.strategy.start_from, carried, mixer)
         save_growth(folder, learner.kept, before, context.forgotten)
         state = learner.strategy.state_dict()
@@ -28,6 +29,7 @@ def consolidate(learner: Learner, unit: Unit) -> dict[str, Any]:
             files.write_tensors(folder.strategy, state)
         add_facts(folder, context.facts)
     distributed.barrier()
-    learner.leave()
+    # The branch is closed, and everything read back from its file: pristine weights plus all factors are the merge.
+    learner.invalidate()
     learner.bring_to(unit.index, asked=unit.domains[0])
     return ranks_of(learner.kept)

@@ -15,9 +15,8 @@ def gradient(learner: Learner, unit: Unit) -> dict[str, Any]:
     learner.start(unit)
     context = learner.context(unit, "gradient")
     begun = learner.strategy.before_domain(context)
-    if begun is not None:
+    if begun is not None:  # else the strategy has opened it, which is deprecated
         learner.adapters.open(begun)
-    # A strategy of the old form has opened it itself.
     branch = learner.adapters.branch
     assert branch is not None, f"{type(learner.strategy).__name__}.before_domain began no branch"
     folder = learner.run.folder(unit)

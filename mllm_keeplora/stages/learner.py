@@ -44,7 +44,7 @@ class Learner:
     benchmark: Benchmark
     strategy: Strategy
     kept: dict[str, Basis] = field(default_factory=dict)
-    known: int | None = None  # units that kept bases and strategy know of; None where files must be read
+    state_after: int | None = None  # units behind the kept bases and strategy in memory; None: stale, read the files
     open_unit: Unit | None = None
 
     @property
@@ -57,9 +57,9 @@ class Learner:
         """The base, loaded at first use; of a hub's base the fingerprint is recorded then."""
         log.info("loading base %s", self.config.base.model)
         bf16 = compute_dtype(self.config.base.dtype).itemsize == 2
-        expected, parts = self.run.ledger.base["fingerprint"], self.config.adapters
+        expected, settings = self.run.ledger.base["fingerprint"], self.config.adapters
         with divided_loading(self.config.deepspeed, bf16):
-            base = load_base(self.config.base, parts.projector, parts.target, expected)
+            base = load_base(self.config.base, settings.projector, settings.target, expected)
         if expected is None:
             self.run.ledger.base["fingerprint"] = base.fingerprint
             self.run.save()
@@ -76,32 +76,35 @@ class Learner:
     def adapters(self) -> Adapters:
         return self.placed.adapters
 
-    def bring_to(self, learnt: int, known: int | None = None, asked: str | None = None) -> None:
+    def bring_to(self, learnt: int, state_after: int | None = None, asked: str | None = None) -> None:
         """Put model, kept bases and strategy to the end of a unit.
 
         Args:
             learnt: units that the model has learnt; 0 is the untouched base.
-            known: units that kept bases and strategy know of; None for as many.
-            asked: the domain or suite that is to be answered, where each domain has its own branch.
+            state_after: units behind the kept bases and the strategy's state; None for as many.
+            asked: the domain or suite to be answered; it matters only where each domain has its own branch (oracle).
         """
-        known = learnt if known is None else known
+        state_after = learnt if state_after is None else state_after
         if self.open_unit is not None:
-            self.leave()
+            self.invalidate()
         self.placed.at(self.units[:learnt], asked)
-        if self.known != known:
-            self.kept = kept_of(self.run, self.units[:known])
-            state = self.run.folder(self.units[known - 1]).strategy if known else None
+        if self.state_after != state_after:
+            self.kept = kept_of(self.run, self.units[:state_after])
+            state = self.run.folder(self.units[state_after - 1]).strategy if state_after else None
             self.strategy.load_state_dict(files.read_tensors(state) if state is not None and state.is_file() else {})
-            self.known = known
+            self.state_after = state_after
 
-    def leave(self) -> None:
-        """Let memory go, so that the next stage reads the files, whether or not the run was interrupted."""
-        self.placed.leave()
-        self.known, self.open_unit = None, None
+    def invalidate(self) -> None:
+        """Let the next stage read the files, so that it does the same whether or not the run was interrupted."""
+        self.placed.invalidate()
+        self.state_after, self.open_unit = None, None
 
     def start(self, unit: Unit) -> None:
-        """Go to where the unit's training starts: perhaps at the base, but knowing of the earlier units."""
-        self.bring_to(0 if self.strategy.start_from == "base" else unit.index - 1, known=unit.index - 1)
+        """Bring the model to where a unit starts, and what is kept to the end of the one before.
+
+        That start is the model after the unit before, or the untouched base if the strategy starts from it.
+        """
+        self.bring_to(0 if self.strategy.start_from == "base" else unit.index - 1, state_after=unit.index - 1)
 
     def reopen(self, unit: Unit, trained: bool) -> None:
         """Open a unit's branch from its files, as it was at its start or as it was `trained`."""

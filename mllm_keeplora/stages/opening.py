@@ -34,7 +34,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
     """
     run = RunDir(config.output_dir)
     source = RunDir(parent).load() if parent is not None else None
-    if run.exists():
+    if run.exists():  # continued: by the same settings, and from the same parent
         inherited = run.load().ledger.parent
         if source is not None and (inherited or {}).get("run") != str(parent):
             raise UserError(f"{run.path} was not started from {parent}; choose another `output`")
@@ -46,7 +46,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
         if inherited is not None:
             _inherit_definitions(checked.benchmark, run.ledger.domains[: inherited["after"]])
         _accept(run, config, checked, Identity.of_config(config, checked.benchmark, checked.base_fingerprint))
-    else:
+    else:  # new: the ledger is written last, so that a start which is killed leaves no run
         if source is not None:
             _fits_parent(source, config, checked, after)
             _inherit_definitions(checked.benchmark, source.ledger.domains[:after])
@@ -57,7 +57,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
             ledger.stages = _inherit_state(source, run, after, names)
         run.create(ledger)
     if distributed.is_main():
-        files.write_text(run.config, as_yaml(config.resolved()))
+        files.write_text(run.config_file, as_yaml(config.resolved()))
         files.remove_leftovers(run.path)
     return run
 
@@ -65,7 +65,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
 def _first_ledger(config: RunConfig, checked: Checked, identity: Identity, source: RunDir | None, after: int) -> Ledger:
     """What a new run is started with."""
     inherited = source.ledger.domains[:after] if source is not None else []
-    base = identity.base  # None of a hub's: the parent's is the one to load
+    base = identity.base  # unknown of a hub's before it is loaded; then it must be the parent's
     if base is None and source is not None:
         base = source.ledger.base["fingerprint"]
     return Ledger(
@@ -109,9 +109,10 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
     ledger.plugins = plugins
     _forget_lost_answers(run)
     run.save()
-    now, defining = flatten(config.resolved()), config.result_defining()
-    before = flatten(read_yaml(run.config)) if run.config.is_file() else now
-    for line in differences(before, now, "before"):
+    # Keys that cannot change results may differ; that they did is noted.
+    asked, defining = flatten(config.resolved()), config.result_defining()
+    before = flatten(read_yaml(run.config_file)) if run.config_file.is_file() else asked
+    for line in differences(before, asked, "before"):
         if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):
             run.note(f"runtime key changed: {line}")
             log.info("runtime key changed: %s", line)

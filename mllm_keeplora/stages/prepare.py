@@ -17,6 +17,6 @@ def prepare(learner: Learner) -> dict[str, Any]:
     if distributed.is_main():
         files.write_tensors(learner.run.kept_by_prepare, {name: basis.columns for name, basis in learner.kept.items()})
     distributed.barrier()
-    learner.leave()
+    learner.invalidate()
     logged = {"logged": context.facts} if context.facts else {}
     return {"target_layers": len(learner.base.parts.target_layers), **ranks_of(learner.kept), **logged}

@@ -58,7 +58,7 @@ def train(learner: Learner, unit: Unit) -> dict[str, Any]:
             add_facts(folder, context.facts)
     if engine and bf16:  # it rounded all parameters, those of the past too: the next stage reads the files
         distributed.barrier()
-        learner.leave()
+        learner.invalidate()
     return facts
 
 

@@ -52,11 +52,13 @@ def build_strategy(config: StrategyConfig, origin: str = "config") -> Strategy:
     """Build the strategy of a run, its options checked: defaults, then the preset's, then those given.
 
     Raises:
-        UserError: unknown strategy, preset or option; an option out of range.
+        UserError: unknown strategy, preset or option; an option out of range; a strategy that begins no branch.
     """
     if config.name not in STRATEGIES:
         raise UserError(f"strategy.name {config.name!r} is unknown; known: {known(STRATEGIES)} ({origin})")
     strategy = STRATEGIES[config.name]
+    if strategy.before_domain is Strategy.before_domain and strategy.stream != "none":
+        raise UserError(f"strategy.name {config.name!r}: {strategy.__name__} defines no before_domain ({origin})")
     presets: dict[str | None, dict] = {None: {}, **strategy.presets}
     if config.preset not in presets:
         raise UserError(

@@ -1,6 +1,7 @@
 """The contract of a strategy: what to learn and what to keep. A strategy never sees DeepSpeed, paths or scores.
 
-Every hook is a no-op by default, so a strategy states only its differences. The context is everything it may touch.
+Only `before_domain` must be defined; every other hook does nothing by default, so a strategy states its differences.
+The context is everything it may touch.
 """
 
 from __future__ import annotations
@@ -47,38 +48,44 @@ class StrategyOptions(BaseModel):
 class Strategy:
     """A strategy derives from this class. `stream` and the other declarations tell the sequence how to drive it.
 
-    A run may be killed and continued anywhere, by a new object. What a hook leaves in an attribute lasts so far:
+    A run may be killed and continued anywhere, by a new object, so attributes are lost between hooks. What survives:
 
-        prepare                           no further: kept are `context.kept` and what is logged
-        before_domain                     no further: kept is the branch that it opens
-        batch, extra_loss, around_step    until `after_domain`, if `training_state` gives it
-        after_domain                      until the next domain's, if `state_dict` gives it
+        prepare                           `context.kept`, and what it logs
+        before_domain                     the branch that it returns, and what it logs
+        batch, extra_loss, around_step    what `training_state` gives, until `after_domain`
+        after_domain                      `context.kept`, and what `state_dict` gives
     """
 
     Options: ClassVar[type[StrategyOptions]] = StrategyOptions
+    # Options by the name of a preset; what a run's config says goes on top.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    # One domain after another, all of them at once (joint training), or nothing at all.
     stream: ClassVar[Literal["sequential", "union", "none"]] = "sequential"
+    # Whether a domain's training starts at the model after the domain before, or at the untouched base.
     start_from: ClassVar[Literal["previous", "base"]] = "previous"
+    # How branches answer: merged into the weights, summed with magnitudes, weighed by gates, routed to one, or told.
     combine: ClassVar[Literal["merge", "sum", "gate", "route", "oracle"]] = "merge"
+    # Whether a question can be answered only if its domain is told (`oracle`).
     needs_domain_id: ClassVar[bool] = False
-    joins_domains: ClassVar[bool] = False  # whether a batch may hold records of several domains
+    # Whether a batch may hold records of several domains.
+    joins_domains: ClassVar[bool] = False
 
     def __init__(self, options: StrategyOptions):
         self.options = options
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The needs for which a run is refused, as DeepSpeed takes away what they name; a class may simply state them.
+        """The needs that some DeepSpeed settings take away; such a run is refused.
 
-        `gradients`: whole ones between backward and step (no DeepSpeed at all). `parameters`: whole trained ones
-        outside of the model's forward (no ZeRO-3). `forwards`: of its own, more in one process than in another (no
-        ZeRO-3).
+        A plain class attribute will do. `gradients`: whole ones between backward and step (no DeepSpeed at all).
+        `parameters`: whole trained ones outside of the model's forward (no ZeRO-3). `forwards`: of its own, more in
+        one process than in another (no ZeRO-3).
         """
         return frozenset()
 
     @property
     def trains(self) -> tuple[str, ...]:
-        """The factors of a branch that train."""
+        """The factors of a branch that train; of A and B, and of a mixer its own."""
         return ("A", "B")
 
     def footprint(self, sizes: PassSizes) -> Footprint:
@@ -95,7 +102,7 @@ class Strategy:
     def before_domain(self, context: Context) -> Branch | None:
         """Begin the branch that this domain trains, possibly after a pass over its data; the stage opens it.
 
-        A hook may still open it by `context.branches.open` and return None, as was the rule once, for one release.
+        Deprecated, until the next release: open it by `context.branches.open`, and return None.
         """
         return None
 

@@ -31,7 +31,12 @@ Reference = tuple[int, int]  # a training record: place of its domain, its numbe
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """Name the domain being learnt, with its 0-based place in the sequence, and how many the run has so far."""
+    """Name what is being learnt: a domain, or `joint`.
+
+    Attributes:
+        index: place in the sequence from 0 (units count from 1); -1 before the first.
+        total: how many the run has so far.
+    """
 
     index: int
     name: str

@@ -116,7 +116,7 @@ def test_answers_are_shared_but_not_scores(shared_run, tmp_path):
 def test_a_folder_that_takes_nothing_is_told_and_holds_nothing_up(shared_run, tmp_path):
     (tmp_path / "shared").write_text("no folder")
     run = shared_run("first")
-    told = run.log.read_text()
+    told = run.log_file.read_text()
     assert "the base's answers are not kept for other runs" in told and str(tmp_path / "shared") in told
     assert (run.path / BASE / "Alpha.jsonl").is_file()
 

@@ -150,7 +150,7 @@ def test_each_question_is_answered_by_its_own_branch_whatever_its_company(run, t
         saved.adapters.look_at(alone)
         found = logits(saved.adapters.model, alone)[0]
         assert torch.allclose(together[row, : len(found)], found, atol=1e-4), row
-    saved.placed.leave()  # what the adapters hold now is no state of the run
+    saved.placed.invalidate()  # what the adapters hold now is no state of the run
     if family in TILED:  # not in proportion to image tokens, even where the sums would allow it
         spans = (batch["input_ids"] == saved.base.model.config.image_token_id).sum(dim=1)
         sizes = rows_by_question(saved.base.model, batch, int(spans.sum()))

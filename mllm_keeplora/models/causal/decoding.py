@@ -47,13 +47,14 @@ def greedy(
         batch: `input_ids` and `attention_mask` (b, t), with whatever else the processor made.
         max_new_tokens: of one answer, end mark included.
         ends, pad: ids that end an answer, and the one behind an end.
-        keep_rows: told which rows (n,) of those that were going go on, before they do.
+        keep_rows: called with the places (n,) of unfinished rows, just before the batch shrinks to them.
 
     Returns:
         New tokens, n at most `max_new_tokens`; the end mark is among them where an answer has ended.
     """
     import torch
 
+    # Rows leave where the model lets them, and never where processes must take the same steps.
     marks = torch.tensor(sorted(ends), device=batch["input_ids"].device)
     in_step = keeps_step(model)
     share = ENDED_SHARE if _rows_may_leave(model, batch) and not in_step else 1.0
@@ -61,6 +62,7 @@ def greedy(
     close = torch.zeros(len(found), dtype=torch.bool, device=found.device)
     rows, done, inputs = torch.arange(len(found), device=found.device), 0, dict(batch)
     while True:
+        # Answer until a share of the rows has ended.
         watched = _Watched(len(rows), marks, share, _rounding(model))
         result = model.generate(
             **inputs,
@@ -75,6 +77,7 @@ def greedy(
             synced_gpus=in_step,
             return_dict_in_generate=True,
         )
+        # Put down what is new, and go on with the rows that have not ended.
         new = result.sequences[:, inputs["input_ids"].shape[1] :]
         found[rows, done : done + new.shape[1]] = new
         done += new.shape[1]

@@ -1,4 +1,4 @@
-"""Feature statistics that a threshold can be decided by: a sketch where it knows enough, else exact moments.
+"""Feature statistics that are good enough to decide by a threshold: a sketch if it is, else exact moments.
 
 Exact moments of all layers may not fit where sketches were taken for their size, so they come some layers at a time.
 """

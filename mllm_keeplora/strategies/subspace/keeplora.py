@@ -3,8 +3,8 @@
 Kept are the leading input directions of the pre-trained weights and the dominant feature directions of past domains
 (and of an anchor set, if one is named); A spans the top of the residual of the domain's mean gradient and stays frozen,
 only B is trained. KeepLoRA++ scales each layer's update by its depth.
-Source: KeepLoRA (ICLR 2026, arXiv 2601.19659), Eqs. (1)-(10), and KeepLoRA++ (arXiv 2606.16256), Eq. (11), as numbered
-in this package's tests; anchors are our own.
+Source: KeepLoRA (ICLR 2026, arXiv 2601.19659), Eqs. (1)-(10), and KeepLoRA++ (arXiv 2606.16256), Eq. (11), by the
+numbers of docs/keeplora.md; anchors are our own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class KeepLoRA(Strategy):
 
     def __init__(self, options: StrategyOptions):
         super().__init__(options)
-        self.use: dict[str, Tensor] = {}  # layer -> summed energy share of past domains along each feature direction
+        self.usage: dict[str, Tensor] = {}  # layer -> summed energy share of past domains along each feature direction
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -59,6 +59,7 @@ class KeepLoRA(Strategy):
 
         self.options.refuse_idle_patterns(context.layers.names)
 
+        # 1. Of each weight the leading directions; the processes deal the layers out among themselves.
         def principal(layer: str, weight: Tensor) -> Tensor:
             energy = self.options.threshold("energy_weights", layer)
             columns = principal_subspace(weight, energy, self.options.rank_rule)
@@ -66,7 +67,7 @@ class KeepLoRA(Strategy):
 
         for layer, columns in context.processes.dealt(context.layers.weight, principal).items():
             context.kept[layer] = Basis.from_columns(columns)
-        # Layers with the same input keep the same: the span of what each of them keeps of its weight.
+        # 2. Layers with the same input keep the same, if so asked: the span of what each keeps of its weight.
         for first, *others in context.layers.groups() if self.options.share_basis == "input" else ():
             for layer in others:
                 context.kept[first].grow(context.kept[layer].columns.mT, energy=1.0)
@@ -74,6 +75,7 @@ class KeepLoRA(Strategy):
                 context.kept[layer] = Basis.from_columns(context.kept[first].columns)
         for basis in context.kept.values():
             basis.round_last(basis.rank, self.options.torch_dtype())
+        # 3. What the features of anchors add.
         if self.options.anchors:
             added = {}
             for features in self._features(context, self.options.anchor_samples, "energy_anchor", self.options.anchors):
@@ -81,17 +83,22 @@ class KeepLoRA(Strategy):
             context.log({"added_by_anchors": added})
 
     def before_domain(self, context: Context) -> Branch:
-        """Begin A by the residual mean gradient, Eqs. (2)-(4), and B by 0, Eq. (5b), or S V^T, Eq. (5a)."""
+        """Begin A by the residual mean gradient, Eqs. (2)-(4), and B by 0, Eq. (5b), or S V^T, Eq. (5a).
+
+        Weights are (d_out, d_in) here, the transpose of the paper's, so S V^T of the residual is G A^T.
+        """
         import torch
 
         from mllm_keeplora.linalg import gradient_capture
 
+        # 1. Mean gradients, or random rows in their place.
         options, layers = self.options, context.layers
         gradients = context.passes.gradients(options.grad_samples, options.gradient_plan())
         noise = {}  # rows to draw random directions from, where A does not come from gradients
         for layer in layers.names if options.a_init != "gradient" else ():
             noise[layer] = torch.randn(2 * options.rank, layers.d_in(layer), generator=context.rng)
 
+        # 2. Where each layer starts.
         def begin(layer: str, gradient: Any) -> dict[str, Any]:
             kept = context.kept[layer]
             directions = self._directions(kept, gradient, noise.get(layer))
@@ -102,10 +109,12 @@ class KeepLoRA(Strategy):
 
         starts = context.processes.dealt(gradients.get, begin)
         facts = {layer: start["facts"] for layer, start in starts.items()}
+        # 3. A layer without any direction left gets no adapter.
         A = {layer: start["A"] for layer, start in starts.items() if len(start["A"]) > 0}
         B = {layer: starts[layer]["B"] for layer in A} if options.b_init == "gradient" else {}
-        self._tell_of_exhaustion(context, facts)
-        scaling = options.alpha / options.rank  # a layer with fewer directions keeps the same scale
+        self._warn_of_exhaustion(context, facts)
+        # 4. Scales: by depth, and not by the number of directions that a layer has.
+        scaling = options.alpha / options.rank
         scales = options.layer_scales({layer: layers.depth(layer) for layer in layers.names})
         alpha = {layer: scaling * scales[layer] * directions.shape[0] for layer, directions in A.items()}
         context.log({"gradient": facts, "layer_scale": scales})
@@ -114,12 +123,13 @@ class KeepLoRA(Strategy):
     def after_domain(self, context: Context) -> None:
         """Grow every kept basis by the domain's dominant feature directions, Eqs. (8)-(10)."""
         samples, bounded = self.options.feature_samples, self.options.max_kept is not None
-        parts = self._features(context, samples, "energy_features")
         if self.options.feature_source == "post_gradient":
-            parts = iter([context.passes.gradients(samples)])
+            some_layers = iter([context.passes.gradients(samples)])
+        else:
+            some_layers = self._features(context, samples, "energy_features")
         added: dict[str, int] = {}
         forgotten: dict[str, int] = {}
-        for features in parts:
+        for features in some_layers:
             grown = self._grow(context, features, "energy_features")
             if bounded:
                 forgotten |= self._forget_least_used(context, features, grown)
@@ -127,15 +137,15 @@ class KeepLoRA(Strategy):
         context.log({"added": added, "forgotten": forgotten} if bounded else {"added": added})
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.use)
+        return dict(self.usage)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.use = dict(state)
+        self.usage = dict(state)
 
     # -- parts of the above --------------------------------------------------------------------------------------
 
     def _directions(self, kept: Basis, gradient: Any, noise: Tensor | None) -> Tensor:
-        """Rows of A (r', d_in), none where the layer is to be left alone."""
+        """Find rows of A (r', d_in); none where the layer is to be left alone."""
         from mllm_keeplora.linalg import Basis, top_residual_directions
 
         options = self.options
@@ -151,7 +161,13 @@ class KeepLoRA(Strategy):
     def _features(
         self, context: Context, samples: int | float, name: str, of: tuple[str, ...] = ()
     ) -> Iterator[Features]:
-        """Feature statistics that decide about the thresholds of that name."""
+        """Give feature statistics, some layers at a time, that decide how far each layer's threshold reaches.
+
+        Args:
+            context, samples: whose records, and how many of them.
+            name: of the option that holds the threshold.
+            of: anchor sets; none for the domain's own records.
+        """
 
         def decides(layer: str, sketch: FrequentDirections) -> bool:
             energy = self.options.threshold(name, layer)
@@ -174,39 +190,43 @@ class KeepLoRA(Strategy):
         """Give up feature directions beyond `max_kept`, those along which past domains sent the least energy first.
 
         Every domain counts alike: its features are measured as shares of their energy. What a domain adds competes
-        at once; directions of the weights and of anchors are never given up.
+        at once; directions of the weights and of anchors are never given up. A basis holds its columns in the order
+        weights, anchors, past domains, this domain; usage is counted for the last two.
         """
         import torch
 
         forgotten = {}
         for layer in features:
             basis = context.kept[layer]
-            use = self.use.get(layer, torch.zeros(0, dtype=torch.float64))
-            pinned = basis.rank - added[layer] - len(use)
-            use = torch.cat([use, use.new_zeros(added[layer])]) + basis.energies(_rows(features[layer]))[pinned:]
+            usage = self.usage.get(layer, torch.zeros(0, dtype=torch.float64))
+            pinned = basis.rank - added[layer] - len(usage)  # columns of weights and anchors
+            usage = torch.cat([usage, usage.new_zeros(added[layer])])
+            usage += basis.energies(_rows(features[layer]))[pinned:]
             excess = basis.rank - int(self.options.max_kept * basis.d_in)
-            least = use.argsort()[: max(excess, 0)]
+            least = usage.argsort()[: max(excess, 0)]
             if len(least):
                 context.forget(layer, (pinned + least).tolist())
-            stays = torch.ones(len(use), dtype=torch.bool)
+            stays = torch.ones(len(usage), dtype=torch.bool)
             stays[least] = False
-            self.use[layer] = use[stays]
+            self.usage[layer] = usage[stays]
             forgotten[layer] = len(least)
         return forgotten
 
-    def _tell_of_exhaustion(self, context: Context, facts: dict[str, dict]) -> None:
-        """Layers with fewer free directions than the rank learn with those; without any they stay as they are.
+    def _warn_of_exhaustion(self, context: Context, facts: dict[str, dict]) -> None:
+        """Warn of layers with fewer directions than the rank, or with few that are free; refuse where none is left.
 
         Nothing is said of layers without a gradient, such as a projector's in a domain of text alone.
 
         Raises:
-            UserError: no layer has a direction left, or one has too few and `on_exhaustion` is `error`.
+            UserError: no layer has a gradient, or a direction left; one has too few and `on_exhaustion` is `error`.
         """
         shares = ("protected", "captured", "discarded")
         facts = {layer: fact for layer, fact in facts.items() if any(fact[share] for share in shares)}
         ranks = {layer: fact["rank"] for layer, fact in facts.items()}
         name, wanted = context.domain.name, self.options.rank
         advice = "lower strategy.energy_features or strategy.energy_weights"
+        if not facts:
+            raise UserError(f"domain {name}: its records give no target layer a gradient, so there is nothing to learn")
         if not any(ranks.values()):
             raise UserError(f"domain {name}: no target layer has a direction left to learn in; {advice}")
         short = [layer for layer, rank in ranks.items() if rank < wanted]

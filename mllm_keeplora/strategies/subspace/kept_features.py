@@ -1,6 +1,7 @@
-"""What strategies share that keep the input directions of past domains (GPM, InfLoRA): statistics, growth, start of A.
+"""What GPM and InfLoRA share: they keep the input directions of past domains. KeepLoRA grows by a rule of its own.
 
-The directions are the run's kept bases, which only grow; layers that are fed the same tensor keep the same ones.
+Shared are statistics, growth and the start of A. The directions are the run's kept bases, which only grow; layers that
+are fed the same tensor keep the same ones.
 Source: GPM (ICLR 2021, arXiv 2103.09762), whose rule is stated at `grow_kept`.
 """
 

@@ -5,8 +5,9 @@ import pytest
 from mllm_keeplora import load_config
 from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.checks.engine import unfit_for
-from mllm_keeplora.config import shipped
-from mllm_keeplora.strategies import STRATEGIES, build_strategy, summary_of
+from mllm_keeplora.config import StrategyConfig, shipped
+from mllm_keeplora.errors import UserError
+from mllm_keeplora.strategies import STRATEGIES, Strategy, build_strategy, summary_of
 from mllm_keeplora.strategies.baselines.ewc import EWC
 from mllm_keeplora.sweeps.plan import load_sweep, tune_cell
 
@@ -35,6 +36,15 @@ def test_every_strategy_of_the_comparison_has_a_run():
     assert compared - {"keeplora"} == {
         name.removeprefix("mini_dcl_") for name in shipped("runs") if name.startswith("mini_dcl_")
     }
+
+
+def test_a_strategy_that_begins_no_branch_is_refused_before_anything_runs(monkeypatch):
+    class Empty(Strategy):
+        pass
+
+    monkeypatch.setitem(STRATEGIES, "empty", Empty)
+    with pytest.raises(UserError, match=r"strategy\.name 'empty': Empty defines no before_domain \(x\.yaml\)"):
+        build_strategy(StrategyConfig(name="empty"), "x.yaml")
 
 
 def test_each_need_that_zero3_does_not_meet_is_told(monkeypatch):

@@ -45,7 +45,7 @@ def test_what_is_given_up_was_used_least(bounded, new_base, tiny_records):
         used = shares(free[layer], tokens[layer])[pinned:]
         expected = np.sort(np.argsort(used)[len(used) - (columns.shape[1] - pinned) :])
         assert np.array_equal(columns[:, pinned:], free[layer][:, pinned + expected]), layer
-        assert np.allclose(bounded.strategy.use[layer], used[expected], rtol=1e-4, atol=1e-9)
+        assert np.allclose(bounded.strategy.usage[layer], used[expected], rtol=1e-4, atol=1e-9)
 
 
 def test_use_adds_up_over_domains_and_survives_a_restart(bounded):
@@ -58,8 +58,8 @@ def test_use_adds_up_over_domains_and_survives_a_restart(bounded):
     for strategy, bases in ((bounded.strategy, bounded.kept), (again, kept)):
         bounded.context.kept, bounded.context.forgotten = bases, {}
         strategy.after_domain(bounded.context)
-    for layer, use in bounded.strategy.use.items():
-        assert torch.equal(use, again.use[layer])
+    for layer, use in bounded.strategy.usage.items():
+        assert torch.equal(use, again.usage[layer])
         assert torch.equal(bounded.kept[layer].columns, kept[layer].columns)
         pinned = bounded.kept_before[layer].shape[1]
         both = shares(bounded.kept[layer].columns.double().numpy()[:, pinned:], tokens[layer])

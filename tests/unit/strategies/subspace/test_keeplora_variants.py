@@ -292,6 +292,17 @@ def test_an_exhausted_layer_stops_the_run_where_that_is_asked_for(base, alpha_re
         opened(base, alpha_records, kept=kept, a_init=a_init, on_exhaustion="error")
 
 
+@pytest.mark.parametrize(
+    ("captured", "told"), [(0.0, "give no target layer a gradient"), (1.0, "no target layer has a direction left")]
+)
+def test_a_domain_without_gradient_is_not_told_to_free_directions(base, alpha_records, captured, told):
+    domain = begin(base, alpha_records)
+    facts = {layer: {"rank": 0, "kept": 0, "protected": captured, "captured": 0.0, "discarded": 0.0} for layer in "ab"}
+    with pytest.raises(UserError, match=told) as error:
+        domain.strategy._warn_of_exhaustion(domain.context, facts)
+    assert ("energy_features" in str(error.value)) == (captured > 0)
+
+
 def test_a_space_with_room_for_the_rank_is_not_exhausted(new_base, alpha_records):
     """[20], option D15: exactly r free directions are enough."""
     base = new_base()
