@@ -21,4 +21,4 @@ fi
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 # two files at a time, each on one core
-exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$bin/python" -m pytest -n 2 --dist loadgroup "${arguments[@]+"${arguments[@]}"}"
+exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$bin/python" -m pytest -n 2 --no-loadscope-reorder "${arguments[@]+"${arguments[@]}"}"

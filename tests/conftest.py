@@ -1,6 +1,8 @@
-"""How tests are dealt out where two files run at a time: whole files, and those with processes one by one."""
+"""How tests are dealt out where two workers run: whole files, and those that start processes one after another."""
 
 from __future__ import annotations
+
+from pathlib import PurePath
 
 import pytest
 
@@ -8,9 +10,14 @@ import pytest
 WITH_PROCESSES = {"edited_parameters", "failing_ranks", "launchers", "preemption", "scripts", "two_processes", "zero"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        name = item.path.stem
-        group = "processes" if name.removeprefix("test_") in WITH_PROCESSES else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A scheduler of our own: `loadgroup` of pytest-xdist 3.8 deals tests out singly under pytest 9.2, by its marks."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "processes" if PurePath(file).stem.removeprefix("test_") in WITH_PROCESSES else file
+
+    return ByFile(config, log)
