@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import PurePath
 
 import pytest
 
 # They meet at free ports, which two at a time may find to be the same.
 WITH_PROCESSES = {"edited_parameters", "failing_ranks", "launchers", "preemption", "scripts", "two_processes", "zero"}
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported now out of garbage collections: each takes half a second, a training asks for two."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

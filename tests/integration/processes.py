@@ -5,6 +5,7 @@ A fork server imports the heavy libraries once, so a child starts in millisecond
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -116,6 +117,7 @@ def _start(target: Callable, *arguments: Any) -> Any:
 def _child(
     values: dict[str, Any], kill: tuple[str, int] | None, act: Callable[[], None], options: dict[str, Any]
 ) -> None:
+    gc.freeze()  # see tests/conftest.py
     from mllm_keeplora.config import parse_config
     from mllm_keeplora.sequence import run_sequence
 
@@ -190,6 +192,7 @@ def _rank(rank: int, port: int, folder: str, act: Act | None) -> None:
 
 def _command(words: list[str], environment: dict[str, str], told: str, act: Act | None) -> None:
     """The command in this forked process; what it says goes into the files `told`.out and .err."""
+    gc.freeze()
     os.environ |= {**environment, "COLUMNS": "200"}
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
