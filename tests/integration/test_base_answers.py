@@ -38,7 +38,11 @@ def shared_run(settings, world, tmp_path):
 
     def run(name: str, base: Path | None = None, **changes) -> RunDir:
         evaluation = {"base_answers": str(tmp_path / "shared"), **changes.pop("eval", {})}
-        values = settings(tmp_path / name, ("Alpha",), eval=evaluation, **changes)
+        train, strategy = {"epochs": 1, **changes.pop("train", {})}, {"name": "finetune", **changes.pop("strategy", {})}
+        values = settings(
+            tmp_path / name, ("Alpha",), eval=evaluation, train=train, diagnostics={"samples": 0}, **changes
+        )
+        values["strategy"] = {"rank": 4, **strategy}
         values["base"]["model"] = str(base or world / "base")
         run_sequence(parse_config(values, origin="test"))
         return RunDir(tmp_path / name).load()

@@ -54,6 +54,7 @@ def test_run_sequence_runs_on_as_many_processes_as_it_is_told(launched):
     assert (launched / "the run/report.html").is_file()
 
 
+@pytest.mark.slow  # both scripts start `launch.sh`, and `eval` in two processes is held by test_two_processes
 def test_eval_only_asks_a_saved_run_with_two_processes(launched):
     done = bash(launched / "the scripts/eval_only.sh", launched / "the run", 2, "--after", 1, "--domains", "Alpha")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.integration.commands import Said, content, shell
+from tests.integration.processes import command_in_child
 from tests.support.tiny import tiny_benchmark
 
 
@@ -276,7 +277,7 @@ def test_a_real_process_exits_with_2_and_one_message(desk):
     said = shell("run", desk.write(), "strategy.rang=4")
     assert_refused(said, "strategy.rang is not a known key")
     desk.change("train", lambda row: row.update(image="../secret.png"))
-    assert_refused(shell("check", desk.write()), "'../secret.png' leaves the data folder")
+    assert_refused(command_in_child("check", desk.write()), "'../secret.png' leaves the data folder")
     assert not desk.output.exists()
 
 
