@@ -217,7 +217,7 @@ def test_reading_holds_neither_the_file_nor_its_records(folder, large, monkeypat
     monkeypatch.setattr(readers, "CHUNK", 1 << 14)
     monkeypatch.setattr("mllm_keeplora.data.store.BATCH", 100)
     peaks = []
-    for count in (2_000, 12_000):
+    for count in (2_000, 20_000):
         path = folder / f"{count}.json"
         with open(path, "w", encoding="utf-8") as handle:
             handle.write("[" + ",".join(json.dumps(conversation(number)) for number in range(count)) + "]")
@@ -226,7 +226,7 @@ def test_reading_holds_neither_the_file_nor_its_records(folder, large, monkeypat
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert total > 10 * count
-    assert peaks[1] - peaks[0] < 64 * 10_000, peaks
+    assert peaks[1] - peaks[0] < 64 * 18_000, peaks
 
 
 def test_a_selection_names_records_of_several_files(folder):
