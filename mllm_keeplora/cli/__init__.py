@@ -42,13 +42,16 @@ def run(
     """
     from mllm_keeplora.config import load_config
     from mllm_keeplora.errors import UserError
+
+    # A mistake in the config is told before anything heavy is imported.
+    if (from_run is None) != (after is None):
+        raise UserError("--from RUN and --after N belong together")
+    loaded = load_config(config, overrides or [])
+
     from mllm_keeplora.report.render.tables import results_table
     from mllm_keeplora.sequence import run_sequence
     from mllm_keeplora.system.distributed import is_main
 
-    if (from_run is None) != (after is None):
-        raise UserError("--from RUN and --after N belong together")
-    loaded = load_config(config, overrides or [])
     results = run_sequence(loaded, from_run=from_run, after=after)
     if is_main():
         _show(results_table(results.to_dict()))

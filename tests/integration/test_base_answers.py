@@ -68,31 +68,25 @@ def test_other_settings_and_another_seed_take_over_what_the_base_answered(shared
     assert (second.path / BASE / "Alpha.jsonl").read_bytes() == (two / BASE / "Alpha.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("change", [{"limit": 3}, {"batch_size": 2}], ids=str)
-def test_nothing_is_taken_over_that_was_asked_otherwise(change, shared_run, base_asked):
-    shared_run("first")
-    before = len(base_asked)
-    shared_run("second", eval=change)
-    assert "Alpha" in base_asked[before:]
-
-
-def test_nothing_is_taken_over_of_other_weights(shared_run, base_asked, world, tmp_path):
+def test_nothing_is_taken_over_that_was_asked_otherwise(shared_run, base_asked, world, tmp_path):
+    """Fewer questions, other batches, a question less in the file, other weights in the same folder."""
     base = shutil.copytree(world / "base", tmp_path / "base")
     shared_run("first", base)
-    before = len(base_asked)
-    shutil.copy(world / "other_base" / "model.safetensors", base)
-    shared_run("second", base)
-    assert "Alpha" in base_asked[before:]
 
+    def asks_again(name: str, **changes) -> bool:
+        before = len(base_asked)
+        shared_run(name, base, **changes)
+        return "Alpha" in base_asked[before:]
 
-def test_nothing_is_taken_over_that_answers_other_questions(shared_run, base_asked, world, tmp_path):
-    shared_run("first")
-    before = len(base_asked)
+    assert not asks_again("same")
+    assert asks_again("limit", eval={"limit": 3})
+    assert asks_again("batches", eval={"batch_size": 2})
     data = shutil.copytree(world / "data", tmp_path / "data")
     rows = files.read_json(data / "Alpha" / "test.json")
     files.write_json(data / "Alpha" / "test.json", rows[:-1])
-    shared_run("second", benchmark=tiny_benchmark(data))
-    assert "Alpha" in base_asked[before:]
+    assert asks_again("questions", benchmark=tiny_benchmark(data))
+    shutil.copy(world / "other_base" / "model.safetensors", base)
+    assert asks_again("weights")
 
 
 @pytest.mark.parametrize("lost", ["facts.json", "Alpha.jsonl"])

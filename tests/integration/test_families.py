@@ -69,7 +69,14 @@ def remote_sensing(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Their classes derive from, or are written alike to, those of a family that stays in the fast suite.
+ALIKE = {"vipllava", "llava-phi3", "smolvlm", "paligemma", "qwen2-vl"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in FAMILIES],
+)
 def run(request, remote_sensing, tmp_path_factory):
     """A finished run over one domain on a tiny base of the family: gradient, train, consolidate, evaluate."""
     root = tmp_path_factory.mktemp("families")

@@ -40,10 +40,10 @@ def data(tmp_path_factory):
     return write_tiny_data(tmp_path_factory.mktemp("toy_data"), train=24, test=8, domains=("Alpha", "Beta"))
 
 
-@pytest.fixture(params=OPTIONS)
-def learnt(request, data, tmp_path):
+@pytest.fixture(scope="module", params=OPTIONS)
+def learnt(request, data, tmp_path_factory):
     """A learner that has been through both domains, and the losses before and after the first training."""
-    values = tiny_config("toy", data, tmp_path / "run", domains=["Alpha", "Beta"])
+    values = tiny_config("toy", data, tmp_path_factory.mktemp("toy") / "run", domains=["Alpha", "Beta"])
     values["benchmark"] = tiny_benchmark(data, ("Alpha", "Beta"), suite=False)
     values["train"] |= {"lr": 5e-2, "epochs": 8, "batch_size": 8, "checkpoint_steps": 100}
     values["strategy"] = {"name": request.param, "rank": 4, "alpha": 8, **OPTIONS[request.param]}

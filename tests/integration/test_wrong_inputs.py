@@ -274,7 +274,10 @@ def test_wrong_use_of_the_command_line_exits_with_2(command):
 
 
 def test_a_real_process_exits_with_2_and_one_message(desk):
-    said = shell("run", desk.write(), "strategy.rang=4")
+    said = shell("run", desk.write(), "train.lrr=4")
+    assert_refused(said, "train.lrr is not a known key")
+    assert "torch" not in said.err
+    said = command_in_child("run", desk.write(), "strategy.rang=4")
     assert_refused(said, "strategy.rang is not a known key")
     desk.change("train", lambda row: row.update(image="../secret.png"))
     assert_refused(command_in_child("check", desk.write()), "'../secret.png' leaves the data folder")

@@ -227,7 +227,7 @@ def absorbed(taught, base, disturbance=0.0, **options):
     return strategy, adapters, context, factors
 
 
-@pytest.mark.parametrize("options", [{}, STRICT])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), STRICT])  # one rule for both
 def test_a_direction_inside_the_span_of_earlier_ones_is_dropped_and_the_sum_stays(
     taught, new_base, tiny_records, options
 ):
