@@ -297,7 +297,9 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("strategy", MEASURED)
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=pytest.mark.slow if name in ("routed", "ewc") else ()) for name in MEASURED]
+)
 def test_estimated_memory_is_near_the_measured_peak(strategy, monkeypatch):
     """Tiny-llava over eight records of one domain: its weights, past domains and kept bases left out."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")

@@ -271,6 +271,7 @@ def test_records_with_and_without_pictures_are_told_apart_where_a_processor_cann
         assert len(list(mixed_faults(trained, graded, None, 3, together))) == len(named)
 
 
+@pytest.mark.slow
 def test_a_hub_base_is_known_by_its_revision(tmp_path):
     """Checkpoints in the hub's cache, as downloads leave them, loaded without network: the newest, or a run's own."""
     older, newer = ("0123456789abcdef" * 2 + end for end in ("01234567", "89abcdef"))

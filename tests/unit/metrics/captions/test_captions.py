@@ -63,6 +63,7 @@ def grade_captions(predictions, answers):
     return grade("caption_mean", predictions, answers, blank, blank)
 
 
+@pytest.mark.slow  # METEOR's numbers alone are in test_meteor, the other parts' rules below
 def test_a_set_gets_the_numbers_of_the_java_tools(capsys):
     predictions, answers, items = zip(*GOLDEN, strict=True)
     grades = grade_captions(predictions, answers)
