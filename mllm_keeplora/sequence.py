@@ -54,6 +54,8 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
     deepspeed_file(config.deepspeed)  # refused here if it is not installed: the process group needs it
     with distributed.process_group(config.distributed_timeout_s, config.deepspeed is not None), watch.watched():
         checked = check_everywhere(config, seen=_looked_into(RunDir(config.output_dir)))
+        for note in checked.notes:
+            log.warning("%s", note)
         with RunDir(config.output_dir).locked():
             parent = Path(from_run) if from_run is not None else None
             run = distributed.main_first(lambda: open_run(config, checked, parent, after))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm_keeplora.data import Record, TestSet
-from mllm_keeplora.data.media.images import image_size, images_of
+from mllm_keeplora.data.media.images import Looks, images_of
 from mllm_keeplora.errors import UserError, first_line
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import IGNORED, ChatPrompt
@@ -52,36 +53,78 @@ def gold_faults(part: TestSet, records: Sequence[Record]) -> Iterator[str]:
             return
 
 
-def token_faults(
-    prompt: ChatPrompt, records: Iterable[Record], max_length: int | None, advance: Callable[[int], None]
-) -> Iterator[str]:
-    """Yield a sentence for each training record that trains no token, or that is longer than the limit.
+@dataclass(frozen=True)
+class Shown:
+    """Shows records to a base's processor, as a run will: each text, and each size of pictures once.
 
-    Args:
-        max_length: most tokens of a record, image tokens included; None for no limit.
-        advance: told after every record.
+    Attributes:
+        prompt: of the base.
+        looks: what was seen of the pictures.
+        positions: most tokens that the base has places for; None if it does not say.
     """
-    for record in records:
-        try:
-            if prompt.trained_tokens(record) == 0:
-                yield f"{record.origin}: no token of its answers carries loss; does the chat template fit the base?"
-            elif not prompt.ends_answers(record):
-                yield (
-                    f"{record.origin}: the base's chat template puts no end mark after an answer, so that nothing "
-                    "would teach it to stop; choose another base.prompt"
-                )
-                return  # the same for every record
-            elif max_length is not None:
-                length = prompt.total_tokens(record, list(map(image_size, record.media)))
-                if length > max_length:
+
+    prompt: ChatPrompt
+    looks: Looks
+    positions: int | None = None
+
+    def training_faults(
+        self, records: Iterable[Record], max_length: int | None, advance: Callable[[int], None]
+    ) -> Iterator[str]:
+        """Yield a sentence for each training record that the processor refuses, that trains no token, or is too long.
+
+        Args:
+            records: of one domain.
+            max_length: most tokens of a record, image tokens included; None for as many as the base has places.
+            advance: told after every record.
+        """
+        prompt = self.prompt
+        allows = "train.max_length allows" if max_length is not None else "the base has places for"
+        for record in records:
+            try:
+                length = prompt.total_tokens(record, list(map(self.looks.size, record.media)))
+                if prompt.trained_tokens(record) == 0:
+                    yield f"{record.origin}: no token of its answers carries loss; does the chat template fit the base?"
+                elif not prompt.ends_answers(record):
                     yield (
-                        f"{record.origin}: {length} tokens, train.max_length allows {max_length}; cutting would take "
-                        "image or answer tokens, so raise the limit or leave the record out"
+                        f"{record.origin}: the base's chat template puts no end mark after an answer, so that nothing "
+                        "would teach it to stop; choose another base.prompt"
                     )
-        except UserError as error:
-            if record.origin in str(error):  # a picture that cannot be read is told already
-                yield str(error)
-        advance(1)
+                    return  # the same for every record
+                elif length > (limit := max_length or self.positions or length):
+                    yield (
+                        f"{record.origin}: {length} tokens, {allows} {limit}; cutting would take image or answer "
+                        "tokens, so raise the limit or leave the record out"
+                    )
+            except UserError as error:
+                yield from self._told(record, error)
+            advance(1)
+
+    def question_faults(
+        self, records: Iterable[Record], part: TestSet, answer_tokens: int, advance: Callable[[int], None]
+    ) -> Iterator[str]:
+        """Yield a sentence for each question that the processor refuses, or that leaves no place for an answer.
+
+        Args:
+            records, part: of one set.
+            answer_tokens: most that an answer may have.
+            advance: told after every record.
+        """
+        for record in records:
+            try:
+                sizes = list(map(self.looks.size, record.media))
+                length = self.prompt.question_tokens(record, sizes, part.suffix_for(record)) + answer_tokens
+                if length > (self.positions or length):
+                    yield (
+                        f"{record.origin}: {length} tokens with an answer of {answer_tokens}, the base has places for "
+                        f"{self.positions}; leave the question out or allow shorter answers"
+                    )
+            except UserError as error:
+                yield from self._told(record, error)
+            advance(1)
+
+    def _told(self, record: Record, error: UserError) -> Iterator[str]:
+        if record.origin in str(error):  # a picture that cannot be read is told already
+            yield str(error)
 
 
 def mixed_faults(

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 from mllm_keeplora.checks.engine import settings_faults, unfit_for
 from mllm_keeplora.checks.memory import Estimate, estimate
-from mllm_keeplora.checks.records import gold_faults, load_prompt, mixed_faults, token_faults
+from mllm_keeplora.checks.records import Shown, gold_faults, load_prompt, mixed_faults
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
-from mllm_keeplora.data.media.images import image_size, unreadable_images
+from mllm_keeplora.data.media.images import Looks, image_size
 from mllm_keeplora.errors import UserError, first_line, several
 from mllm_keeplora.models import ChatPrompt
 from mllm_keeplora.models.base import compute_dtype, refuse_original_llava, skeleton
@@ -42,6 +42,9 @@ class Checked:
     base_fingerprint: str | None  # None for a hub id, known once it is loaded
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     parts: list[str] = field(default_factory=list)  # one line for each part of the base
+    pictures: dict[str, dict[str, int]] = field(default_factory=dict)  # records that have any, as `counts`
+    notes: list[str] = field(default_factory=list)  # what is no fault, but may not be what was meant
+    unseen: list[str] = field(default_factory=list)  # what could not be looked at
 
 
 def check_everywhere(config: RunConfig, seen: Collection[str] = ()) -> Checked:
@@ -56,7 +59,7 @@ def check_everywhere(config: RunConfig, seen: Collection[str] = ()) -> Checked:
     checked = distributed.main_first(lambda: check_run(config, look_inside=False))
     own: tuple[list[str], int] = [], 0
     try:
-        check_run(config, seen=seen, share=(rank, world))
+        checked.notes += check_run(config, seen=seen, share=(rank, world)).notes
     except UserError as error:
         own = list(error.sentences), error.more
     found = distributed.gather(own)
@@ -83,16 +86,18 @@ def check_run(
     faults = _Faults()
     strategy = faults.of(build_strategy, config.strategy, f"run {config.name}")
     location = faults.of(resolve, config.base)
-    base_fingerprint = parts = None
+    base_fingerprint, anatomy, unseen = None, Anatomy(), []
     if location is not None:
         if Path(location).is_dir():
             base_fingerprint = faults.of(fingerprint, Path(location))
             faults.of(refuse_original_llava, config.base.model, location)
-        parts = faults.of(_target_layers, config, location)
+        anatomy = faults.of(_anatomy, config, location, unseen) or anatomy
     stage = faults.of(zero_stage, config.deepspeed)
     faults += settings_faults(config, stage)
     benchmark = faults.of(load_benchmark, config, _drawing())
     counts: dict[str, dict[str, int]] = {}
+    pictures: dict[str, dict[str, int]] = {}
+    notes: list[str] = []
     if benchmark is not None:
         # Every set is read; one that cannot be read is a fault and goes on as empty.
         trained = {name: faults.of(benchmark.train_records, name) or () for name in benchmark.domains}
@@ -105,7 +110,7 @@ def check_run(
             records = faults.of(benchmark.anchor_records, name) or ()
             trained[f"anchors of {name}"] = [record.first_exchange() for record in records]
         if look_inside:
-            prompt = faults.of(_prompt, config, location) if location is not None else None
+            prompt = faults.of(_prompt, config, location, unseen) if location is not None else None
             rank, world = share
             if rank == 0:  # over all sets, whole: engines change, domains are appended, a share may be of one kind
                 faults += mixed_faults(trained, graded, prompt, stage, strategy is not None and strategy.joins_domains)
@@ -113,12 +118,19 @@ def check_run(
                 {name: records[rank::world] for name, records in sets.items() if name not in seen}
                 for sets in (trained, graded)
             ]
-            _look_inside(config, benchmark, prompt, *own, faults)
+            looks = Looks()
+            _look_inside(config, benchmark, prompt and Shown(prompt, looks, anatomy.positions), looks, *own, faults)
+            notes += [f"{count} pictures are {done}" for done, count in sorted(looks.treated.items())]
+            for kind, sets in zip(("train", "test"), own, strict=True):
+                for name, records in sets.items():
+                    pictures.setdefault(name, {})[kind] = with_any = sum(bool(record.media) for record in records)
+                    if records and not with_any and name in benchmark.domains:
+                        notes.append(f"no {kind} record of {name} has a picture")
     if strategy is not None:
         faults += unfit_for(config, strategy, stage)
     if faults:
         raise several(faults, more=faults.more)
-    return Checked(strategy, benchmark, location, base_fingerprint, counts, parts or [])
+    return Checked(strategy, benchmark, location, base_fingerprint, counts, anatomy.parts, pictures, notes, unseen)
 
 
 class _Faults(list[str]):
@@ -136,16 +148,25 @@ class _Faults(list[str]):
             return None
 
 
-def _target_layers(config: RunConfig, location: str) -> list[str]:
-    """Name the base's parts by its config alone, a line each; none where the base is not on this machine."""
+@dataclass(frozen=True)
+class Anatomy:
+    """What a base's config tells of it: a line for each part, and how many tokens it has places for."""
+
+    parts: list[str] = field(default_factory=list)
+    positions: int | None = None
+
+
+def _anatomy(config: RunConfig, location: str, unseen: list[str]) -> Anatomy:
+    """Look at a base by its config alone; `unseen` is told if it is not on this machine."""
     try:
         model = skeleton(location)
     except ImportError as error:
         raise UserError(f"base {location}: {first_line(error)}") from None
     except (OSError, ValueError) as error:
-        log.info("parts are not checked: %s", first_line(error))
-        return []
-    return summary_of(model, name_parts(model, config.adapters.projector, config.adapters.target))
+        unseen.append(f"the base's layers ({first_line(error)})")
+        return Anatomy()
+    parts = summary_of(model, name_parts(model, config.adapters.projector, config.adapters.target))
+    return Anatomy(parts, getattr(model.config.get_text_config(), "max_position_embeddings", None))
 
 
 def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
@@ -181,30 +202,36 @@ def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
         return None
 
 
-def _prompt(config: RunConfig, location: str) -> ChatPrompt | None:
+def _prompt(config: RunConfig, location: str, unseen: list[str]) -> ChatPrompt | None:
     prompt = load_prompt(location, prompt_style(config.base))
     if prompt is None:
-        log.info("tokens are not checked: the processor of %s is not on this machine", location)
+        unseen.append(f"records as its processor sees them (that of {location} is not on this machine)")
     return prompt
 
 
 def _look_inside(
     config: RunConfig,
     benchmark: Benchmark,
-    prompt: ChatPrompt | None,
+    shown: Shown | None,
+    looks: Looks,
     trained: dict[str, Sequence[Record]],
     graded: dict[str, Sequence[Record]],
     faults: _Faults,
 ) -> None:
-    """Decode every image, try every gold answer, tokenise every training record; add the faults."""
+    """Decode every image, try every gold answer, show every record to the processor; add the faults."""
     parts = [*trained.values(), *graded.values()]
     with progress_bar("check images", sum(map(len, parts))) as advance:
-        faults += unreadable_images(chain.from_iterable(parts), advance)
+        faults += looks.faults(chain.from_iterable(parts), advance)
     for name, records in graded.items():
         faults.of(faults.extend, gold_faults(benchmark.graded(name), records))
-    for name, records in trained.items() if prompt is not None else ():
+    for name, records in trained.items() if shown is not None else ():
         with progress_bar(f"check tokens: {name}", len(records)) as advance:
-            faults.of(faults.extend, token_faults(prompt, records, config.train_of(name).max_length, advance))
+            faults.of(faults.extend, shown.training_faults(records, config.train_of(name).max_length, advance))
+    for name, records in graded.items() if shown is not None else ():
+        part = benchmark.graded(name)
+        tokens = config.eval.max_new_tokens or part.max_new_tokens
+        with progress_bar(f"check questions: {name}", len(records)) as advance:
+            faults.of(faults.extend, shown.question_faults(records, part, tokens, advance))
 
 
 def _drawing() -> Callable[[int, int], None]:

@@ -171,14 +171,21 @@ def check(
         return
     checked = check_run(loaded)
     for name, counts in checked.counts.items():
-        typer.echo(f"{name:<12} " + ", ".join(f"{count} {kind} records" for kind, count in counts.items()))
+        having = checked.pictures.get(name, {})
+        told = (f"{count} {kind} records ({having.get(kind, 0)} with pictures)" for kind, count in counts.items())
+        typer.echo(f"{name:<12} {', '.join(told)}")
     typer.echo(f"base         {checked.base_location}")
     for line in checked.parts:
         typer.echo(f"  {line}")
     memory = memory_of(loaded, checked)
     if memory is not None:
         _show(memory_table(memory.stages, memory.host, memory.where))
-    typer.echo("no faults found")
+    for note in checked.notes:
+        typer.echo(f"note         {note}")
+    if checked.unseen:
+        typer.echo(f"no faults found, but not looked at: {'; '.join(checked.unseen)}")
+    else:
+        typer.echo("no faults found")
 
 
 def _show_record(config: RunConfig, which: str) -> None:

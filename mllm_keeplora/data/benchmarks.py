@@ -31,6 +31,9 @@ class TestSet(BaseModel):
     image_mode: Literal["processor", "pad"] = Field(
         "processor", description="pad: to a square in the processor's mean colour, as LLaVA-1.5 does"
     )
+    missing_marks: Literal["refuse", "first"] = Field(
+        "refuse", description="training records with pictures and no <image> mark; first: before the first question"
+    )
     scorer: str = "exact"
     prompt_suffix: str | dict[str, str] = Field(
         "",
@@ -86,7 +89,7 @@ class Benchmark(BaseModel):
         part = self.domains[domain]
         path = self._existing(domain, "training", part.train)
         folder = self.root / part.train_images if part.train_images is not None else self._images(part, path)
-        return read_train(path, folder, part.image_mode == "pad")
+        return read_train(path, folder, part.image_mode == "pad", part.missing_marks)
 
     def test_records(self, name: str) -> Sequence[Record]:
         """Read the graded records of a domain or a suite: its test set, or its validation set by `split`."""
@@ -105,9 +108,10 @@ class Benchmark(BaseModel):
         suite = self.anchor_suites.get(name)
         if suite is not None and suite.anchors is not None:
             path = self.root / suite.anchors
-            return read_train(path, self._images(suite, path), suite.image_mode == "pad")
+            return read_train(path, self._images(suite, path), suite.image_mode == "pad", suite.missing_marks)
         if suite is None and Path(name).is_file():  # a file of the user's: put as the domains' pictures are
-            return read_train(Path(name), Path(name).parent, next(iter(self.domains.values())).image_mode == "pad")
+            first = next(iter(self.domains.values()))
+            return read_train(Path(name), Path(name).parent, first.image_mode == "pad", first.missing_marks)
         having = [known_name for known_name, each in self.anchor_suites.items() if each.anchors is not None]
         raise UserError(
             f"strategy.anchors names {name!r}; allowed are files of training records"

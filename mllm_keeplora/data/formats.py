@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn, without_marks
 
@@ -19,23 +20,43 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 SHAPES = (
     "`conversations` (LLaVA, sharegpt), `messages` (ms-swift, Hugging Face), `instruction` + `output` (alpaca), "
     "`query` + `response` (ms-swift), `conversation` (ms-swift's sharegpt), `prompt` + `completion`, "
-    "`text` + `answer` (test record)"
+    "`question` + `answer` (a table), `text` + `answer` (test record)"
 )
 DEFAULT_TAGS = {"user": "human", "assistant": "gpt", "system": "system"}  # of a LLaMA-Factory `dataset_info.json`
-OTHER_MEDIA = ("video", "videos", "audio", "audios", "objects")
+OTHERS = ("video", "videos", "audio", "audios", "objects", "tools")  # what records may show besides
+TOOL_ROLES = {"tool", "function", "function_call", "observation", "tool_call", "tool_response"}
+# Names that pictures go by; `images` and `image` are the usual ones.
+PICTURES = ("images", "image", "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls",
+            "img", "imgs", "img_path", "img_paths", "picture", "pictures")  # fmt: skip
+OPTIONS = ("options", "choices", "candidates")  # names that the options of an answer go by; or one key for each letter
+LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H")
+# Values that are text, whatever they end in.
+TEXTS = {"id", "question_id", "text", "question", "answer", "type", "task", "system", "instruction", "input", "output",
+         "query", "response", "prompt", "completion"}  # fmt: skip
+ENDINGS = r"\.(?:png|jpe?g|webp|bmp|gif|tiff?|jp2|avif|heic)"
+TAG = re.compile(rf"{IMAGE_MARK}|<img>(.*?)</img>", re.DOTALL)  # a mark; a picture named in the text, as Qwen-VL does
+OTHER_TAG = re.compile(rf"<img\s[^>]*src|!\[[^\]]*\]\((?![a-z]+://)[^)]*{ENDINGS}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names that a LLaMA-Factory `dataset_info.json` gives to columns and tags; the defaults are its own."""
+    """Names that a LLaMA-Factory `dataset_info.json` gives to columns and tags; the defaults are its own.
 
-    formatting: str = ""  # sharegpt or alpaca; empty: told by the keys
+    Attributes:
+        formatting: sharegpt or alpaca; empty: told by the keys.
+        told: where the names come from, for whoever cannot make sense of a record.
+        missing_marks: what happens to a record that has pictures and no mark: refused, or they come first.
+    """
+
+    formatting: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
-    told: str = ""  # where they come from, for whoever cannot make sense of a record
+    told: str = ""
+    missing_marks: Literal["refuse", "first"] = "refuse"
 
 
 BY_KEYS = Layout()
+TALKS = ("conversations", "messages")
 
 
 class Fault(ValueError):
@@ -50,11 +71,8 @@ def train_record(row: Any, layout: Layout = BY_KEYS) -> Record:
     """
     row = _canonical(_object(row), layout)
     turns, inside = _conversation(row)
-    # In the order of their marks: images that stand in parts at their place, the others from the row's list.
-    beside = iter(_images(row))
-    placed = [next(beside, None) if image is None else image for image in inside]
-    images = (*(image for image in placed if image is not None), *beside)
-    _refuse_other_media(row)
+    images = _in_order(inside, _images(row))
+    _refuse_what_would_be_dropped(row, turns, images)
     talk = [turn for turn in turns if turn.role != "system"]
     roles = [turn.role for turn in talk]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2) or "system" in [t.role for t in turns[1:]]:
@@ -64,12 +82,18 @@ def train_record(row: Any, layout: Layout = BY_KEYS) -> Record:
     if not any(turn.trained for turn in talk if turn.role == "assistant"):
         raise Fault("no token is trained: every answer has its loss switched off")
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    if marks != len(images):
-        raise Fault(f"{marks} {IMAGE_MARK} marks for {len(images)} images; each image needs one mark")
+    if marks == 0 and images and layout.missing_marks == "first":
+        first = next(position for position, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = replace(turns[first], text=IMAGE_MARK * len(images) + turns[first].text)
+    elif marks != len(images):
+        advice = "" if marks else "; `missing_marks: first` of the domain puts them in front of the first question"
+        raise Fault(f"{marks} {IMAGE_MARK} marks for {len(images)} images; each image needs one mark{advice}")
     if any(IMAGE_MARK in turn.text for turn in turns if turn.role != "user"):
         raise Fault(f"{IMAGE_MARK} may stand in human turns only")
-    moved = "conversations" in row and "images" not in row  # LLaVA puts the image first, wherever its mark stood
-    return Record(_identifier(row), images, _with_images_first(turns, moved))
+    # LLaVA puts an image in front of its turn, wherever its mark stood; several marks stay where they stand.
+    if "conversations" in row and "images" not in row:
+        turns = [_with_mark_first(turn) for turn in turns]
+    return Record(_identifier(row), images, _without_leading_marks(turns))
 
 
 def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -> Record:
@@ -80,7 +104,10 @@ def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -
     """
     row = _object(row)
     kind = str(row.get("type", row.get("task", "")))  # `task` in CV-Bench
-    if "text" not in row or any(key in row for key in ("conversations", "messages")):
+    is_table = not layout.formatting and "question" in row and not any(key in row for key in TALKS)
+    if is_table:
+        row = {"text": row["question"], **row}
+    if "text" not in row or any(key in row for key in TALKS):
         record = train_record(row, layout)
         asked = tuple(turn for turn in record.turns if turn.role != "assistant")
         if len(record.turns) - len(asked) != 1:
@@ -93,15 +120,21 @@ def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -
         answer = tuple(answer)
     if not isinstance(answer, str | tuple | None):
         raise Fault(f"answer must be a str or a list of them, got {answer!r}; keys are {sorted(row)}")
-    if IMAGE_MARK in row["text"]:
+    if IMAGE_MARK in row["text"] and not is_table:
         raise Fault(f"a test question carries no {IMAGE_MARK} mark; the image is named by `image`")
-    if not _identifier(row):
+    if not _identifier(row) and not is_table:  # rows of a table are known by their number
         raise Fault("question_id is missing")
-    _refuse_other_media(row)
-    images = tuple(_images(row))
+    named: list = []
+    asked = Turn("user", _marked(row["text"], named))
+    images, marks = _in_order(named, _images(row)), asked.text.count(IMAGE_MARK)
+    _refuse_what_would_be_dropped(row, [asked], images)
+    if marks not in (0, len(images)):
+        raise Fault(
+            f"{marks} pictures have a place in the text, but {len(images)} are named; give all a place, or none"
+        )
     if answer is None and needs_answer:
         raise Fault(f"answer must be a str or a list of them, got None; keys are {sorted(row)}")
-    return Record(_identifier(row), images, (Turn("user", row["text"]),), answer, kind)
+    return Record(_identifier(row), images, _without_leading_marks([asked]), answer, kind)
 
 
 test_record.__test__ = False  # not a test, whatever pytest thinks of the name
@@ -167,10 +200,14 @@ def _conversation(row: dict) -> tuple[list[Turn], list]:
         for key, role in (("prompt", "user"), ("completion", "assistant")):
             is_text = isinstance(row[key], str)
             turns += [Turn(role, row[key])] if is_text else _turns(row, key, "role", "content", inside)
+    elif "question" in row and "answer" in row:
+        turns = [Turn("user", _text(row, "question")), Turn("assistant", _text(row, "answer"))]
     else:
         raise Fault(f"unknown shape: keys are {sorted(row)}; a record has {SHAPES}")
     if isinstance(row.get("system"), str) and row["system"].strip():
         turns = [Turn("system", row["system"]), *turns]
+    if not inside:  # the text alone says where pictures stand
+        turns = [replace(turn, text=_marked(turn.text, inside)) if turn.role == "user" else turn for turn in turns]
     return turns, inside
 
 
@@ -199,6 +236,8 @@ def _turn(turn: Any, role_key: str, text_key: str, number: int, inside: list) ->
         content = "".join(_part(part, number, inside) for part in content)
     if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
         allowed = "system|human|gpt" if role_key == "from" else "system|user|assistant"
+        if isinstance(role, str) and role in TOOL_ROLES:
+            raise Fault(f"turn {number} is of role {role!r}: calls of tools are not supported; allowed: {allowed}")
         raise Fault(f"turn {number} must be {{{role_key}: {allowed}, {text_key}: text}}, got {turn!r}")
     weights = [weight for weight in (turn.get("loss"), turn.get("loss_scale")) if weight is not None]
     if any(weight not in (0, 1) for weight in weights):
@@ -219,15 +258,39 @@ def _part(part: Any, number: int, inside: list) -> str:
     return IMAGE_MARK
 
 
+def _marked(text: str, named: list) -> str:
+    """Put marks where pictures are named in a text; `named` gets them, and None for every mark that stands there."""
+
+    def mark(found: re.Match) -> str:
+        named.append(None if found[1] is None else _image(found[1].strip()))
+        return IMAGE_MARK
+
+    return TAG.sub(mark, text)
+
+
+def _in_order(inside: Sequence[Media | None], beside: Sequence[Media]) -> tuple[Media, ...]:
+    """Put pictures in the order of their marks: those named at their place, the others from the row's list."""
+    others = iter(beside)
+    placed = [next(others, None) if image is None else image for image in inside]
+    return (*(image for image in placed if image is not None), *others)
+
+
 def _images(row: dict) -> list[Media]:
-    found = row.get("images") if row.get("images") is not None else row.get("image")
-    if found is None or found == "":
-        return []
-    return [_image(each) for each in (found if isinstance(found, list) else [found])]
+    """Read the pictures that a row names beside its text, under any of the known names."""
+    found = {key: row[key] for key in PICTURES if row.get(key) is not None and row[key] not in ("", [])}
+    read = {
+        key: [_image(each) for each in (value if isinstance(value, list) else [value])] for key, value in found.items()
+    }
+    first = next(iter(read.values()), [])
+    if any(images != first for images in read.values()):
+        raise Fault(f"{' and '.join(read)} name different pictures; leave one of them")
+    return first
 
 
 def _image(value: Any) -> Media:
     """Read a path as it is given, or an encoded picture with the name it has in its file, if any."""
+    if isinstance(value, bytes | bytearray):
+        return Media("image", Path(), data=bytes(value))
     if isinstance(value, dict) and value.get("bytes") is not None:
         if not isinstance(value["bytes"], bytes | bytearray):
             raise Fault(f"bytes of an image must be bytes, got {type(value['bytes']).__name__}")
@@ -248,20 +311,67 @@ def _image(value: Any) -> Media:
     return Media("image", Path(value.removeprefix("file://")))
 
 
-def _refuse_other_media(row: dict) -> None:
-    for key in OTHER_MEDIA:
-        if row.get(key):
+def _refuse_what_would_be_dropped(row: dict, turns: Sequence[Turn], images: Sequence[Media]) -> None:
+    """Refuse a row that names something to be shown which is read neither as a picture nor as text."""
+    for key in OTHERS:
+        if row.get(key) and row[key] != "[]":
             raise Fault(f"{key} is not supported yet; allowed: images")
+    asked = " ".join(turn.text for turn in turns if turn.role == "user")
+    if not images:
+        for key, value in row.items():
+            if key not in TEXTS and _names_picture(value):
+                told = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
+                raise Fault(f"{key} names a picture, {told}, that would not be shown; call it `image`")
+        if (found := OTHER_TAG.search(asked)) is not None:
+            raise Fault(f"the text names a picture, {found[0]!r}, that would not be shown; name it by `image`")
+    shown = _plain(asked)
+    missing = [option for option in _options(row) if _plain(option) not in shown]
+    if missing:
+        raise Fault(
+            f"option {missing[0]!r} is not in the question, so it would not be shown; write options into the text"
+        )
 
 
-def _with_images_first(turns: list[Turn], moved: bool) -> tuple[Turn, ...]:
-    """Take out marks that all begin the first human turn, or are moved there; leave others at their places."""
+def _names_picture(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_names_picture, value))
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes)
+    return isinstance(value, bytes) or (
+        isinstance(value, str) and len(value) < 1024 and re.search(rf"{ENDINGS}\s*$", value, re.IGNORECASE) is not None
+    )
+
+
+def _options(row: dict) -> Iterator[str]:
+    """Give the options of an answer that a row names, under any of the known names."""
+    for key in OPTIONS:
+        value = row.get(key)
+        values = value.values() if isinstance(value, dict) else [value] if isinstance(value, str) else value
+        yield from (str(each) for each in values or () if each is not None and str(each).strip())
+    letters = [row.get(letter) for letter in LETTERS]
+    if isinstance(letters[0], str) and isinstance(letters[1], str):
+        yield from (each for each in letters if isinstance(each, str) and each.strip())
+
+
+def _plain(text: str) -> str:
+    """Give a text without differences that nobody sees: case and spaces."""
+    return " ".join(text.split()).casefold()
+
+
+def _with_mark_first(turn: Turn) -> Turn:
+    if turn.role != "user" or turn.text.count(IMAGE_MARK) != 1:
+        return turn
+    return replace(turn, text=IMAGE_MARK + without_marks(turn.text))
+
+
+def _without_leading_marks(turns: list[Turn]) -> tuple[Turn, ...]:
+    """Take out the marks if all of them begin the first human turn; else leave them at their places."""
     first = next(position for position, turn in enumerate(turns) if turn.role == "user")
     text = turns[first].text
     begin = "".join(text.split()).startswith(IMAGE_MARK * text.count(IMAGE_MARK))
-    if not (begin or moved) or any(IMAGE_MARK in turn.text for turn in turns[first + 1 :]):
+    if not begin or any(IMAGE_MARK in turn.text for turn in turns[first + 1 :]):
         return tuple(turns)
-    return (*turns[:first], Turn("user", without_marks(text)), *turns[first + 1 :])
+    return (*turns[:first], replace(turns[first], text=without_marks(text)), *turns[first + 1 :])
 
 
 def _text(row: dict, key: str) -> str:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
+
+from pydantic import BaseModel, ValidationError
 
 from mllm_keeplora.data.formats import Fault, Layout, question_record, test_record, train_record
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import VERSION, Source, StoredRecords, write_records
-from mllm_keeplora.errors import UserError, several
+from mllm_keeplora.errors import UserError, several, validation_faults
 from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.plugins import ENTERED, version_of
@@ -30,18 +32,19 @@ SMALL = 1 << 24  # bytes; smaller JSON files are read into memory as they are
 SHOWN = 20
 
 
-def read_train(path: Path, images: Path, pad: bool = False) -> Sequence[Record]:
+def read_train(path: Path, images: Path, pad: bool = False, missing_marks: str = "refuse") -> Sequence[Record]:
     """Read the training records of a data file. Images themselves are not looked at.
 
     Args:
         path: a file, or a folder saved by `datasets`.
         images: folder that image paths are relative to.
         pad: pictures are to be padded to squares.
+        missing_marks: `first` puts the pictures of records without any mark before their first question.
 
     Raises:
         UserError: every fault of the file at once, each with record index and what is wrong.
     """
-    return _records(Source(path, images, pad), train_record)
+    return _records(Source(path, images, pad), train_record, missing_marks)
 
 
 def read_test(path: Path, images: Path, pad: bool = False, needs_answers: bool = True) -> Sequence[Record]:
@@ -71,17 +74,17 @@ def _digest(path: Path, *_: int) -> str:
 _kept_digest = lru_cache(1024)(_digest)  # of large files, as long as neither time nor size changes
 
 
-def _records(source: Source, parse: Callable[[Any, Layout], Record]) -> Sequence[Record]:
+def _records(source: Source, parse: Callable[[Any, Layout], Record], missing_marks: str = "refuse") -> Sequence[Record]:
     """Read a small file into memory; a large one is parsed once into an Arrow file, which later reads map."""
     path = source.path
     if not path.exists():
         raise UserError(f"data file {path} does not exist")
-    layout = _layout(path)
+    layout = replace(_layout(path), missing_marks=missing_marks)
     if path.is_file() and path.suffix != PARQUET and path.stat().st_size < SMALL:
         found = enumerate(_understood(path, layout, parse))
         return [source.placed(record, index, [media.data for media in record.media]) for index, record in found]
     # The file's name says what the records depend on, so that other content or rules are read anew.
-    told = [digest(path), parse.__name__, VERSION, layout.formatting, layout.columns, layout.tags]
+    told = [digest(path), parse.__name__, VERSION, missing_marks, layout.formatting, layout.columns, layout.tags]
     if (reader := ENTERED.get(("READERS", path.suffix))) is not None:
         told.append(version_of(reader))
     texts = (f"{path.resolve()} {parse.__name__}", json.dumps(told))
@@ -199,16 +202,26 @@ def _array_rows(handle: TextIO) -> Iterator[Any]:
         raise json.JSONDecodeError("something stands behind the end of the array", text, 0)
 
 
+class InfoEntry(BaseModel):
+    """What a `dataset_info.json` says of a file, as far as it is read here; LLaMA-Factory gives it more keys."""
+
+    formatting: Literal["alpaca", "sharegpt"] = "alpaca"
+    columns: dict[str, str | None] | None = None
+    tags: dict[str, str | None] | None = None
+
+
 def _layout(path: Path) -> Layout:
     """Read what a LLaMA-Factory `dataset_info.json` beside the file says about it."""
     info = next((folder / INFO for folder in (path.parent, path.parent.parent) if (folder / INFO).is_file()), None)
     if info is None or path.is_dir():
         return Layout()
     try:
-        entries = json.loads(info.read_text(encoding="utf-8"))
+        entries = json.loads(info.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{info} is not readable JSON: {error}") from None
-    entries = entries.values() if isinstance(entries, dict) else []
+    if not isinstance(entries, dict):
+        raise UserError(f"{info} must map names of data sets to their files, got {type(entries).__name__}")
+    entries = entries.values()
     named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
     found = [entry for entry in named if (info.parent / entry["file_name"]).resolve() == path.resolve()]
     if not found:
@@ -216,8 +229,9 @@ def _layout(path: Path) -> Layout:
     entry = found[0]
     if any(other != entry for other in found):
         raise UserError(f"{info}: {len(found)} entries of different content name {path.name}; leave one")
-    formatting = entry.get("formatting", "alpaca")
-    if formatting not in ("alpaca", "sharegpt"):
-        raise UserError(f"{info}: formatting of {path.name} must be alpaca or sharegpt, got {formatting!r}")
-    told = f"its columns are as {info} names them"
-    return Layout(formatting, entry.get("columns") or {}, entry.get("tags") or {}, told)
+    try:
+        read = InfoEntry.model_validate(entry)
+    except ValidationError as error:
+        raise several(validation_faults(error, f"{info}, entry of {path.name}", InfoEntry)) from None
+    columns, tags = ({key: name for key, name in (part or {}).items() if name} for part in (read.columns, read.tags))
+    return Layout(read.formatting, columns, tags, f"its columns are as {info} names them")

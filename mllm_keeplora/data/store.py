@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from mllm_keeplora.data.schema import Media, Record
 from mllm_keeplora.system import files
 
-VERSION = 3  # of the stored form; another one is made anew
+VERSION = 4  # of the stored form; another one is made anew
 BATCH = 1000  # rows written at once
 WAITING = 1 << 26  # bytes of pictures that wait to be written, at most
 

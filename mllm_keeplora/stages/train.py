@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from typing import Any
 
@@ -43,7 +44,11 @@ def train(learner: Learner, unit: Unit) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in learner.adapters.trainable().values())
     batch = f"batch {world * micro * steps} = {world} processes x {micro} x {steps} accumulated"
     told = f"{batch}, {trained:,} trained parameters"
-    log.info("%s: %d records x %g epochs, %s", unit.name, len(records), epochs, told)
+    planned = math.ceil(len(records) / settings.batch_size * epochs)
+    cut = (
+        f", train.args.max_steps makes it {arguments.max_steps} steps, not {planned}" if arguments.max_steps > 0 else ""
+    )
+    log.info("%s: %d records x %g epochs%s, %s", unit.name, len(records), epochs, cut, told)
     metrics = run.path / "metrics.jsonl"
     with watch.until_saved(), distributed.keeping_step(config.distributed_timeout_s):
         facts = fit_domain(learner.strategy, context, settings, epochs, arguments, metrics, identity)

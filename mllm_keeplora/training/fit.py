@@ -62,6 +62,7 @@ def fit_domain(
     checkpoint = last_checkpoint(Path(arguments.output_dir), identity)
     read_training_state(strategy, Path(checkpoint) / STATE if checkpoint else None)
     steps = math.ceil(len(context.data.records) / settings.batch_size * epochs)
+    steps = arguments.max_steps if arguments.max_steps > 0 else steps
     with progress_bar(f"{context.domain.name}: train", steps) as advance, branches.plan_kept():
         reporter = Reporter(context, strategy, trainer.step, metrics_file, advance)
         trainer.add_callback(reporter)

@@ -1,29 +1,35 @@
-"""Decode images: RGB, lazily, with the file named when it cannot be read."""
+"""Decode images: RGB as a viewer shows them, lazily, with the file named when it cannot be read."""
 
 from __future__ import annotations
 
 import io
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote
 
+from mllm_keeplora.data.media.shown import as_shown, shown_size
 from mllm_keeplora.data.schema import Media, Record
 from mllm_keeplora.errors import UserError
 
 WINDOW = 64  # pictures that are looked at together
 
+Size = tuple[int, int]  # width and height in pixels
+
 
 def read_image(media: Media):
-    """Decode one image as RGB (PIL).
+    """Decode one image as RGB (PIL), as a viewer shows it.
 
     Raises:
-        UserError: the file is missing, outside its folder, truncated or no image.
+        UserError: the file is missing, outside its folder, truncated or no image; nobody knows how to show it.
     """
     with _opened(media) as picture:
-        return picture.convert("RGB")
+        return as_shown(picture)[0]
 
 
 def images_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> list:
@@ -45,15 +51,18 @@ def images_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> l
         raise UserError(f"{record.origin}: {error}") from None
 
 
-def image_size(media: Media) -> tuple[int, int]:
-    """Read width and height of an image as the processor gets it, from its header alone.
+def image_size(media: Media) -> Size:
+    """Read width and height of an image as the processor gets it, from its header where the format allows.
 
     Raises:
         UserError: the file is missing, outside its folder or no image.
     """
     with _opened(media) as picture:
-        width, height = picture.size
-    return (max(width, height),) * 2 if media.pad else (width, height)
+        return _put(media, shown_size(picture))
+
+
+def _put(media: Media, size: Size) -> Size:
+    return (max(size),) * 2 if media.pad else size
 
 
 def padded_to_square(picture, background: tuple[int, int, int]):
@@ -72,35 +81,61 @@ def padded_to_square(picture, background: tuple[int, int, int]):
     return square
 
 
-def unreadable_images(records: Iterable[Record], advance: Callable[[int], None] = lambda n: None) -> Iterator[str]:
-    """Decode every image once, on several threads, and tell each that fails with the record that names it.
+class Looks:
+    """Remembers what was seen of pictures that were decoded once: their sizes, and how many needed which treatment."""
 
-    Args:
-        records: any number of them; only a few are held at once.
-        advance: told after every record.
-    """
+    def __init__(self) -> None:
+        self.treated: Counter[str] = Counter()  # what was done, as `data.media.shown` names it -> pictures
+        self._sizes: dict[int, Size] = {}
 
-    def first_uses() -> Iterator[tuple[str, Media]]:
-        seen: set[int] = set()
+    def size(self, media: Media) -> Size:
+        """Give the size of a picture as the processor gets it; reads its header if it was not looked at.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        seen = self._sizes.get(_key(media))
+        return image_size(media) if seen is None else _put(media, seen)
+
+    def faults(self, records: Iterable[Record], advance: Callable[[int], None] = lambda n: None) -> Iterator[str]:
+        """Decode every image once, on several threads, and tell each that fails with the record that names it.
+
+        Args:
+            records: any number of them; only a few are held at once.
+            advance: told after every record.
+        """
+        uses = self._first_uses(records, advance)
+        with ThreadPoolExecutor(4) as pool:
+            while window := list(islice(uses, WINDOW)):
+                for (origin, media), found in zip(window, pool.map(_look, (media for _, media in window)), strict=True):
+                    if isinstance(found, str):
+                        yield f"{origin}: {found}"
+                    else:
+                        self._sizes[_key(media)], done = found
+                        self.treated.update(done)
+
+    def _first_uses(self, records: Iterable[Record], advance: Callable[[int], None]) -> Iterator[tuple[str, Media]]:
+        seen = set(self._sizes)
         for record in records:
             for media in record.media:
-                key = hash((media.path, media.folder, media.data))
-                if key not in seen:
+                if (key := _key(media)) not in seen:
                     seen.add(key)
                     yield record.origin, media
             advance(1)
 
-    def fault(use: tuple[str, Media]) -> str | None:
-        try:
-            read_image(use[1])
-        except UserError as error:
-            return f"{use[0]}: {error}"
-        return None
 
-    uses = first_uses()
-    with ThreadPoolExecutor(4) as pool:
-        while window := list(islice(uses, WINDOW)):
-            yield from (found for found in pool.map(fault, window) if found)
+def _key(media: Media) -> int:
+    return hash((media.path, media.folder, media.data))
+
+
+def _look(media: Media) -> tuple[Size, tuple[str, ...]] | str:
+    """Give a picture's size and how it was treated, or what is wrong with it."""
+    try:
+        with _opened(media) as picture:
+            shown, done = as_shown(picture)
+            return shown.size, done
+    except UserError as error:
+        return str(error)
 
 
 @contextmanager
@@ -117,10 +152,44 @@ def _opened(media: Media) -> Iterator:
                 raise UserError(f"image {str(name)!r} leaves the data folder {folder}; `images` may name one above it")
             if not path.is_file():
                 what = "is no file" if path.exists() else "does not exist"
-                raise UserError(f"image {str(name)!r} {what} in {folder or path.parent}")
+                near = _near(path, folder or path.parent)
+                hint = f"; there is {str(near)!r}" if near is not None else ""
+                if near is not None and _composed(near) == _composed(name):
+                    hint += " in another Unicode normal form, whose accents stand apart from their letters"
+                raise UserError(f"image {str(name)!r} {what} in {folder or path.parent}{hint}")
         with Image.open(path if media.data is None else io.BytesIO(media.data)) as picture:
             yield picture
     except UserError:
         raise
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be read: {error}") from None
+
+
+def _composed(name: str | Path) -> str:
+    return unicodedata.normalize("NFC", str(name))
+
+
+def _near(path: Path, folder: Path) -> Path | None:
+    """Find the file that a name is likely to mean: other letters for the same text, case, slashes, spaces, escapes.
+
+    Leading folders of the name, as of another machine, may be missing.
+
+    Returns:
+        Its path below `folder`.
+    """
+
+    def alike(name: str) -> str:
+        return _composed(name).casefold().strip()
+
+    named = path.relative_to(folder) if path.is_relative_to(folder) else path
+    parts = unquote(str(named)).replace("\\", "/").split("/")
+    for start in range(len(parts)):
+        place: Path | None = folder
+        for part in parts[start:]:
+            entries = place.iterdir() if place.is_dir() else ()
+            place = next((each for each in entries if alike(each.name) == alike(part)), None)
+            if place is None:
+                break
+        if place is not None and place.is_file():
+            return place.relative_to(folder)
+    return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
 ENDED_SHARE = 0.25  # of the rows; taking them out copies the cache once, as a decoding step does anyway
 KEPT_BY_ROW = frozenset({"full_attention", "sliding_attention", "chunked_attention"})  # layers whose cache has rows
-# A base's generation_config.json may ask for more than the likeliest token, and `generate` follows it when greedy, too.
-UNBENT = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}
 ROUNDING = 2**-20  # of a logit in float32, relative: eight steps; half precision adds up in float32 and differs by one
 
 
@@ -53,6 +52,7 @@ def greedy(
         New tokens, n at most `max_new_tokens`; the end mark is among them where an answer has ended.
     """
     import torch
+    from transformers import GenerationConfig
 
     # Rows leave where the model lets them, and never where processes must take the same steps.
     marks = torch.tensor(sorted(ends), device=batch["input_ids"].device)
@@ -64,19 +64,23 @@ def greedy(
     while True:
         # Answer until a share of the rows has ended.
         watched = _Watched(len(rows), marks, share, _rounding(model))
-        result = model.generate(
-            **inputs,
+        settings = GenerationConfig(
             max_new_tokens=max_new_tokens - done,
             do_sample=False,
             num_beams=1,
-            **UNBENT,
+            use_cache=True,
             eos_token_id=marks.tolist(),
             pad_token_id=pad,
-            logits_processor=[watched.compare],
-            stopping_criteria=[watched.may_leave],
-            synced_gpus=in_step,
             return_dict_in_generate=True,
         )
+        with _asked_for(model, settings):
+            result = model.generate(
+                **inputs,
+                generation_config=settings,
+                logits_processor=[watched.compare],
+                stopping_criteria=[watched.may_leave],
+                synced_gpus=in_step,
+            )
         # Put down what is new, and go on with the rows that have not ended.
         new = result.sequences[:, inputs["input_ids"].shape[1] :]
         found[rows, done : done + new.shape[1]] = new
@@ -86,6 +90,20 @@ def greedy(
         if done == max_new_tokens or not bool(going.any()):
             return Decoded(found[:, :done], close)
         rows, inputs = rows[going], _continued(model, inputs, result, going, keep_rows)
+
+
+@contextmanager
+def _asked_for(model: Any, settings: Any) -> Iterator[None]:
+    """Keep what a base's files ask for (penalties, no cache) out of its answers: `generate` fills in from them."""
+    having = [module for module in model.modules() if "generation_config" in vars(module)]
+    before = [module.generation_config for module in having]
+    for module in having:
+        module.generation_config = settings
+    try:
+        yield
+    finally:
+        for module, own in zip(having, before, strict=True):
+            module.generation_config = own
 
 
 class _Watched:

@@ -5,13 +5,15 @@ The mask comes from where rendered prefixes end in the tokens' bounds, never fro
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from mllm_keeplora.data.schema import IMAGE_MARK, Record, Turn
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, first_line
 from mllm_keeplora.models.causal.losses import IGNORED
 from mllm_keeplora.models.causal.templates import STYLES
 
@@ -41,6 +43,7 @@ class ChatPrompt:
             processor.chat_template = DATE + own
         self.tokenizer = processor.tokenizer
         self.ends = {self.tokenizer.eos_token_id, *ends} - {None}
+        self._controls = re.compile("|".join(map(re.escape, _control_tokens(processor))) or "(?!)")
         self._widenings: dict[tuple[tuple[int, int], ...], int] = {}
         if not getattr(processor, "chat_template", None):
             raise UserError("the base's processor has no chat template, so its prompt is not known")
@@ -57,10 +60,11 @@ class ChatPrompt:
         """Make right-padded tensors of whole conversations with `labels` (b, t), IGNORED everywhere but on answers.
 
         Raises:
-            UserError: a record is longer than `max_length` tokens, or has no token that carries loss.
+            UserError: a record is longer than `max_length` tokens, has no token that carries loss, or is refused by
+                the base's processor.
         """
         texts = [self._render(record, len(record.turns)) for record in records]
-        batch = self._process(texts, images, side="right")
+        batch = self._inputs(records, texts, images, side="right")
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         labels = batch["input_ids"].new_full(batch["input_ids"].shape, IGNORED)
         for row, (record, length) in enumerate(zip(records, lengths, strict=True)):
@@ -84,7 +88,7 @@ class ChatPrompt:
         """Make left-padded tensors of questions, ready for generation; each may have a suffix appended to its text."""
         ends = suffixes if suffixes is not None else [""] * len(records)
         texts = [self._render(record, _asked(record), end) for record, end in zip(records, ends, strict=True)]
-        return self._process(texts, images, side="left")
+        return self._inputs(records, texts, images, side="left")
 
     def answers(self, tokens: Any) -> list[str]:
         """Decode generated tokens (b, new), without special tokens, outer spaces stripped."""
@@ -107,8 +111,13 @@ class ChatPrompt:
 
     def total_tokens(self, record: Record, sizes: Sequence[tuple[int, int]]) -> int:
         """Count the tokens of a conversation and its images, of which only the sizes (width, height) are needed."""
-        text = self._render(record, len(record.turns))
-        return len(self._ids(text)) + self._widening(tuple(sizes))
+        with _refused(record, sizes):
+            return len(self._ids(self._render(record, len(record.turns)))) + self._widening(tuple(sizes))
+
+    def question_tokens(self, record: Record, sizes: Sequence[tuple[int, int]], suffix: str = "") -> int:
+        """Count the tokens of a question and its images, of which only the sizes (width, height) are needed."""
+        with _refused(record, sizes):
+            return len(self._ids(self._render(record, _asked(record), suffix))) + self._widening(tuple(sizes))
 
     def _widening(self, sizes: tuple[tuple[int, int], ...]) -> int:
         """How many more tokens pictures of these sizes take in one record than their marks; found out once."""
@@ -162,8 +171,18 @@ class ChatPrompt:
         return spans
 
     def _render(self, record: Record, turns: int, suffix: str = "", generation: bool | None = None) -> str:
-        """The chat template over the first `turns` turns; open for an answer if the last one is the user's."""
+        """The chat template over the first `turns` turns; open for an answer if the last one is the user's.
+
+        Raises:
+            UserError: a text spells a token by which the base is controlled, which would not stay text.
+        """
         shown = record.turns[:turns]
+        for turn in shown:
+            if (found := self._controls.search(turn.text.replace(IMAGE_MARK, ""))) is not None:
+                raise UserError(
+                    f"{record.origin}: its text spells {found[0]!r}, a control token of the base, which would not stay "
+                    "text; write it otherwise"
+                )
         open_end = shown[-1].role == "user" if generation is None else generation
         marked = any(IMAGE_MARK in turn.text for turn in record.turns)
         return _rendered(self.processor, shown, 0 if marked else len(record.media), suffix, open_end)
@@ -174,6 +193,16 @@ class ChatPrompt:
     def _adds_marks(self, text: str) -> bool:
         """Whether the tokenizer shall add its own marks: not where the template has put the first one."""
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+
+    def _inputs(self, records: Sequence[Record], texts: list[str], images: Sequence[list], side: str) -> dict:
+        """Have the processor make inputs; what it refuses is told with the record."""
+        try:
+            return self._process(texts, images, side)
+        except Exception:  # whatever it raises: find the record that it does not take
+            for record, text, own in zip(records, texts, images, strict=True):
+                with _refused(record, [picture.size for picture in own]):
+                    self._process([text], [own], side)
+            raise
 
     def _process(self, texts: list[str], images: Sequence[list], side: str) -> dict:
         pictures = [list(each) for each in images] if any(images) else None
@@ -215,6 +244,30 @@ class PrefixPrompt(ChatPrompt):
         if pictures:
             batch["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return batch
+
+
+@contextmanager
+def _refused(record: Record, sizes: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Tell what a processor refuses, in whatever way, with the record and its pictures."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        shown = zip(record.media, sizes, strict=False)
+        pictures = ", ".join(f"{media.path.name} of {width} x {height} pixels" for media, (width, height) in shown)
+        told = f" ({pictures})" if pictures else ""
+        raise UserError(f"{record.origin}: the base's processor refuses it{told}: {first_line(error)}") from error
+
+
+def _control_tokens(processor: Any) -> list[str]:
+    """Name the tokens that a base is controlled by, longest first; the mark of an image is the reader's business."""
+    tokenizer = processor.tokenizer
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = {*tokenizer.all_special_tokens, *added, getattr(processor, "image_token", None)}
+    return sorted(
+        (name for name in names - {None, "", IMAGE_MARK} if name.strip()), key=lambda name: (-len(name), name)
+    )
 
 
 def _asked(record: Record) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from mllm_keeplora.data import Media
 from mllm_keeplora.data.collate import batches, evenly_spaced
-from mllm_keeplora.data.media.images import images_of, read_image, unreadable_images
+from mllm_keeplora.data.media.images import Looks, images_of, read_image
 from mllm_keeplora.data.readers import digest, read_test, read_train
 from mllm_keeplora.errors import UserError
 
@@ -114,7 +114,7 @@ UNREADABLE = {
 def test_an_image_that_cannot_be_used_is_named_with_its_record(name, folder):
     image, message = UNREADABLE[name]
     records = trained(folder, conversation("<image> ?", "A"), conversation("<image> ?", "A", image=image))
-    [fault] = unreadable_images(records)
+    [fault] = Looks().faults(records)
     assert message in fault and "train.json record 1" in fault
     with pytest.raises(UserError, match=r"train\.json record 1"):
         images_of(records[1])
@@ -129,7 +129,7 @@ def test_pictures_may_be_links_into_a_store(folder, tmp_path_factory):
     records = trained(
         folder, *(conversation("<image> ?", "A", image=f"{name}.png") for name in ("images/link", "linked/x"))
     )
-    assert not list(unreadable_images(records))
+    assert not list(Looks().faults(records))
 
 
 def test_all_faults_of_a_file_are_told_together(folder):
@@ -186,7 +186,7 @@ def test_images_are_read_as_rgb_and_broken_ones_are_named_with_their_record(fold
     broken.write_bytes(broken.read_bytes()[:40])
     records = trained(folder, conversation("<image> ?", "A"), conversation("<image> ?", "A", image="images/b.png"))
     advanced = []
-    [fault] = unreadable_images(records, advanced.append)
+    [fault] = Looks().faults(records, advanced.append)
     assert "record 1" in fault and "b.png cannot be read" in fault
     assert advanced == [1, 1]
 
