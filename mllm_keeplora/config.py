@@ -79,6 +79,9 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)  # from 1 on the Trainer reads a number of steps
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float = Field(1.0, ge=0.0, description="0 = gradients are not clipped")
+    loss_mean: Literal["tokens", "micro_batches"] = Field(
+        "tokens", description="of a step: over all its answers' tokens, or of the means of its micro-batches"
+    )
     max_length: int | None = Field(None, ge=8, description="most tokens of a record; null = no limit")
     gradient_checkpointing: bool = runtime(False)  # less memory, more time
     workers: int | None = runtime(None, ge=0, description="processes that read records; null = 4 beside a GPU, else 0")

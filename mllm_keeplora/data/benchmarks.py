@@ -63,8 +63,15 @@ class Domain(TestSet):
 
     train: str
     train_images: str | None = Field(None, description="as `images`, where training pictures lie elsewhere")
+    train_image_mode: Literal["processor", "pad"] | None = Field(
+        None, description="as `image_mode`, where training pictures are put otherwise"
+    )
     validation: str | None = None
     epochs: float | None = Field(None, gt=0.0, description="as published; used where the run does not say")
+
+    @property
+    def pads_training(self) -> bool:
+        return (self.train_image_mode or self.image_mode) == "pad"
 
 
 class Benchmark(BaseModel):
@@ -89,7 +96,7 @@ class Benchmark(BaseModel):
         part = self.domains[domain]
         path = self._existing(domain, "training", part.train)
         folder = self.root / part.train_images if part.train_images is not None else self._images(part, path)
-        return read_train(path, folder, part.image_mode == "pad", part.missing_marks)
+        return read_train(path, folder, part.pads_training, part.missing_marks)
 
     def test_records(self, name: str) -> Sequence[Record]:
         """Read the graded records of a domain or a suite: its test set, or its validation set by `split`."""
@@ -111,7 +118,7 @@ class Benchmark(BaseModel):
             return read_train(path, self._images(suite, path), suite.image_mode == "pad", suite.missing_marks)
         if suite is None and Path(name).is_file():  # a file of the user's: put as the domains' pictures are
             first = next(iter(self.domains.values()))
-            return read_train(Path(name), Path(name).parent, first.image_mode == "pad", first.missing_marks)
+            return read_train(Path(name), Path(name).parent, first.pads_training, first.missing_marks)
         having = [known_name for known_name, each in self.anchor_suites.items() if each.anchors is not None]
         raise UserError(
             f"strategy.anchors names {name!r}; allowed are files of training records"

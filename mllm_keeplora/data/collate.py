@@ -60,7 +60,18 @@ def batches(records: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:
 
 
 def evenly_spaced(records: Sequence[Record], count: int) -> Sequence[Record]:
-    """Choose at most `count` records, evenly over the whole list and in its order, as the KeepLoRA code samples."""
+    """Choose at most `count` records, evenly over the whole list and in its order, from the first on."""
     if count >= len(records):
         return records
     return Selection(records, array("q", (index * len(records) // count for index in range(count))))
+
+
+def spaced_between_ends(records: Sequence[Record], count: int) -> Sequence[Record]:
+    """Choose `count` records, evenly from the first to the last and in their order; of one, the first.
+
+    Places are rounded down from float32, as they are there.
+    Source: extract_gradients.py of the KeepLoRA code.
+    """
+    import torch
+
+    return Selection(records, array("q", torch.linspace(0, len(records) - 1, count).long().tolist()))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Gradients = dict[str, Gradient]  # mean gradients by layer
 
 Statistic = Literal["auto", "exact", "sketch"]
+Spacing = Literal["even", "ends"]  # of the records that are looked at, as in `data.collate`
 FLOAT32 = 4  # bytes
 SHARE_OF_FREE = 0.25  # of the free memory that `auto` lets statistics take
 MOST_PASSES = 8  # over the records, for exact moments that do not fit all at once
@@ -33,7 +34,7 @@ class GradientPlan:
 
     A sketch is taken only where it is smaller than the gradient. `following` lets its directions follow the gradient,
     which captures more but depends a little on the batches; otherwise they are random and fixed. `memory_gb` None: a
-    quarter of what is free.
+    quarter of what is free. `spacing` is that of the records that are looked at.
     """
 
     statistic: Statistic = "exact"
@@ -41,6 +42,7 @@ class GradientPlan:
     seed: int = 0
     memory_gb: float | None = None
     following: bool = False
+    spacing: Spacing = "even"
 
     def exact(self, sizes: dict[str, tuple[int, int]]) -> bool:
         """Say whether gradients of these layers, (d_out, d_in) each, are summed exactly."""
@@ -67,7 +69,8 @@ class FeaturePlan:
     Exact moments are summed in float64 on a CPU, where it costs little: a few huge activations hold most of the energy,
     and the directions that a threshold decides about are small beside them. On a GPU they are summed in float32.
     `tokens` limits how many tokens of each kind a sample contributes, evenly spaced; None counts every token.
-    `normalise` divides each token by its length, so that a few huge activations do not decide alone.
+    `normalise` divides each token by its length, so that a few huge activations do not decide alone. `spacing` is that
+    of the records that are looked at.
     """
 
     statistic: Statistic = "exact"
@@ -75,6 +78,7 @@ class FeaturePlan:
     memory_gb: float | None = None
     tokens: dict[str, int] | None = None
     normalise: bool = False
+    spacing: Spacing = "even"
 
     def exact_rounds(
         self, unclear: Mapping[str, FrequentDirections], sketches: Sequence[FrequentDirections]

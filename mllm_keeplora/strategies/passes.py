@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.data.collate import batches, evenly_spaced
+from mllm_keeplora.data.collate import batches, evenly_spaced, spaced_between_ends
 from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.models.partition import IdleBatch, is_partitioned, streamed
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mllm_keeplora.adapters import Adapters
     from mllm_keeplora.models import Base
-    from mllm_keeplora.probes.plans import Features, Gradients
+    from mllm_keeplora.probes.plans import Features, Gradients, Spacing
 
 Reference = tuple[int, int]  # a training record: place of its domain, its number there
 
@@ -134,8 +134,8 @@ class Passes:
         if of:  # answers of anchors are not used: the first question of each, whose tokens see no answer
             records = [record.first_exchange() for name in of for record in self.data.sources.anchors(name)]
             plan = replace(plan, tokens={**(plan.tokens or {}), "answer": 0})
-        passed = self._pass(records, samples, "anchors" if of else "features")
-        idle = self._idle_layers(records, samples)
+        chosen = _chosen(records, samples, plan.spacing)
+        passed, idle = self._pass(chosen, "anchors" if of else "features"), self._idle_layers(chosen)
         return collect_moments(self.base.family, self.branches.model, self._modules(layers), passed, plan, idle)
 
     def rounds(self, plan: FeaturePlan) -> list[list[str]] | None:
@@ -152,13 +152,13 @@ class Passes:
 
     def gradients(self, samples: int | float, plan: GradientPlan = EXACT_GRADIENTS) -> Gradients:
         """Collect the mean loss gradient of every target layer's weight."""
-        passed = self._pass(self.data.records, samples, "gradient")
-        idle = self._idle_layers(self.data.records, samples)
+        chosen = _chosen(self.data.records, samples, plan.spacing)
+        passed, idle = self._pass(chosen, "gradient"), self._idle_layers(chosen)
         return collect_mean_gradients(self.base.family, self.branches.model, self._modules(), passed, plan, idle)
 
     def record_gradients(self, samples: int | float) -> Iterator[dict[str, Tensor]]:
         """Give the gradient of -log p(answer) by trained parameter, of one record after the other of this process."""
-        for batch in self._pass(self.data.records, samples, "gradients", 1):
+        for batch in self._pass(_chosen(self.data.records, samples), "gradients", 1):
             yield self._gradients(batch)[0]
 
     def loss_gradients(self, references: Sequence[Reference]) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ class Passes:
 
         found, base = [], self.branches.base
         with torch.no_grad(), streamed(base):
-            for batch in self._pass(self.data.records, samples, "questions"):
+            for batch in self._pass(_chosen(self.data.records, samples), "questions"):
                 features = self.base.family.question_features(base, batch, pictures).cpu()
                 found += [] if isinstance(batch, IdleBatch) else [features]
         return torch.cat(found) if found else torch.zeros(0, sum(self.feature_sizes(pictures)))
@@ -229,20 +229,17 @@ class Passes:
         self.branches.look_at(batch)
         return shared_inputs(self.base.family, self.branches.model, self._modules(), batch)
 
-    def _idle_layers(self, records: Sequence[Record], samples: int | float) -> list[str]:
+    def _idle_layers(self, records: Sequence[Record]) -> list[str]:
         """Target layers, such as a projector's, that a pass does not reach as none of its records has a picture."""
-        if any(record.media for record in _chosen(records, samples)):
+        if any(record.media for record in records):
             return []
         reached = {layer for group in self._reached_by_text() for layer in group}
         return [layer for layer in self.branches.layers if layer not in reached]
 
-    def _pass(
-        self, records: Sequence[Record], samples: int | float, title: str, size: int | None = None
-    ) -> Iterator[dict]:
-        """Model inputs over evenly spaced records; each process takes its share."""
-        chosen = _chosen(records, samples)
-        with progress_bar(f"{self.domain.name}: {title}", len(chosen) // distributed.world_size()) as advance:
-            for batch in own_batches(self.branches.base, self.data.collate, chosen, size or self.batch_size):
+    def _pass(self, records: Sequence[Record], title: str, size: int | None = None) -> Iterator[dict]:
+        """Model inputs over records, of which each process takes its share."""
+        with progress_bar(f"{self.domain.name}: {title}", len(records) // distributed.world_size()) as advance:
+            for batch in own_batches(self.branches.base, self.data.collate, records, size or self.batch_size):
                 yield batch
                 advance(0 if isinstance(batch, IdleBatch) else len(batch["labels"]))
 
@@ -264,6 +261,9 @@ class Passes:
             return self.branches.model(**inputs_of(batch)).logits[0]
 
 
-def _chosen(records: Sequence[Record], samples: int | float) -> Sequence[Record]:
+def _chosen(records: Sequence[Record], samples: int | float, spacing: Spacing = "even") -> Sequence[Record]:
     is_share = samples < 1 or (samples == 1 and isinstance(samples, float))
+    if spacing == "ends":  # the count is cut, not rounded
+        count = max(1, int(samples * len(records))) if is_share else min(int(samples), len(records))
+        return spaced_between_ends(records, count)
     return evenly_spaced(records, max(1, round(samples * len(records))) if is_share else int(samples))

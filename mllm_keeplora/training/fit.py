@@ -57,6 +57,7 @@ def fit_domain(
         data_collator=context.data.collate,
         batch_size=settings.batch_size,
         lr_full=settings.lr_projector,
+        loss_mean=settings.loss_mean,
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(Path(arguments.output_dir), identity)

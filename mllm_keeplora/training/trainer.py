@@ -40,6 +40,7 @@ class DomainTrainer(Trainer):
     Args:
         batch_size: records of a whole optimizer step, of all processes.
         lr_full: rate of the parameters that are trained in full; None for that of the others.
+        loss_mean: `tokens` or `micro_batches`, as in `TrainConfig`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class DomainTrainer(Trainer):
         identity: dict[str, Any],
         batch_size: int,
         lr_full: float | None,
+        loss_mean: str = "tokens",
         **arguments: Any,
     ):
         super().__init__(compute_loss_func=partial(answer_loss, context.base.family), **arguments)
@@ -57,6 +59,7 @@ class DomainTrainer(Trainer):
         self.identity = identity
         self.batch_size = batch_size
         self.lr_full = lr_full
+        self.loss_mean = loss_mean
         self.tokens: torch.Tensor | None = None  # mean number of supervised tokens of this step's micro-batches
         self.before = parameters_of(context.branches)
         self.looked_at = 0  # micro-batches of this optimizer step whose loss is computed
@@ -64,7 +67,10 @@ class DomainTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.context.branches.look_at(inputs)
         with self.context.base.family.supervised(self.context.branches.base, inputs["labels"]):
-            loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
+            counted = num_items_in_batch if self.loss_mean == "tokens" else None
+            loss, outputs = super().compute_loss(model, {**inputs}, True, counted)
+        if counted is None:  # a mean of its own, which the Trainer takes for scaled already
+            loss = loss / self.current_gradient_accumulation_steps
         step = self.step(self.looked_at, self.current_gradient_accumulation_steps)
         extra = self.strategy.extra_loss(self.context, inputs, outputs, step)
         self.looked_at += 1

@@ -9,7 +9,6 @@ from typing import Any
 from mllm_keeplora.metrics.captions.meteor import meteor
 from mllm_keeplora.metrics.captions.penn import caption_words
 
-MAX_CHARACTERS = 300
 PARTS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 
 
@@ -18,9 +17,8 @@ def grade_captions(
 ) -> tuple[tuple[float, ...], float, dict[str, float]]:
     """Grade a set of captions, each against its references: equal-weight mean of BLEU-1..4, METEOR, ROUGE-L and CIDEr.
 
-    A prediction is cut to 300 characters (older copies of the script do not cut). CIDEr weighs a phrase by how few
-    images have it in a reference, so it depends on the set, is 0 for a set of one, and may exceed 1: the mean may
-    exceed 100.
+    CIDEr weighs a phrase by how few images have it in a reference, so it depends on the set, is 0 for a set of one,
+    and may exceed 1: the mean may exceed 100.
 
     No Java is used. BLEU, ROUGE-L and CIDEr are pycocoevalcap's own code. METEOR is 1.5 with its synonyms and
     paraphrases written anew; it equalled the Java program on 1,320 captions, item by item and as a set. The tokenizer
@@ -38,7 +36,7 @@ def grade_captions(
         ValueError: an image without a reference, no reference with a word, or the libraries are not installed.
     """
     bleu, rouge, cider = _libraries()
-    texts = [_tokenized(text[:MAX_CHARACTERS]) for text in predictions]
+    texts = [_tokenized(text) for text in predictions]
     known = [[_tokenized(text) for text in ([each] if isinstance(each, str) else each)] for each in answers]
     if not all(known):
         raise ValueError(f"caption_mean needs a reference for every image, got none for item {known.index([])}")

@@ -54,7 +54,9 @@ def caption_words(text: str) -> list[str]:
     mark of punctuation, a quote and a dash are none. "don't" is two words, "t-shirt" and "black-and-white" are one.
 
     Departures: the Java program also joins what stands around a mark without a space ("dog!cat"), reads HTML entities,
-    and knows more abbreviations and emoticons than the list here.
+    and knows more abbreviations and emoticons than the list here. It cuts these otherwise: words with a curly
+    apostrophe, "y'all", feet and inches ("5'10\""), versions ("v1.0"), "C++", signed numbers ("+5"), and numbers
+    in brackets.
     """
     text = text.translate(_SPELLING)
     for pattern, replacement in _SPLITS:

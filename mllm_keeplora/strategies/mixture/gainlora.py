@@ -9,7 +9,9 @@ Departures from the code: p_0 is divided by the true number of words; rows are n
 and the change is counted from the domain's start, which is the same; the first domain reaches its share of energy, and
 the share rises over the run's domains, not over 15; the features are not cut into blocks. Not published: `pictures`
 adds the frozen tower's, as long as the words' (the projector may train, so it is never looked through); how long a
-first key is (the code gives its direction, here too): as a row of a linear layer. Rank and alpha are not the code's.
+first key is (the code gives its direction, here too): as a row of a linear layer, and later ones as long as those
+before; the published trainer has a key of uniform numbers in (-1, 1) at every domain (`key_length: uniform`). Rank and
+alpha are not the code's.
 """
 
 from __future__ import annotations
@@ -89,6 +91,9 @@ class GainLoRA(Strategy):
                     f"domain {context.domain.name}: gates see nothing in its questions that past ones do not have; "
                     "strategy.pictures=true shows them the pictures, and a lower strategy.gate_energy forgets more"
                 )
+            if options.key_length == "uniform":  # drawn apart, too
+                fresh = torch.Generator().manual_seed(context.rng.initial_seed() + 2)
+                key = key * (torch.rand(d, generator=fresh) * 2 - 1).norm() / key.norm()
             gate.key.copy_(key)
         return replace(self.base.before_domain(context), mixer=gates)
 

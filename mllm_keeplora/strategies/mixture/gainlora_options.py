@@ -29,6 +29,10 @@ class GainLoRAOptions(StrategyOptions):
     gate_width: int = Field(100, ge=1)
     gate_rate: float = Field(1.0, gt=0.0, lt=float("inf"), description="times train.lr; one rate, 3e-4, is published")
     gate_head: Literal["cosine", "dot"] = "cosine"  # the published numbers come from the cosine; dot is the paper's
+    key_length: Literal["row", "uniform"] = Field(
+        "row", description="of a new gate: as a row of a linear layer, then that of the domain before; uniform: as "
+        "uniform numbers in (-1, 1) at every domain, as published"
+    )  # fmt: skip
     gate_samples: Samples = 1024
     gate_energy: float = Field(0.995, ge=0.0, le=1.0)
     gate_energy_end: float = Field(1.0, ge=0.0, le=1.0)

@@ -8,7 +8,8 @@ Source: Gradient Projection Memory (ICLR 2021, arXiv 2103.09762), whose rule G <
 branch is our own adaptation; a branch carried on could not follow it, as its A lies in the inputs of past domains.
 Departures: projection after the step (`mode: post`), for a projected gradient leaks under Adam and its relatives;
 `mode: grad` is the published rule. The first domain reaches its share of energy (`rank_rule`); published is one
-direction fewer, and possibly none. The projector is a target layer like any other, or trains unprotected.
+direction fewer, and possibly none. The default energies are none of the four published schedules, which belong to
+small image classifiers. The projector is a target layer like any other, or trains unprotected.
 """
 
 from __future__ import annotations

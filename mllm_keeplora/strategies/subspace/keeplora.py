@@ -4,7 +4,8 @@ Kept are the leading input directions of the pre-trained weights and the dominan
 (and of an anchor set, if one is named); A spans the top of the residual of the domain's mean gradient and stays frozen,
 only B is trained. KeepLoRA++ scales each layer's update by its depth.
 Source: KeepLoRA (ICLR 2026, arXiv 2601.19659), Eqs. (1)-(10), and KeepLoRA++ (arXiv 2606.16256), Eq. (11), by the
-numbers of docs/keeplora.md; anchors are our own.
+numbers of docs/keeplora.md; anchors are our own. CorDA's knowledge-preserving mode, AlphaEdit and LLaVA-c keep the
+features of general data, too, by other means.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.probes.plans import GradientPlan
 from mllm_keeplora.strategies.base import Branch, Context, Strategy, StrategyOptions
 from mllm_keeplora.strategies.footprint import ALWAYS, Footprint, PassSizes, feature_pass, gradient_pass
 from mllm_keeplora.strategies.subspace.deciding import decided_features
@@ -124,7 +126,8 @@ class KeepLoRA(Strategy):
         """Grow every kept basis by the domain's dominant feature directions, Eqs. (8)-(10)."""
         samples, bounded = self.options.feature_samples, self.options.max_kept is not None
         if self.options.feature_source == "post_gradient":
-            some_layers = iter([context.passes.gradients(samples)])
+            exact = GradientPlan("exact", spacing=self.options.sample_spacing)
+            some_layers = iter([context.passes.gradients(samples, exact)])
         else:
             some_layers = self._features(context, samples, "energy_features")
         added: dict[str, int] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationInfo, field_validator
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.probes.plans import FeaturePlan, GradientPlan, Statistic
+from mllm_keeplora.probes.plans import FeaturePlan, GradientPlan, Spacing, Statistic
 from mllm_keeplora.strategies.base import Samples, StrategyOptions
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ Threshold = Literal["energy_weights", "energy_features", "energy_anchor"]
 class KeepLoRAOptions(StrategyOptions):
     """Defaults are our own; `presets` has the published ones.
 
-    Samples are counts of records, or shares of them (0.2, 1.0). `share_basis: input` lets layers with the same input
+    Samples are counts of records, or shares of them (0.2, 1.0); `sample_spacing: ends` takes the first and the last
+    among them and cuts the count, as the published code does. `share_basis: input` lets layers with the same input
     (q, k, v; gate, up) keep what any of them keeps: stricter, and full sooner. `basis_dtype` is how bases and A are
     kept; bases are orthonormalised again when they are read, which the published code leaves out. `max_kept` is for
     long sequences: the least used feature directions are given up (our own; the published rule goes on until the space
@@ -40,6 +41,7 @@ class KeepLoRAOptions(StrategyOptions):
     share_basis: Literal["module", "input"] = "module"
     energy_reference: Literal["total", "residual"] = "total"
 
+    sample_spacing: Spacing = "even"
     grad_samples: Samples = 512
     gradient_statistic: Statistic = "auto"
     sketch_width: int | None = Field(None, ge=1)  # columns; null = 3 times the rank, 8 times along random directions
@@ -142,11 +144,12 @@ class KeepLoRAOptions(StrategyOptions):
         statistic = self.gradient_statistic if self.b_init == "zero" else "exact"
         following = self.sketch_directions == "following"
         width = self.sketch_width or (3 if following else 8) * self.rank
-        return GradientPlan(statistic, width, 0, self.statistics_memory_gb, following)
+        return GradientPlan(statistic, width, 0, self.statistics_memory_gb, following, self.sample_spacing)
 
     def feature_plan(self) -> FeaturePlan:
         size, memory = self.feature_sketch_size, self.statistics_memory_gb
-        return FeaturePlan(self.feature_statistic, size, memory, self.feature_tokens, self.normalise_tokens)
+        tokens, spacing = self.feature_tokens, self.sample_spacing
+        return FeaturePlan(self.feature_statistic, size, memory, tokens, self.normalise_tokens, spacing)
 
     def randomized(self) -> RandomizedSVD | None:
         from mllm_keeplora.linalg import RandomizedSVD
@@ -172,7 +175,7 @@ PAPER: dict[str, Any] = {
 OFFICIAL_LLAVA: dict[str, Any] = {
     **PAPER,
     "rank_rule": "below_legacy", "a_init_svd": "randomized", "oversample": 0, "power_iters": 2, "b_init": "zero",
-    "feature_source": "post_gradient", "basis_dtype": "float16",
+    "feature_source": "post_gradient", "basis_dtype": "float16", "sample_spacing": "ends",
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": PAPER,

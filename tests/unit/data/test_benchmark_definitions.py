@@ -53,7 +53,8 @@ def test_a_run_may_take_a_benchmark_with_other_defaults(tmp_path):
     assert {part.image_mode for part in published.domains.values()} == {"pad"}
     assert {(part.image_mode, part.max_new_tokens) for part in other.domains.values()} == {("processor", 256)}
     assert list(published.domains) == list(other.domains)
-    assert published.train_records("IconQA")[0].media[0].pad and not other.train_records("IconQA")[0].media[0].pad
+    assert published.train_records("IconQA")[0].media[0].pad and published.test_records("IconQA")[0].media[0].pad
+    assert other.train_records("IconQA")[0].media[0].pad and not other.test_records("IconQA")[0].media[0].pad
     one = ["benchmark={from: ucit, domains: {IconQA: {scorer: exact}}}", *overrides]
     assert load_benchmark(load_config("ucit_llava15", one)).domains["IconQA"].scorer == "exact"
 

@@ -35,7 +35,7 @@ def main():
     show("METEOR of pairs", [score for _, _, score in test_meteor.PAIRS], items)
     show("METEOR of the set", test_meteor.SET, whole)
 
-    predictions = tokenized([prediction[:300]] for prediction, _, _ in test_captions.GOLDEN)
+    predictions = tokenized([prediction] for prediction, _, _ in test_captions.GOLDEN)
     references = tokenized(references for _, references, _ in test_captions.GOLDEN)
     totals, singles = Bleu(4).compute_score(references, predictions, verbose=0)
     for metric in (Meteor(), Rouge(), Cider()):
