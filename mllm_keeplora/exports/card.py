@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from mllm_keeplora.eval.saved import SavedRun
-from mllm_keeplora.models.shipped import resolve
+from mllm_keeplora.models.shipped import hub_id
 from mllm_keeplora.system import files
 
 LOAD = {
@@ -32,10 +33,12 @@ def model_card(saved: SavedRun, after: int, content: str, library: str) -> str:
         content: what the folder holds.
         library: `transformers` or `peft`.
     """
-    config, name = saved.config, resolve(saved.config.base)
+    config, public = saved.config, hub_id(saved.config.base.model)
+    name = public or Path(config.base.model).name  # a folder of this machine means nothing elsewhere
     domains = ", ".join(domain for unit in saved.run.units[:after] for domain in unit.domains) or "no domain"
     scores = _scores(saved, after)
-    front = {"base_model": name, "library_name": library, "pipeline_tag": "image-text-to-text"}
+    front = {"base_model": public} if public is not None else {}
+    front |= {"library_name": library, "pipeline_tag": "image-text-to-text"}
     parts = [
         "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---"]),
         f"# {config.name}",

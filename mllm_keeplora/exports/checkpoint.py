@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters import Factors, concatenate, merge_for_good
 from mllm_keeplora.adapters.stored import past_of
@@ -14,7 +14,7 @@ from mllm_keeplora.eval.saved import SavedRun, load_run
 from mllm_keeplora.exports.card import model_card
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.causal.parts import projector_names
-from mllm_keeplora.models.shipped import NOTES, prompt_style, resolve
+from mllm_keeplora.models.shipped import NOTES, hub_id, prompt_style, resolve
 from mllm_keeplora.system import files
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ def export(
 def _merged(saved: SavedRun, after: int, past: list[Factors], full: list[dict[str, Tensor]], folder: Path) -> None:
     base = _stored_base(saved)
     merge_for_good(base.model, past, full)
+    _name_as_on_the_hub(base.model)
     base.model.save_pretrained(folder)
+    _keep_config(saved, folder)
     base.processor.save_pretrained(folder)
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
     _describe(saved, after, folder, f"all weights, in {dtype}", "transformers")
@@ -83,7 +85,8 @@ def _adapter(saved: SavedRun, after: int, past: list[Factors], full: list[dict[s
     rank = max(whole.ranks.values())
     tensors = {f"{PREFIX}{layer}.lora_A.weight": pad(A, (0, 0, 0, rank - len(A))) for layer, A in whole.A.items()}
     tensors |= {f"{PREFIX}{layer}.lora_B.weight": pad(B, (0, rank - B.shape[1])) for layer, B in whole.B.items()}
-    settings = {"peft_type": "LORA", "base_model_name_or_path": resolve(saved.config.base), "r": rank}
+    name = hub_id(saved.config.base.model) or resolve(saved.config.base)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": name, "r": rank}
     settings |= {"lora_alpha": rank, "lora_dropout": 0.0, "bias": "none"}
     settings |= {"target_modules": sorted(whole.A), "inference_mode": True}
     if full:
@@ -112,6 +115,30 @@ def _stored_base(saved: SavedRun) -> Base:
     dtype = config.dtype or config.get_text_config().dtype or "float32"
     changes = {"quantization": None, "dtype": str(dtype).removeprefix("torch.")}
     return saved.load_base(saved.config.base.model_copy(update=changes))
+
+
+def _name_as_on_the_hub(model: Any) -> None:
+    """Have weights saved under the names of the family's hub checkpoints, which engines and older versions read.
+
+    transformers gives a checkpoint back the names that it was loaded by. Of one that it has written itself, those of a
+    vision tower lack their `vision_model.` since it is no module any more.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+
+
+def _keep_config(saved: SavedRun, folder: Path) -> None:
+    """Put the base's own config.json beside its weights: transformers has written it as this version alone reads it."""
+    from transformers.utils.hub import cached_file
+
+    location = resolve(saved.config.base)
+    own = Path(location) / "config.json"
+    if not own.is_file():
+        _, _, revision = saved.run.ledger.base["fingerprint"].partition("@")
+        own = Path(cached_file(location, "config.json", revision=revision))
+    if "quantization_config" not in files.read_json(own):  # of weights that are stored quantised; these are not
+        shutil.copyfile(own, folder / "config.json")
 
 
 def _refuse_broken(folder: Path, tensors: dict[str, Tensor]) -> None:

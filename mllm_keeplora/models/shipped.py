@@ -61,6 +61,15 @@ def resolve_path(model: str) -> str:
     return location
 
 
+def hub_id(model: str) -> str | None:
+    """Give the hub id of a base, also where a folder of the hub's cache was named; None of any other folder."""
+    location = resolve_path(model)
+    if not Path(location).is_dir():
+        return location
+    cached = [part for part in Path(location).resolve().parts if part.startswith("models--")]
+    return "/".join(cached[-1].split("--")[1:3]) if cached else None
+
+
 def prompt_style(config: BaseConfig) -> str:
     """Say how a base is prompted: as asked for, as its folder or its YAML says, else by its own template."""
     if config.prompt != "auto":

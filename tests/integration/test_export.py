@@ -80,6 +80,17 @@ def test_a_merged_folder_has_a_processor_that_prompts_alike_and_a_card_with_scor
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_merged_folder_has_the_config_of_its_base_and_weights_named_as_on_the_hub(two, world, tmp_path):
+    from safetensors import safe_open
+
+    export(two, "merged", tmp_path / "merged")
+    assert (tmp_path / "merged/config.json").read_bytes() == (world / "base/config.json").read_bytes()
+    with safe_open(tmp_path / "merged/model.safetensors", "pt") as stored:
+        assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in set(stored.keys())
+    card = (tmp_path / "merged/README.md").read_text()
+    assert str(world) not in card.split("Settings of the run")[0] and "base_model:" not in card
+
+
 def test_an_export_is_asked_as_the_run_was(settings, tmp_path, command):
     """The prompt style is the run's own, which neither the base nor the exported folder names."""
     from mllm_keeplora.config import BaseConfig

@@ -8,10 +8,10 @@ mean m_t of each domain's question features x and one covariance S within domain
 the linear discriminant with equal priors; S is shrunk towards its diagonal. Counts, means and summed scatter are all
 that S needs, so domains that come one by one give what all give at once. A question that is further from every domain
 than nearly all of the domain's own is answered by the base alone.
-Source: the idea of MR-LoRA (arXiv 2506.05453); RePro and CF-Router (both 2026) route to branches, too. MR-LoRA asks the MLLM itself: a further LoRA, tuned on 20 records of
-every domain, answers with the letter of one of several described experts, and no question is left to the base. Here
-nothing is tuned, described or replayed, and a question costs no second answer. Features are those that training
-records show of their first question (`adapters.features`).
+Source: the idea of MR-LoRA (arXiv 2506.05453); RePro and CF-Router (both 2026) route to branches, too. MR-LoRA asks the
+MLLM itself: a further LoRA, tuned on 20 records of every domain, answers with the letter of one of several described
+experts, and no question is left to the base. Here nothing is tuned, described or replayed, and a question costs no
+second answer. Features are those that training records show of their first question (`adapters.features`).
 """
 
 from __future__ import annotations
