@@ -19,6 +19,7 @@ from mllm_keeplora.system.plugins import load_plugins
 
 SHARED_OPTIONS = {"name", "rank", "alpha"}  # of every strategy: they stay when an override names another one
 RUNTIME = {"runtime": True}  # a key that cannot change results: it may differ when a run is continued
+LATER = {"later": True}  # a key that older runs did not have
 ModuleName = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$")]
 
 
@@ -27,12 +28,24 @@ def runtime(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra=RUNTIME, **constraints)
 
 
+def later(default: Any, **constraints: Any) -> Any:
+    """Declare a key that came later: it is told of a run only where it has not its default, as older runs did."""
+    return Field(default, json_schema_extra=LATER, **constraints)
+
+
+def later_defaults(model: BaseModel) -> set[str]:
+    """Name the keys of a model that came later and have their default."""
+    fields = type(model).model_fields.items()
+    return {key for key, each in fields if each.json_schema_extra == LATER and getattr(model, key) == each.default}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     def result_defining(self) -> dict[str, Any]:
         """Flatten the keys that can change results to dotted names, for comparison with a run's own."""
-        return flatten(self.model_dump(mode="json", exclude=_runtime_keys(type(self))))
+        values = self.model_dump(mode="json", exclude=_runtime_keys(type(self)))
+        return flatten({key: value for key, value in values.items() if key not in later_defaults(self)})
 
 
 class BaseConfig(Section):
@@ -79,7 +92,7 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)  # from 1 on the Trainer reads a number of steps
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float = Field(1.0, ge=0.0, description="0 = gradients are not clipped")
-    loss_mean: Literal["tokens", "micro_batches"] = Field(
+    loss_mean: Literal["tokens", "micro_batches"] = later(
         "tokens", description="of a step: over all its answers' tokens, or of the means of its micro-batches"
     )
     max_length: int | None = Field(None, ge=8, description="most tokens of a record; null = no limit")

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.config import EXPONENT, RunConfig, flatten
+from mllm_keeplora.config import EXPONENT, RunConfig, flatten, later_defaults
 from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.runs import Ledger, SetEntry
@@ -128,7 +128,7 @@ def comparable(config: RunConfig) -> dict[str, Any]:
 def described_set(benchmark: Benchmark, name: str) -> SetEntry:
     """Describe a domain or suite by absolute paths and the digests of its files."""
     part = benchmark.graded(name)
-    values = part.model_dump()
+    values = part.model_dump(exclude=later_defaults(part))
     for key in PATHS:
         if values.get(key) is not None:
             values[key] = str((benchmark.root / values[key]).resolve())
@@ -143,7 +143,7 @@ def part_differences(old: SetEntry, new: SetEntry, origin: str) -> list[str]:
     name, lines = old["name"], []
     kind = Domain if "train" in new["files"] else Suite  # an older run may not have recorded what had its default
     defaults = {key: each.default for key, each in kind.model_fields.items() if not each.is_required()}
-    old = {**old, "files": {**defaults, **old["files"]}}
+    old, new = ({**each, "files": {**defaults, **each["files"]}} for each in (old, new))
     for group, prefix in (("files", f"{name}."), ("train", f"{name}.train.")):
         before, after = (
             flatten({key: value for key, value in each.get(group, {}).items() if key not in PATHS}, prefix)

@@ -46,7 +46,7 @@ def unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list[
 
 def settings_faults(config: RunConfig, stage: int | None) -> Iterator[str]:
     """Say which settings of base, DeepSpeed and Trainer do not fit together, whatever the strategy."""
-    from mllm_keeplora.training.arguments import training_arguments
+    from mllm_keeplora.training.arguments import rehearse, training_arguments
 
     quantization = config.base.quantization
     if quantization is not None and config.adapters.history == "merged":
@@ -62,5 +62,7 @@ def settings_faults(config: RunConfig, stage: int | None) -> Iterator[str]:
     try:
         for settings in [config.train, *map(config.train_of, config.per_domain)]:
             training_arguments(settings, settings.epochs or 1.0, Path(config.output_dir), 0, None, bf16=False)
+            if settings.args:
+                rehearse(settings)
     except UserError as error:
         yield str(error)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mllm_keeplora.config import later
 from mllm_keeplora.data.readers import read_test, read_train
 from mllm_keeplora.data.references import with_references
 from mllm_keeplora.data.schema import Record
@@ -31,7 +32,7 @@ class TestSet(BaseModel):
     image_mode: Literal["processor", "pad"] = Field(
         "processor", description="pad: to a square in the processor's mean colour, as LLaVA-1.5 does"
     )
-    missing_marks: Literal["refuse", "first"] = Field(
+    missing_marks: Literal["refuse", "first"] = later(
         "refuse", description="training records with pictures and no <image> mark; first: before the first question"
     )
     scorer: str = "exact"
@@ -63,7 +64,7 @@ class Domain(TestSet):
 
     train: str
     train_images: str | None = Field(None, description="as `images`, where training pictures lie elsewhere")
-    train_image_mode: Literal["processor", "pad"] | None = Field(
+    train_image_mode: Literal["processor", "pad"] | None = later(
         None, description="as `image_mode`, where training pictures are put otherwise"
     )
     validation: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from mllm_keeplora.config import TrainConfig
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, first_line
 from mllm_keeplora.system import distributed
 
 
@@ -67,3 +68,27 @@ def training_arguments(
     if arguments.n_gpu > 1:  # one process a GPU: several in one would multiply the batch
         arguments._n_gpu = 1
     return arguments
+
+
+def rehearse(settings: TrainConfig) -> None:
+    """Have the Trainer begin a training of one number, so that what it refuses of `train.args` is told first.
+
+    Raises:
+        UserError: the Trainer, or what it makes of the arguments (an optimizer, a kernel), refuses them.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers import Trainer
+    from transformers.integrations.liger import apply_liger_kernel
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(settings, 1.0, Path(folder), 0, None, bf16=False)
+        try:
+            trainer = Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=[{}], data_collator=dict)
+            trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            if arguments.use_liger_kernel:  # else it is asked for when the training starts
+                apply_liger_kernel(trainer.model, arguments.liger_kernel_config)
+        except Exception as error:  # of whatever library an argument leads to
+            raise UserError(f"train.args {settings.args}: the Trainer refuses them: {first_line(error)}") from error
+        finally:  # the run's own training starts with a state of its own
+            AcceleratorState._reset_state()
+            GradientState._reset_state()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mllm_keeplora.data import Media
-from mllm_keeplora.data.collate import batches, evenly_spaced
+from mllm_keeplora.data.collate import batches, evenly_spaced, spaced_between_ends
 from mllm_keeplora.data.media.images import Looks, images_of, read_image
 from mllm_keeplora.data.readers import digest, read_test, read_train
 from mllm_keeplora.errors import UserError
@@ -193,6 +193,13 @@ def test_images_are_read_as_rgb_and_broken_ones_are_named_with_their_record(fold
 
 def test_batches_cover_all_in_order():
     assert [list(batch) for batch in batches(range(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (5, [0, 2, 4, 6, 9]), (10, list(range(10)))]
+)
+def test_records_spaced_between_ends_have_the_first_and_the_last(count, chosen):
+    assert list(spaced_between_ends(range(10), count)) == chosen
 
 
 def test_evenly_spaced_thins_over_the_whole_list():

@@ -17,10 +17,17 @@ def alpha_records(tiny_records):
     return tiny_records["Alpha"]
 
 
-@pytest.mark.parametrize(("samples", "picked"), [(1, [0]), (5, [0, 2, 4, 7, 9]), (0.25, [0, 4, 8]), (99, range(12))])
-def test_the_gradient_is_that_of_evenly_spaced_records_by_count_or_share(new_base, alpha_records, samples, picked):
+@pytest.mark.parametrize(
+    ("samples", "spacing", "picked"),
+    [
+        (1, "even", [0]), (5, "even", [0, 2, 4, 7, 9]), (0.25, "even", [0, 4, 8]), (99, "even", range(12)),
+        (5, "ends", [0, 2, 5, 8, 11]), (0.24, "ends", [0, 11]), (0.01, "ends", [0]), (99, "ends", range(12)),
+    ],
+)  # fmt: skip
+def test_the_gradient_is_that_of_spaced_records_by_count_or_share(new_base, alpha_records, samples, spacing, picked):
     """Option D5: twelve records; `grad_samples` says how many, the samples of features notwithstanding."""
-    domain = begin(new_base(), alpha_records, grad_samples=samples, feature_samples=2)
+    settings = {"grad_samples": samples, "feature_samples": 2, "sample_spacing": spacing}
+    domain = begin(new_base(), alpha_records, **settings)
     chosen = [encode(domain.base, [alpha_records[number]]) for number in picked]
     gradients = autograd_mean_gradients(domain.adapters.model, weights_of(domain.adapters), chosen)
     open_branch(domain.strategy, domain.context)
@@ -29,9 +36,12 @@ def test_the_gradient_is_that_of_evenly_spaced_records_by_count_or_share(new_bas
         assert subspace.projector_difference(domain.adapters.branch.A[layer].numpy().T, wanted.T) < 1e-3
 
 
-@pytest.mark.parametrize(("samples", "picked"), [(1, [0]), (0.25, [0, 4, 8])])
-def test_features_are_those_of_evenly_spaced_records_by_count_or_share(new_base, alpha_records, samples, picked):
-    domain = opened(new_base(), alpha_records, grad_samples=2, feature_samples=samples)
+@pytest.mark.parametrize(
+    ("samples", "spacing", "picked"), [(1, "even", [0]), (0.25, "even", [0, 4, 8]), (0.25, "ends", [0, 5, 11])]
+)
+def test_features_are_those_of_spaced_records_by_count_or_share(new_base, alpha_records, samples, spacing, picked):
+    settings = {"grad_samples": 2, "feature_samples": samples, "sample_spacing": spacing}
+    domain = opened(new_base(), alpha_records, **settings)
     disturb(domain.adapters)
     chosen = [encode(domain.base, [alpha_records[number]]) for number in picked]
     features = captured_tokens(domain.adapters.model, modules_of(domain.base), chosen)

@@ -1,0 +1,45 @@
+"""Shipped runs of public benchmarks have the settings of the published files, as a literal table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mllm_keeplora import load_config
+from mllm_keeplora.config import shipped
+from mllm_keeplora.data import load_benchmark, with_published_epochs
+from mllm_keeplora.strategies import build_strategy
+from mllm_keeplora.system import files
+from mllm_keeplora.training.deepspeed import deepspeed_file
+
+# run -> rank, alpha, rate, records of a step, longest norm of gradients (0: not clipped), how training pictures and
+# questions are put. KeepLoRA's own repository (a17f9c2), MCITlib v3 (4a02727), CoIN's LoRA runs.
+PUBLISHED = {
+    "mllm_dcl_llava15": (64, 128.0, 2e-5, 64, 0.0, "pad", "pad"),
+    "ucit_llava15": (32, 8.0, 2e-4, 64, 0.0, "pad", "pad"),
+    "mllm_dcl_llava15_mcitlib": (64, 128.0, 2e-4, 32, 0.0, "pad", "pad"),
+    "ucit_llava15_mcitlib": (32, 64.0, 2e-4, 64, 0.0, "pad", "processor"),
+    "mllm_acl_llava15_mcitlib": (64, 128.0, 2e-4, 16, 0.0, "pad", "pad"),
+    "coin_llava15": (128, 256.0, 2e-4, 896, 1.0, "pad", "processor"),
+}
+
+
+def test_every_run_of_a_public_benchmark_is_here():
+    assert {name for name in shipped("runs") if "llava15" in name} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_are_the_published_ones(name, tmp_path):
+    rank, alpha, rate, records, norm, trained, asked = PUBLISHED[name]
+    config = load_config(name, [f"data_root={tmp_path}"])
+    benchmark, options = load_benchmark(config), build_strategy(config.strategy).options
+    assert (options.rank, options.alpha, options.sample_spacing) == (rank, alpha, "ends")
+    settings = config.train
+    assert (settings.lr, settings.batch_size, settings.max_grad_norm) == (rate, records, norm)
+    assert settings.loss_mean == "micro_batches"
+    for part in benchmark.domains.values():
+        assert part.pads_training == (trained == "pad") and part.image_mode == asked, part
+    assert config.adapters.projector == "full" and with_published_epochs(config, benchmark)
+    engine = files.read_json(Path(deepspeed_file(config.deepspeed)))
+    assert engine["gradient_clipping"] == "auto", "as train.max_grad_norm says"
