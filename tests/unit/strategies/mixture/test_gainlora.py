@@ -385,6 +385,18 @@ def test_rows_are_as_long_after_the_projection_as_the_step_left_them(new_base, q
     assert torch.equal(seen[-1][3], parity.adapters.mixer.newest.key)
 
 
+def test_a_published_key_is_as_long_as_uniform_numbers_and_points_where_it_did(new_base, questions):
+    keys = []
+    for length in ("row", "uniform"):
+        base = new_base()
+        context = context_of(base, Adapters(base, "merged", 0.0), questions, 0)
+        open_branch(gainlora(key_length=length), context)
+        keys.append(context.branches.mixer.newest.key.detach().flatten())
+    row, uniform = keys
+    assert torch.cosine_similarity(row, uniform, dim=0) == pytest.approx(1.0, abs=1e-6)
+    assert row.norm() < 1.2 and uniform.norm() == pytest.approx((len(uniform) / 3) ** 0.5, rel=0.3)
+
+
 def test_statistics_are_summed_over_processes(new_base, questions):
     base = new_base()
     adapters = Adapters(base, "merged", 0.0)
