@@ -23,7 +23,7 @@ def shell(*words: object) -> Said:
     """`python -m mllm_keeplora` in a process of its own, which imports everything anew: seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "mllm_keeplora", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     return Said(done.returncode, done.stdout, done.stderr)
 
 

@@ -288,7 +288,7 @@ def test_a_hub_base_is_known_by_its_revision(tmp_path):
         "load_base(BaseConfig(model='org/tiny', prompt='vicuna_v1'), 'frozen', known_as='another')"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=900)
     found = [line.removeprefix("is ") for line in said.stdout.splitlines() if line.startswith("is ")]
     assert found == [f"org/tiny@{revision}" for revision in (newer, older, newer)], said.stderr
     assert "UserError: base.model 'org/tiny' has other weights than those that the run was started with" in said.stderr

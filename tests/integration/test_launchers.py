@@ -28,6 +28,6 @@ def test_a_sequence_runs_under_another_launcher(launcher, settings, two, tmp_pat
     command = [str(BIN / launcher), *words, "mllm_keeplora", "run", str(tmp_path / "run.yaml"), "deepspeed=zero2"]
     paths = os.pathsep.join([str(BIN), os.environ["PATH"]])
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     assert results(tmp_path / "run")["domains"] == results(two)["domains"]

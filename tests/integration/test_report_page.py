@@ -39,7 +39,7 @@ def browse(page: Path, *options: str) -> str:
     """Headless Chromium without network; what it prints."""
     quiet = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=10000"]
     offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent / 'profile'}"]
-    done = subprocess.run([CHROMIUM, *quiet, *offline, *options, page.as_uri()], capture_output=True, timeout=120)
+    done = subprocess.run([CHROMIUM, *quiet, *offline, *options, page.as_uri()], capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     return done.stdout.decode()
 

@@ -28,7 +28,7 @@ LAUNCHERS = ("run_sequence.sh", "eval_only.sh", "launch.sh", "run_multinode.sh",
 def bash(*words: object, **changes: str) -> subprocess.CompletedProcess:
     """Run a script by bash, with this Python's environment and one thread for each process."""
     environment = {**os.environ, "VENV": sys.prefix, "OMP_NUM_THREADS": "1", **changes}
-    return subprocess.run(["bash", *map(str, words)], env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(["bash", *map(str, words)], env=environment, capture_output=True, text=True, timeout=900)
 
 
 # -- processes of this machine ---------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_help_of_a_sweeps_script_is_its_head(slurm, sweep_script):
 def test_shellcheck_finds_nothing(slurm, sweep_script):
     scripts = [*(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch"), ROOT / ".ci/run", sweep_script]
     assert len(scripts) >= 10
-    done = subprocess.run([SHELLCHECK, *scripts], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([SHELLCHECK, *scripts], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
     strict = [path.name for path in scripts if "set -euo pipefail" not in path.read_text()]
     assert strict == []

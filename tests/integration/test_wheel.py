@@ -51,7 +51,7 @@ def program(tmp_path_factory):
 
     def say(*words) -> str:
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run([*map(str, words)], cwd=folder, env=kept, capture_output=True, text=True, timeout=240)
+        done = subprocess.run([*map(str, words)], cwd=folder, env=kept, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 

@@ -169,7 +169,7 @@ def test_four_processes_share_records_that_they_do_not_divide(engine_of_four, se
     launch += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     words = [*launch, "-m", "mllm_keeplora", "run", str(tmp_path / "four.yaml")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("strategy keeplora") == 1, "the main process alone prints"
     assert_same_spans(tmp_path / "one", tmp_path / "four")
