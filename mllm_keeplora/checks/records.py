@@ -100,23 +100,22 @@ class Shown:
             advance(1)
 
     def question_faults(
-        self, records: Iterable[Record], part: TestSet, answer_tokens: int, advance: Callable[[int], None]
+        self, records: Iterable[Record], part: TestSet, advance: Callable[[int], None]
     ) -> Iterator[str]:
         """Yield a sentence for each question that the processor refuses, or that leaves no place for an answer.
 
         Args:
             records, part: of one set.
-            answer_tokens: most that an answer may have.
             advance: told after every record.
         """
         for record in records:
             try:
                 sizes = list(map(self.looks.size, record.media))
-                length = self.prompt.question_tokens(record, sizes, part.suffix_for(record)) + answer_tokens
-                if length > (self.positions or length):
+                length = self.prompt.question_tokens(record, sizes, part.suffix_for(record))
+                if self.positions is not None and length >= self.positions:
                     yield (
-                        f"{record.origin}: {length} tokens with an answer of {answer_tokens}, the base has places for "
-                        f"{self.positions}; leave the question out or allow shorter answers"
+                        f"{record.origin}: {length} tokens, the base has places for {self.positions}, answer included; "
+                        "leave the question out"
                     )
             except UserError as error:
                 yield from self._told(record, error)

@@ -228,10 +228,8 @@ def _look_inside(
         with progress_bar(f"check tokens: {name}", len(records)) as advance:
             faults.of(faults.extend, shown.training_faults(records, config.train_of(name).max_length, advance))
     for name, records in graded.items() if shown is not None else ():
-        part = benchmark.graded(name)
-        tokens = config.eval.max_new_tokens or part.max_new_tokens
         with progress_bar(f"check questions: {name}", len(records)) as advance:
-            faults.of(faults.extend, shown.question_faults(records, part, tokens, advance))
+            faults.of(faults.extend, shown.question_faults(records, benchmark.graded(name), advance))
 
 
 def _drawing() -> Callable[[int, int], None]:

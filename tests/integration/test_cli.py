@@ -49,7 +49,7 @@ def test_check_counts_records_and_writes_nothing(settings, tmp_path, command):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(tmp_path / "out")))
     said = command("check", tmp_path / "run.yaml")
     assert said.code == 0, said.err
-    assert "Alpha        12 train records, 8 test records" in said.out
+    assert "Alpha        12 train records (12 with pictures), 8 test records (8 with pictures)" in said.out
     assert "general      8 test records" in said.out
     assert said.out.endswith("no faults found\n")
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
