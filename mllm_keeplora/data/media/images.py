@@ -155,7 +155,7 @@ def _opened(media: Media) -> Iterator:
                 near = _near(path, folder or path.parent)
                 hint = f"; there is {str(near)!r}" if near is not None else ""
                 if near is not None and _composed(near) == _composed(name):
-                    hint += " in another Unicode normal form, whose accents stand apart from their letters"
+                    hint += ", whose accents are written in another Unicode normal form"
                 raise UserError(f"image {str(name)!r} {what} in {folder or path.parent}{hint}")
         with Image.open(path if media.data is None else io.BytesIO(media.data)) as picture:
             yield picture
