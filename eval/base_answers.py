@@ -30,6 +30,8 @@ from mllm_keeplora.system.log import log
 
 Facts = dict[str, Any]
 
+RULES = 2  # how pictures are shown and answers made; others made otherwise are asked anew
+
 
 def asked_once(
     shared: Path, run: RunDir, config: RunConfig, benchmark: Benchmark, name: str, ask: Callable[[], Facts]
@@ -96,7 +98,7 @@ def _digest(run: RunDir, config: RunConfig, name: str) -> str:
     import torch
 
     identity = Identity.of_ledger(run.ledger)
-    what = [identity.base, identity.digest(name), identity.generator]
+    what = [identity.base, identity.digest(name), identity.generator, RULES]
     how = {key: value for key, value in run.ledger.config.items() if key.startswith(("base.", "eval."))}
     batches = [config.eval.batch_size, config.eval.weights, config.deepspeed, distributed.world_size()]
     on_gpu = distributed.device() != "cpu"

@@ -78,7 +78,9 @@ class Shown:
             advance: told after every record.
         """
         prompt = self.prompt
-        allows = "train.max_length allows" if max_length is not None else "the base has places for"
+        limits = [each for each in (max_length, self.positions) if each is not None]
+        limit = min(limits, default=None)
+        allows = "train.max_length allows" if limit == max_length else "the base has places for"
         for record in records:
             try:
                 length = prompt.total_tokens(record, list(map(self.looks.size, record.media)))
@@ -90,7 +92,7 @@ class Shown:
                         "would teach it to stop; choose another base.prompt"
                     )
                     return  # the same for every record
-                elif length > (limit := max_length or self.positions or length):
+                elif limit is not None and length > limit:
                     yield (
                         f"{record.origin}: {length} tokens, {allows} {limit}; cutting would take image or answer "
                         "tokens, so raise the limit or leave the record out"

@@ -120,11 +120,13 @@ def check_run(
             ]
             looks = Looks()
             _look_inside(config, benchmark, prompt and Shown(prompt, looks, anatomy.positions), looks, *own, faults)
-            notes += [f"{count} pictures are {done}" for done, count in sorted(looks.treated.items())]
+            # Of a share of the records counts would mislead.
+            treated = sorted(looks.treated.items()) if world == 1 else ()
+            notes += [f"{count} pictures are {done}" for done, count in treated]
             for kind, sets in zip(("train", "test"), own, strict=True):
                 for name, records in sets.items():
                     pictures.setdefault(name, {})[kind] = with_any = sum(bool(record.media) for record in records)
-                    if records and not with_any and name in benchmark.domains:
+                    if records and not with_any and name in benchmark.domains and world == 1:
                         notes.append(f"no {kind} record of {name} has a picture")
     if strategy is not None:
         faults += unfit_for(config, strategy, stage)

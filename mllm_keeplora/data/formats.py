@@ -6,8 +6,10 @@ records. Pure: one row in, one record out; files and folders are the readers' bu
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,10 +34,10 @@ OPTIONS = ("options", "choices", "candidates")  # names that the options of an a
 LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H")
 # Values that are text, whatever they end in.
 TEXTS = {"id", "question_id", "text", "question", "answer", "type", "task", "system", "instruction", "input", "output",
-         "query", "response", "prompt", "completion"}  # fmt: skip
+         "query", "response", "prompt", "completion", "history"}  # fmt: skip
 ENDINGS = r"\.(?:png|jpe?g|webp|bmp|gif|tiff?|jp2|avif|heic)"
 TAG = re.compile(rf"{IMAGE_MARK}|<img>(.*?)</img>", re.DOTALL)  # a mark; a picture named in the text, as Qwen-VL does
-OTHER_TAG = re.compile(rf"<img\s[^>]*src|!\[[^\]]*\]\((?![a-z]+://)[^)]*{ENDINGS}", re.IGNORECASE)
+LABEL = re.compile(r"^\(?[A-H][).:]\s+")  # of an option: "A. ", "(A) "
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Layout:
 
 BY_KEYS = Layout()
 TALKS = ("conversations", "messages")
+OTHER_SHAPES = ({"conversations"}, {"messages"}, {"conversation"}, {"instruction", "output"}, {"query", "response"},
+                {"prompt", "completion"})  # fmt: skip
 
 
 class Fault(ValueError):
@@ -103,8 +107,9 @@ def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -
         Fault: no answer, no identifier, a mark where there is none to be, more than one question.
     """
     row = _object(row)
+    layout = replace(layout, missing_marks="first")  # as the pictures of a `text` record do
     kind = str(row.get("type", row.get("task", "")))  # `task` in CV-Bench
-    is_table = not layout.formatting and "question" in row and not any(key in row for key in TALKS)
+    is_table = not layout.formatting and "question" in row and not any(row.keys() >= shape for shape in OTHER_SHAPES)
     if is_table:
         row = {"text": row["question"], **row}
     if "text" not in row or any(key in row for key in TALKS):
@@ -189,25 +194,25 @@ def _conversation(row: dict) -> tuple[list[Turn], list]:
         for pair in row["conversation"] if isinstance(row["conversation"], list) else [row["conversation"]]:
             if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("human", "assistant")):
                 raise Fault(f"conversation must hold {{human: text, assistant: text}}, got {pair!r}")
-            turns += [Turn("user", pair["human"]), Turn("assistant", pair["assistant"])]
+            turns += [Turn("user", _marked(pair["human"], inside)), Turn("assistant", pair["assistant"])]
     elif "instruction" in row and "output" in row:
         asked = "\n".join(text for key in ("instruction", "input") if (text := _text(row, key)))
-        turns = [*_past(row), Turn("user", asked), Turn("assistant", _text(row, "output"))]
+        turns = [*_past(row, inside), Turn("user", _marked(asked, inside)), Turn("assistant", _text(row, "output"))]
     elif "query" in row and "response" in row:
-        turns = [*_past(row), Turn("user", _text(row, "query")), Turn("assistant", _text(row, "response"))]
+        past, asked = _past(row, inside), _marked(_text(row, "query"), inside)
+        turns = [*past, Turn("user", asked), Turn("assistant", _text(row, "response"))]
     elif "prompt" in row and "completion" in row:
         turns = []
         for key, role in (("prompt", "user"), ("completion", "assistant")):
             is_text = isinstance(row[key], str)
-            turns += [Turn(role, row[key])] if is_text else _turns(row, key, "role", "content", inside)
+            text = _marked(row[key], inside) if is_text and role == "user" else row[key]
+            turns += [Turn(role, text)] if is_text else _turns(row, key, "role", "content", inside)
     elif "question" in row and "answer" in row:
-        turns = [Turn("user", _text(row, "question")), Turn("assistant", _text(row, "answer"))]
+        turns = [Turn("user", _marked(_text(row, "question"), inside)), Turn("assistant", _text(row, "answer"))]
     else:
         raise Fault(f"unknown shape: keys are {sorted(row)}; a record has {SHAPES}")
     if isinstance(row.get("system"), str) and row["system"].strip():
         turns = [Turn("system", row["system"]), *turns]
-    if not inside:  # the text alone says where pictures stand
-        turns = [replace(turn, text=_marked(turn.text, inside)) if turn.role == "user" else turn for turn in turns]
     return turns, inside
 
 
@@ -217,13 +222,13 @@ def _turns(row: dict, key: str, role_key: str, text_key: str, inside: list) -> l
     return [_turn(turn, role_key, text_key, number, inside) for number, turn in enumerate(row[key])]
 
 
-def _past(row: dict) -> list[Turn]:
+def _past(row: dict, inside: list) -> list[Turn]:
     """Read the earlier exchanges of an alpaca or ms-swift record: pairs of question and answer."""
     turns: list[Turn] = []
     for pair in row.get("history") or []:
         if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
             raise Fault(f"history must hold pairs of question and answer, got {pair!r}")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+        turns += [Turn("user", _marked(pair[0], inside)), Turn("assistant", pair[1])]
     return turns
 
 
@@ -232,6 +237,8 @@ def _turn(turn: Any, role_key: str, text_key: str, number: int, inside: list) ->
         role_key, text_key = ("role", "content") if role_key == "from" else ("from", "value")
     role = turn.get(role_key) if isinstance(turn, dict) else None
     content = turn.get(text_key) if isinstance(turn, dict) else None
+    if isinstance(content, str) and role in ("human", "user"):
+        content = _marked(content, inside)
     if isinstance(content, list):
         content = "".join(_part(part, number, inside) for part in content)
     if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
@@ -249,7 +256,7 @@ def _part(part: Any, number: int, inside: list) -> str:
     """Give the text of one part of a turn; an image part is a mark, and `inside` gets its image or None."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+        return _marked(part["text"], inside)
     if kind not in ("image", "image_url"):
         raise Fault(f"turn {number} has a part that is neither text nor image: {part!r}")
     keys = ("image", "path", "url") if kind == "image" else ("image_url",)
@@ -278,11 +285,15 @@ def _in_order(inside: Sequence[Media | None], beside: Sequence[Media]) -> tuple[
 def _images(row: dict) -> list[Media]:
     """Read the pictures that a row names beside its text, under any of the known names."""
     found = {key: row[key] for key in PICTURES if row.get(key) is not None and row[key] not in ("", [])}
+    # Beside a usual name others are often the picture's address, a number or a mark: they matter if they are files.
+    usual = next((key for key in ("images", "image") if key in found), None)
+    found = {key: value for key, value in found.items() if usual in (None, key) or _names_picture(value)}
     read = {
         key: [_image(each) for each in (value if isinstance(value, list) else [value])] for key, value in found.items()
     }
     first = next(iter(read.values()), [])
-    if any(images != first for images in read.values()):
+    names = [{media.path.name for media in images} - {""} for images in read.values()]
+    if any(own != names[0] for own in names if own and names[0]):
         raise Fault(f"{' and '.join(read)} name different pictures; leave one of them")
     return first
 
@@ -316,16 +327,13 @@ def _refuse_what_would_be_dropped(row: dict, turns: Sequence[Turn], images: Sequ
     for key in OTHERS:
         if row.get(key) and row[key] != "[]":
             raise Fault(f"{key} is not supported yet; allowed: images")
-    asked = " ".join(turn.text for turn in turns if turn.role == "user")
     if not images:
         for key, value in row.items():
             if key not in TEXTS and _names_picture(value):
                 told = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
                 raise Fault(f"{key} names a picture, {told}, that would not be shown; call it `image`")
-        if (found := OTHER_TAG.search(asked)) is not None:
-            raise Fault(f"the text names a picture, {found[0]!r}, that would not be shown; name it by `image`")
-    shown = _plain(asked)
-    missing = [option for option in _options(row) if _plain(option) not in shown]
+    shown = _plain(" ".join(turn.text for turn in turns if turn.role != "assistant"))
+    missing = [option for option in _options(row) if _plain(LABEL.sub("", option)) not in shown]
     if missing:
         raise Fault(
             f"option {missing[0]!r} is not in the question, so it would not be shown; write options into the text"
@@ -338,7 +346,10 @@ def _names_picture(value: Any) -> bool:
     if isinstance(value, dict):
         return isinstance(value.get("bytes"), bytes)
     return isinstance(value, bytes) or (
-        isinstance(value, str) and len(value) < 1024 and re.search(rf"{ENDINGS}\s*$", value, re.IGNORECASE) is not None
+        isinstance(value, str)
+        and len(value) < 1024
+        and "://" not in value
+        and re.search(rf"{ENDINGS}\s*$", value, re.IGNORECASE) is not None
     )
 
 
@@ -346,16 +357,30 @@ def _options(row: dict) -> Iterator[str]:
     """Give the options of an answer that a row names, under any of the known names."""
     for key in OPTIONS:
         value = row.get(key)
-        values = value.values() if isinstance(value, dict) else [value] if isinstance(value, str) else value
-        yield from (str(each) for each in values or () if each is not None and str(each).strip())
+        if isinstance(value, str) and value.strip().startswith("["):  # a list that a table keeps as text
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(value.strip())
+        if isinstance(value, str | list | tuple | dict):
+            yield from _leaves(value)
     letters = [row.get(letter) for letter in LETTERS]
     if isinstance(letters[0], str) and isinstance(letters[1], str):
         yield from (each for each in letters if isinstance(each, str) and each.strip())
 
 
+def _leaves(value: Any) -> Iterator[str]:
+    """Give the texts and numbers of a nested value; of a text its lines."""
+    if isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+    elif isinstance(value, str):
+        yield from (line.strip() for line in value.splitlines() if line.strip())
+    elif value is not None:
+        yield str(value)
+
+
 def _plain(text: str) -> str:
-    """Give a text without differences that nobody sees: case and spaces."""
-    return " ".join(text.split()).casefold()
+    """Give the letters and digits of a text, in lower case: what two ways of writing an option share."""
+    return "".join(filter(str.isalnum, text)).casefold()
 
 
 def _with_mark_first(turn: Turn) -> Turn:

@@ -106,7 +106,7 @@ def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Recor
     rows = _saved_rows(path) if path.is_dir() else READERS.get(path.suffix, _json_rows)(path)
     for index, row in enumerate(rows):
         try:
-            record = parse(row, layout)
+            record = _parsed(parse, row, layout)
             record = record if record.id else replace(record, id=str(index))
             if parse is not train_record:
                 if record.id in seen:
@@ -125,6 +125,13 @@ def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Recor
         raise UserError(f"data file {path} is empty: it holds no record")
     if faults:
         raise several(faults, SHOWN, more)
+
+
+def _parsed(parse: Callable[[Any, Layout], Record], row: Any, layout: Layout) -> Record:
+    try:
+        return parse(row, layout)
+    except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise Fault(f"a value is of a kind that nobody expected: {type(error).__name__}: {error}") from error
 
 
 def _saved_rows(path: Path) -> Iterator[dict]:

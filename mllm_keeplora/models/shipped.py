@@ -66,8 +66,9 @@ def hub_id(model: str) -> str | None:
     location = resolve_path(model)
     if not Path(location).is_dir():
         return location
-    cached = [part for part in Path(location).resolve().parts if part.startswith("models--")]
-    return "/".join(cached[-1].split("--")[1:3]) if cached else None
+    parts = Path(location).resolve().parts  # models--OWNER--NAME/snapshots/REVISION
+    is_snapshot = len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--")
+    return "/".join(parts[-3].split("--")[1:]) if is_snapshot else None
 
 
 def prompt_style(config: BaseConfig) -> str:

@@ -81,7 +81,8 @@ def rehearse(settings: TrainConfig) -> None:
     from transformers.integrations.liger import apply_liger_kernel
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(settings, 1.0, Path(folder), 0, None, bf16=False)
+        quiet = settings.model_copy(update={"args": {**settings.args, "push_to_hub": False}})
+        arguments = training_arguments(quiet, 1.0, Path(folder), 0, None, bf16=False)
         try:
             trainer = Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=[{}], data_collator=dict)
             trainer.create_optimizer_and_scheduler(num_training_steps=1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from mllm_keeplora.models import IGNORED
 from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.partition import assign, copy_of, is_partitioned
 from mllm_keeplora.strategies import Strategy
@@ -31,7 +32,8 @@ def answer_loss(
         num_items_in_batch: losses of the whole step; None for those of the micro-batch.
     """
     losses, _ = family.losses(outputs.logits, labels)
-    return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+    count = max(len(losses), 1) if num_items_in_batch is None else num_items_in_batch
+    return losses.sum() / count
 
 
 class DomainTrainer(Trainer):
@@ -60,6 +62,7 @@ class DomainTrainer(Trainer):
         self.batch_size = batch_size
         self.lr_full = lr_full
         self.loss_mean = loss_mean
+        self.supervised = 1  # micro-batches of this step with anything that carries loss, of all processes
         self.tokens: torch.Tensor | None = None  # mean number of supervised tokens of this step's micro-batches
         self.before = parameters_of(context.branches)
         self.looked_at = 0  # micro-batches of this optimizer step whose loss is computed
@@ -69,8 +72,8 @@ class DomainTrainer(Trainer):
         with self.context.base.family.supervised(self.context.branches.base, inputs["labels"]):
             counted = num_items_in_batch if self.loss_mean == "tokens" else None
             loss, outputs = super().compute_loss(model, {**inputs}, True, counted)
-        if counted is None:  # a mean of its own, which the Trainer takes for scaled already
-            loss = loss / self.current_gradient_accumulation_steps
+        if counted is None:  # a mean of its own, which the Trainer takes for scaled already and averages over processes
+            loss = loss * distributed.world_size() / self.supervised
         step = self.step(self.looked_at, self.current_gradient_accumulation_steps)
         extra = self.strategy.extra_loss(self.context, inputs, outputs, step)
         self.looked_at += 1
@@ -116,6 +119,9 @@ class DomainTrainer(Trainer):
             taken[number] = batch
         self.looked_at = 0
         count = self._get_num_items_in_batch(taken, device)  # of all processes
+        if self.loss_mean == "micro_batches":  # those that an epoch's end leaves to no process train nothing
+            own = sum(bool((batch["labels"] != IGNORED).any()) for batch in taken)
+            self.supervised = sum(distributed.gather(own))
         self.tokens = count / (len(taken) * distributed.world_size()) if taken else None
         return taken, count
 

@@ -64,4 +64,6 @@ def test_a_base_is_known_by_its_hub_id_wherever_it_lies(tmp_path):
     snapshot = tmp_path / "models--org--tiny" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     assert hub_id(str(snapshot)) == "org/tiny" and hub_id("llava-1.5-7b") == "llava-hf/llava-1.5-7b-hf"
-    assert hub_id("tiny-llava") is None and hub_id(str(tmp_path)) is None
+    tuned = snapshot.parent.parent / "finetuned"
+    tuned.mkdir()
+    assert hub_id("tiny-llava") is None and hub_id(str(tmp_path)) is None and hub_id(str(tuned)) is None

@@ -95,6 +95,7 @@ def test_records_longer_than_the_bases_positions_are_named_where_no_limit_is_set
     told = faults(config())
     assert "train.json record 0" in told[0] and "the base has places for 128" in told[0]
     assert "test.json record 0" in told[1] and "the base has places for 128, answer included" in told[1]
+    assert "the base has places for 128" in faults(config(train={"max_length": 999}))[0]
     assert "train.max_length allows 100" in faults(config(train={"max_length": 100}))[0]
 
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from mllm_keeplora.adapters import Factors
 from mllm_keeplora.adapters.mixers.mixing import look_at
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.strategies import STRATEGIES
@@ -79,6 +80,21 @@ def test_a_strategy_learns_the_same_in_two_processes_and_in_micro_batches(settin
     found, wanted = (logits(saved, strategy, len(saved.run.finished_units)) for saved in (two, one))
     before = logits(one, strategy, after=0)
     assert (found - wanted).norm() < 1e-3 * (wanted - before).norm()
+
+
+def test_a_mean_of_micro_batches_is_the_same_in_two_processes_of_which_one_has_none_left(settings, tmp_path):
+    """Twelve records in steps of eight, four at a time: the last step of an epoch leaves nothing to one process."""
+    train = {"batch_size": 8, "micro_batch_size": 4, "loss_mean": "micro_batches"}
+    runs, short = [tmp_path / name for name in ("one", "two")], {"eval": {"limit": 2, "zero_shot": False}}
+    one, two = (
+        {**settings(run, ("Alpha",), train=train, **short), "strategy": strategy_of("finetune")} for run in runs
+    )
+    assert run_in_child(one) == 0
+    assert [(end.code, end.err[-4000:] if end.code else "") for end in run_on_two(two, tmp_path)] == [(0, "")] * 2
+    found, wanted = (Factors.load(run / "domains/01_Alpha/adapter") for run in runs)
+    for layer, B in wanted.B.items():
+        assert torch.allclose(found.B[layer], B, atol=1e-4), layer
+        assert B.abs().max() > 1e-3
 
 
 def logits(saved, strategy: str, after: int) -> torch.Tensor:

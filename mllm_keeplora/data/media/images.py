@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
@@ -141,7 +142,7 @@ def _look(media: Media) -> tuple[Size, tuple[str, ...]] | str:
 @contextmanager
 def _opened(media: Media) -> Iterator:
     """Open a picture (PIL), read as far as the caller needs it; what is wrong with it is told with its name."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     path, folder = media.path, media.folder
     try:
@@ -161,8 +162,18 @@ def _opened(media: Media) -> Iterator:
             yield picture
     except UserError:
         raise
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of whatever kind a decoder raises
         raise UserError(f"image {path} cannot be read: {error}") from None
+
+
+@lru_cache(64)
+def _entries(folder: Path) -> dict[str, str]:
+    """Name the entries of a folder by what is alike of them; a listing serves all files that are missing in it."""
+    return {_alike(name): name for name in os.listdir(folder)} if folder.is_dir() else {}
+
+
+def _alike(name: str) -> str:
+    return _composed(name).casefold().strip()
 
 
 def _composed(name: str | Path) -> str:
@@ -178,16 +189,13 @@ def _near(path: Path, folder: Path) -> Path | None:
         Its path below `folder`.
     """
 
-    def alike(name: str) -> str:
-        return _composed(name).casefold().strip()
-
     named = path.relative_to(folder) if path.is_relative_to(folder) else path
     parts = unquote(str(named)).replace("\\", "/").split("/")
     for start in range(len(parts)):
         place: Path | None = folder
         for part in parts[start:]:
-            entries = place.iterdir() if place.is_dir() else ()
-            place = next((each for each in entries if alike(each.name) == alike(part)), None)
+            found = _entries(place).get(_alike(part))
+            place = place / found if found is not None else None
             if place is None:
                 break
         if place is not None and place.is_file():

@@ -11,6 +11,8 @@ from typing import Any
 GROUND = (255, 255, 255)  # what is seen through transparent places
 ORIENTATION = 0x0112  # EXIF and TIFF tag
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+         7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
 PHOTOMETRIC, BITS = 262, 258  # TIFF tags
 WHITE_IS_ZERO = 0
 FULL_SCALE = {"PNG", "PPM", "JPEG2000"}  # formats whose mode I holds 16 bits, from 0 to 65535
@@ -28,15 +30,15 @@ def as_shown(picture: Any) -> tuple[Any, tuple[str, ...]]:
     Raises:
         ValueError: its numbers do not say what is black and what is white.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     done = []
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a phone's second frame is a preview
         done.append(FIRST)
     scale = _scale(picture)  # before loading and turning, which forget what the file says
     picture.load()
-    if orientation(picture) != 1:
-        picture = ImageOps.exif_transpose(picture)
+    if (turn := orientation(picture)) != 1:
+        picture = picture.transpose(Image.Transpose[TURNS[turn]])
         done.append(TURNED)
     if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
         picture = _to_eight_bits(picture, *scale)

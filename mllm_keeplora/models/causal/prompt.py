@@ -138,8 +138,8 @@ class ChatPrompt:
             UserError: images stand in later turns, and what they take together is not what each takes alone.
         """
         total = length - len(self._ids(text))
-        if not any(IMAGE_MARK in turn.text for turn in record.turns):
-            return [total] * len(record.turns)  # all images come before the first question
+        if not any(IMAGE_MARK in turn.text for turn in record.turns[_asked(record) :]):
+            return [total] * len(record.turns)  # all images come before the first answer
         each, widened, shown = [self._widening((size,)) for size in sizes], [], 0
         for turn in record.turns:
             shown += turn.text.count(IMAGE_MARK)
@@ -261,10 +261,14 @@ def _refused(record: Record, sizes: Sequence[tuple[int, int]]) -> Iterator[None]
 
 
 def _control_tokens(processor: Any) -> list[str]:
-    """Name the tokens that a base is controlled by, longest first; the mark of an image is the reader's business."""
-    tokenizer = processor.tokenizer
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    names = {*tokenizer.all_special_tokens, *added, getattr(processor, "image_token", None)}
+    """Name the tokens that make up a base's prompts, longest first; the mark of an image is the reader's business.
+
+    Special tokens of another use, such as those of boxes, may stand in a text.
+    """
+    tokenizer, template = processor.tokenizer, str(getattr(processor, "chat_template", None) or "")
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, getattr(processor, "image_token", None)}
+    names |= {name for name in added if name in template}
     return sorted(
         (name for name in names - {None, "", IMAGE_MARK} if name.strip()), key=lambda name: (-len(name), name)
     )

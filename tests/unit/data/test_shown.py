@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -73,6 +74,13 @@ def test_a_note_that_makes_no_sense_says_nothing(orientation):
     assert pixels(saved(Image.fromarray(UPRIGHT), "PNG", exif=exif)) == UPRIGHT.tolist()
 
 
+def test_a_note_beside_malformed_tags_is_followed():
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + b"\0" * 4
+    media = saved(Image.fromarray(np.ascontiguousarray(STORED[6](UPRIGHT))), "PNG", exif=exif)
+    assert pixels(media) == UPRIGHT.tolist()
+
+
 def test_a_broken_note_says_nothing():
     data = saved(Image.fromarray(UPRIGHT), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff").data
     assert pixels(Media("image", path=None, data=data)) == UPRIGHT.tolist()
@@ -96,8 +104,6 @@ def test_the_highest_value_of_a_picture_is_not_its_white():
 
 def grey_tiff(values: np.ndarray, bits: int, white_is_zero: bool = False) -> Media:
     """A TIFF with one strip of whole numbers, written by hand."""
-    import struct
-
     packed = values.astype("<u2").tobytes()
     if bits == 12:
         stream = "".join(f"{value:012b}" for value in values.flatten())
