@@ -54,7 +54,7 @@ def gold_faults(part: TestSet, records: Sequence[Record]) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ProcessorTrial:
     """Shows records to a base's processor, as a run will: each text, and each size of pictures once.
 
     Attributes:

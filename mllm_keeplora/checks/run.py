@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mllm_keeplora.checks.engine import settings_faults, unfit_for
 from mllm_keeplora.checks.memory import Estimate, estimate
-from mllm_keeplora.checks.records import Shown, gold_faults, load_prompt, mixed_faults
+from mllm_keeplora.checks.records import ProcessorTrial, gold_faults, load_prompt, mixed_faults
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
@@ -119,7 +119,9 @@ def check_run(
                 for sets in (trained, graded)
             ]
             looks = Looks()
-            _look_inside(config, benchmark, prompt and Shown(prompt, looks, anatomy.positions), looks, *own, faults)
+            _look_inside(
+                config, benchmark, prompt and ProcessorTrial(prompt, looks, anatomy.positions), looks, *own, faults
+            )
             # Of a share of the records counts would mislead.
             treated = sorted(looks.treated.items()) if world == 1 else ()
             notes += [f"{count} pictures are {done}" for done, count in treated]
@@ -214,7 +216,7 @@ def _prompt(config: RunConfig, location: str, unseen: list[str]) -> ChatPrompt |
 def _look_inside(
     config: RunConfig,
     benchmark: Benchmark,
-    shown: Shown | None,
+    trial: ProcessorTrial | None,
     looks: Looks,
     trained: dict[str, Sequence[Record]],
     graded: dict[str, Sequence[Record]],
@@ -226,12 +228,12 @@ def _look_inside(
         faults += looks.faults(chain.from_iterable(parts), advance)
     for name, records in graded.items():
         faults.of(faults.extend, gold_faults(benchmark.graded(name), records))
-    for name, records in trained.items() if shown is not None else ():
+    for name, records in trained.items() if trial is not None else ():
         with progress_bar(f"check tokens: {name}", len(records)) as advance:
-            faults.of(faults.extend, shown.training_faults(records, config.train_of(name).max_length, advance))
-    for name, records in graded.items() if shown is not None else ():
+            faults.of(faults.extend, trial.training_faults(records, config.train_of(name).max_length, advance))
+    for name, records in graded.items() if trial is not None else ():
         with progress_bar(f"check questions: {name}", len(records)) as advance:
-            faults.of(faults.extend, shown.question_faults(records, benchmark.graded(name), advance))
+            faults.of(faults.extend, trial.question_faults(records, benchmark.graded(name), advance))
 
 
 def _drawing() -> Callable[[int, int], None]:

@@ -160,7 +160,7 @@ def _opened(media: Media) -> Iterator:
                 raise UserError(f"image {str(name)!r} {what} in {folder or path.parent}{hint}")
         with Image.open(path if media.data is None else io.BytesIO(media.data)) as picture:
             yield picture
-    except UserError:
+    except (UserError, MemoryError):  # too little memory is no fault of the picture
         raise
     except Exception as error:  # of whatever kind a decoder raises
         raise UserError(f"image {path} cannot be read: {error}") from None
@@ -188,7 +188,6 @@ def _near(path: Path, folder: Path) -> Path | None:
     Returns:
         Its path below `folder`.
     """
-
     named = path.relative_to(folder) if path.is_relative_to(folder) else path
     parts = unquote(str(named)).replace("\\", "/").split("/")
     for start in range(len(parts)):

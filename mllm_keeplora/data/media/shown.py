@@ -44,14 +44,12 @@ def as_shown(picture: Any) -> tuple[Any, tuple[str, ...]]:
         picture = _to_eight_bits(picture, *scale)
         done.append(DEEP)
     if picture.has_transparency_data:  # of La and RGBa colours are stored multiplied by it
-        clear = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
-        if clear.getextrema()[3][0] < 255:
-            ground = Image.new("RGBA", clear.size, (*GROUND, 255))
-            ground.alpha_composite(clear)
+        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+        if picture.getextrema()[3][0] < 255:
+            ground = Image.new("RGBA", picture.size, (*GROUND, 255))
+            ground.alpha_composite(picture)
             picture = ground
             done.append(CLEAR)
-        else:
-            picture = clear
     return picture.convert("RGB"), tuple(done)
 
 

@@ -251,9 +251,9 @@ def _refused(record: Record, sizes: Sequence[tuple[int, int]]) -> Iterator[None]
     """Tell what a processor refuses, in whatever way, with the record and its pictures."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # of whatever kind a processor raises
         shown = zip(record.media, sizes, strict=False)
         pictures = ", ".join(f"{media.path.name} of {width} x {height} pixels" for media, (width, height) in shown)
         told = f" ({pictures})" if pictures else ""
