@@ -62,7 +62,7 @@ def settings_faults(config: RunConfig, stage: int | None) -> Iterator[str]:
     try:
         for settings in [config.train, *map(config.train_of, config.per_domain)]:
             training_arguments(settings, settings.epochs or 1.0, Path(config.output_dir), 0, None, bf16=False)
-            if settings.args:
+            if settings.args or settings.schedule not in ("cosine", "linear", "constant"):  # they need nothing more
                 rehearse(settings)
     except UserError as error:
         yield str(error)

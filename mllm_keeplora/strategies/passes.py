@@ -161,6 +161,12 @@ class Passes:
         for batch in self._pass(_chosen(self.data.records, samples), "gradients", 1):
             yield self._gradients(batch)[0]
 
+    def batch_gradients(self, samples: int | float, size: int) -> Iterator[dict[str, Tensor]]:
+        """Give the gradient of a batch's mean loss over answer tokens by trained parameter, of `size` records each."""
+        for batch in self._pass(_chosen(self.data.records, samples), "gradients", size):
+            found, tokens = self._gradients(batch)
+            yield {name: gradient / tokens for name, gradient in found.items()}
+
     def loss_gradients(self, references: Sequence[Reference]) -> dict[str, Tensor]:
         """Give the gradient of training records' mean loss over supervised tokens by trained parameter, dropout off.
 

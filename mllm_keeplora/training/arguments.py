@@ -71,7 +71,7 @@ def training_arguments(
 
 
 def rehearse(settings: TrainConfig) -> None:
-    """Have the Trainer begin a training of one number, so that what it refuses of `train.args` is told first.
+    """Have the Trainer begin a training of one number, so that what it refuses of the settings is told first.
 
     Raises:
         UserError: the Trainer, or what it makes of the arguments (an optimizer, a kernel), refuses them.
@@ -89,7 +89,10 @@ def rehearse(settings: TrainConfig) -> None:
             if arguments.use_liger_kernel:  # else it is asked for when the training starts
                 apply_liger_kernel(trainer.model, arguments.liger_kernel_config)
         except Exception as error:  # of whatever library an argument leads to
-            raise UserError(f"train.args {settings.args}: the Trainer refuses them: {first_line(error)}") from error
+            own = f"train.args {settings.args}, " if settings.args else ""
+            raise UserError(
+                f"{own}train.schedule {settings.schedule!r}: the Trainer refuses them: {first_line(error)}"
+            ) from error
         finally:  # the run's own training starts with a state of its own
             AcceleratorState._reset_state()
             GradientState._reset_state()

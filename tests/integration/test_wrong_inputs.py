@@ -291,6 +291,7 @@ LATE = {
     ),
     "unknown Trainer argument": (["train.args={warp_drive: 9}"], ["warp_drive"]),
     "unknown schedule": (["train.schedule=zigzag"], ["zigzag"]),
+    "schedule that lacks arguments": (["train.schedule=warmup_stable_decay"], ["train.schedule 'warmup_stable_decay'"]),
     "quantization": (["base.quantization=fp3"], ["base.quantization", "fp3", "nf4"]),
     "attention": (["base.attn=flash_attention_2"], ["flash-attn", "sdpa"]),
     "prompt": (["base.prompt=vicuna"], ["base.prompt 'vicuna'"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mllm_keeplora import load_config
-from mllm_keeplora.config import shipped
+from mllm_keeplora.config import StrategyConfig, shipped
 from mllm_keeplora.data import load_benchmark, with_published_epochs
 from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.system import files
@@ -43,3 +43,27 @@ def test_settings_are_the_published_ones(name, tmp_path):
     assert config.adapters.projector == "full" and with_published_epochs(config, benchmark)
     engine = files.read_json(Path(deepspeed_file(config.deepspeed)))
     assert engine["gradient_clipping"] == "auto", "as train.max_grad_norm says"
+
+
+# LAMDA-CL/Prism, config/methods of EWC, replay and O-LoRA: rank, alpha and what else defines the method there.
+PRISM = {
+    ("ewc", "prism"): {
+        "rank": 96,
+        "alpha": 192.0,
+        "strength": 5000.0,
+        "mode": "separate",
+        "samples": 400,
+        "fisher_batch": 8,
+    },
+    ("ewc", "prism-coin"): {"rank": 64, "alpha": 128.0, "strength": 5000.0, "samples": 600, "fisher_batch": 12},
+    ("replay", "prism"): {"rank": 48, "alpha": 96.0, "buffer": 180, "ratio": "epoch"},
+    ("replay", "prism-coin"): {"rank": 64, "alpha": 128.0, "buffer": 180, "ratio": "epoch"},
+    ("olora", "prism"): {"rank": 96 // 6, "alpha": 4.0 * 96 / 6, "lambda1": 0.5, "lambda2": 0.0, "penalty": "l1"},
+    ("olora", "prism-coin"): {"rank": 64 // 8, "alpha": 4.0 * 64 / 8, "lambda1": 0.5, "lambda2": 0.0},
+}
+
+
+@pytest.mark.parametrize(("strategy", "preset"), PRISM)
+def test_presets_prism_are_the_published_ones(strategy, preset):
+    options = build_strategy(StrategyConfig(name=strategy, preset=preset)).options.model_dump()
+    assert {key: options[key] for key in PRISM[strategy, preset]} == PRISM[strategy, preset]

@@ -35,9 +35,13 @@ class Buffered(Strategy):
         # Once and at the end: several epochs count no more than one, and what is drawn is of earlier domains.
         self.buffer.offer(context.domain.index, len(context.data.records), context.rng)
 
-    def drawn(self, step: Step) -> list[tuple[int, int]]:
-        """Draw references for this micro-batch (in `around_step`: this process), maybe none; at least one a step."""
-        count = max(1, round(self.options.ratio * step.records))
+    def drawn(self, step: Step, count: int | None = None) -> list[tuple[int, int]]:
+        """Draw references for this micro-batch (in `around_step`: this process), maybe none.
+
+        All of a step are `count`; without one, as many as `ratio` asks for, at least one.
+        """
+        if count is None:
+            count = max(1, round(self.options.ratio * step.records))
         return [self.buffer.references[place] for place in step.drawn(len(self.buffer), count)]
 
     def state_dict(self) -> dict[str, Tensor]:

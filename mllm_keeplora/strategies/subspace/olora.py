@@ -30,7 +30,8 @@ class OLoRAOptions(StrategyOptions):
 
     The penalty is a sum over layers, so `lambda1` does not carry over to a model with more of them: MCITlib takes 0.05
     for the 224 linear layers of LLaVA-1.5-7B (presets; its implementation is another, see its code). A list gives one
-    number per domain, as the published order of 15 tasks has it.
+    number per domain, as the published order of 15 tasks has it. LAMDA-CL/Prism keeps 0.5 for those layers (`prism` on
+    UCIT, `prism-coin` on CoIN: 96 and 64 columns divided by the domains); its A begins at a deviation of 0.01.
     """
 
     rank: int = Field(8, ge=1)
@@ -55,6 +56,8 @@ class OLoRA(Strategy):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "mllm_dcl": {"rank": 32, "alpha": 64.0, "lambda1": 0.05},
         "ucit": {"rank": 16, "alpha": 32.0, "lambda1": 0.05},
+        "prism": {"rank": 16, "alpha": 64.0, "lambda1": 0.5},
+        "prism-coin": {"rank": 8, "alpha": 32.0, "lambda1": 0.5},
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"parameters"})
     options: OLoRAOptions

@@ -203,6 +203,17 @@ def test_an_image_in_a_later_turn_moves_only_what_follows_it(prompt):
     assert batch["labels"].tolist() == [labelled(ids, len(first), len(first) + 1, len(ids) - 2, len(ids) - 1)]
 
 
+def test_images_before_the_first_answer_may_take_other_tokens_together_than_alone(prompt, monkeypatch):
+    """As LLaVA-OneVision's do: what each takes alone is not asked for, since all come before the first answer."""
+    two = talk(Turn("user", "<image><image>what colour is the square ?"), Turn("assistant", "red"), images=2)
+    plain = prompt.training_batch([two], [[picture(), picture()]], None)
+    monkeypatch.setattr(prompt, "_widening", lambda sizes: 99)
+    assert prompt.training_batch([two], [[picture(), picture()]], None)["labels"].tolist() == plain["labels"].tolist()
+    later = talk(*two.turns, Turn("user", "<image>where is the square ?"), Turn("assistant", "left"), images=3)
+    with pytest.raises(UserError, match=r"^file.json record 7: 3 images take \d+ tokens together, 297 alone$"):
+        prompt.training_batch([later], [[picture()] * 3], None)
+
+
 def test_images_in_both_turns_leave_exactly_the_answers_trained(prompt):
     both = talk(
         Turn("user", "<image>what colour is the square ?"), Turn("assistant", "red"),

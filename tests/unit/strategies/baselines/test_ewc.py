@@ -98,6 +98,21 @@ def test_f_is_the_mean_squared_gradient_of_single_records_where_training_ended(b
     assert context.facts["fisher"]["sum"] == pytest.approx(sum(each.sum() for each in found.values()), rel=1e-4)
 
 
+def test_f_of_batches_squares_the_gradient_of_their_mean_loss_over_tokens(base, tiny_records):
+    """Of six records, evenly spaced, three batches of two; a batch of LAMDA-CL/Prism is one gradient."""
+    strategy, adapters = EWC(EWCOptions(rank=RANK, alpha=ALPHA, samples=6, fisher_batch=2)), adapt(base)
+    context = context_of(base, adapters, tiny_records, 0)
+    open_branch(strategy, context)
+    moved(adapters, 1)
+    strategy.after_domain(context)
+    theta, gradients = adapters.trainable(), []
+    for first in (0, 4, 8):
+        losses = adapters.model(**encode(base, [tiny_records["Alpha"][first + more] for more in (0, 2)])).loss
+        gradients.append(arrays(dict(zip(theta, torch.autograd.grad(losses, list(theta.values())), strict=True))))
+    assert close(arrays(strategy.fisher[0]), ewc.fisher(gradients))
+    assert context.facts["fisher"]["records"] == 3
+
+
 def test_processes_add_up_their_records(base, tiny_records):
     """Five records, three with one process and two with the other."""
     adapters, whole = adapt(base), strategy_of()

@@ -45,8 +45,8 @@ def watch(strategy):
     """Every (optimizer step, references) that the strategy draws from now on."""
     draw, seen = type(strategy).drawn, []
 
-    def drawn(step):
-        seen.append((step.number, draw(strategy, step)))
+    def drawn(step, count=None):
+        seen.append((step.number, draw(strategy, step, count)))
         return seen[-1][1]
 
     strategy.drawn = drawn
@@ -106,6 +106,21 @@ def test_only_earlier_domains_are_replayed_and_a_short_batch_gets_fewer(base, ti
             counts[step] += len(references)
         assert [counts[step] for step in range(6)] == [size // 2 for size in sizes]
     assert {domain for _, references in seen["Gamma"] for domain, _ in references} == {0, 1}
+
+
+def test_an_epoch_replays_as_many_records_as_the_buffer_has(base, tiny_records, tmp_path):
+    strategy, context = second_domain(base, tiny_records, tmp_path, ratio="epoch", buffer=5)
+    seen, epochs = watch(strategy), 200
+    steps = range(epochs * 3)  # twelve records, four a step
+    counts = [len(strategy.drawn(Step(n, BATCH, seed=1), strategy._part(Step(n, BATCH, seed=1), 12))) for n in steps]
+    assert len(seen) == len(counts) and set(counts) == {1, 2} and sum(counts) == pytest.approx(5 * epochs, rel=0.05)
+    few = [strategy._part(Step(n, BATCH, seed=1), 1200) for n in range(1000)]
+    assert set(few) == {0, 1} and sum(few) == pytest.approx(1000 * 5 / 300, rel=0.5), "a step may have none"
+    records = {**tiny_records, "Beta": tiny_records["Beta"][:BATCH]}
+    strategy, context = second_domain(base, records, tmp_path / "whole", ratio="epoch")
+    seen = watch(strategy)
+    fit(strategy, context, tmp_path / "second", **PLAIN)
+    assert sum(len(references) for _, references in seen) == len(strategy.buffer)
 
 
 @pytest.mark.parametrize("places", [1, 2, 3, 8])

@@ -243,4 +243,6 @@ def test_the_registry_builds_it_with_the_published_numbers():
     assert {name: build_strategy(StrategyConfig(name="olora", preset=name)).options.rank for name in OLoRA.presets} == {
         "mllm_dcl": 32,
         "ucit": 16,
+        "prism": 16,
+        "prism-coin": 8,
     }
