@@ -86,7 +86,7 @@ def _publish(kept: Path, predictions: Path, facts: Facts) -> None:
             shutil.copyfile(path, staged / path.name)
         files.write_json(staged / "facts.json", facts)
         if not kept.exists():
-            os.rename(staged, kept)
+            files.put_in_place(staged, kept)
     except OSError as error:
         if not kept.is_dir():  # else another run was faster by a moment
             log.warning("the base's answers are not kept for other runs: %s", error)

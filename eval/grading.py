@@ -62,12 +62,12 @@ def write_graded(
 def stored_figures(predictions: Path) -> dict[str, Any]:
     """Read what `write_graded` left beside a predictions file; empty where nothing is there."""
     path = predictions.with_suffix(FIGURES)
-    return files.read_json(path) if path.is_file() else {}
+    return files.read_json(path) if files.is_there(path) else {}
 
 
 def stored_percent(predictions: Path, part: TestSet) -> float | None:
     """Read a set's score in percent from its predictions file; None where there is none, or it is not graded."""
-    if not predictions.is_file():
+    if not files.is_there(predictions):
         return None
     if part.scorer in SET_SCORERS:
         return stored_figures(predictions).get("percent")
@@ -99,10 +99,14 @@ def strict_percent(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return 100.0 * hits / len(rows)
 
 
+def answer_paths(predictions: Path) -> list[Path]:
+    """Name the files of a set's answers: predictions, figures, what to hand in elsewhere."""
+    return [predictions, predictions.with_suffix(FIGURES), predictions.with_suffix(SUBMISSION)]
+
+
 def answer_files(predictions: Path) -> list[Path]:
-    """List what there is of a set's answers: predictions, figures, what to hand in elsewhere."""
-    paths = (predictions, predictions.with_suffix(FIGURES), predictions.with_suffix(SUBMISSION))
-    return [path for path in paths if path.is_file()]
+    """List what there is of a set's answers."""
+    return [path for path in answer_paths(predictions) if path.is_file()]
 
 
 def answers_to(rows: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> bool:

@@ -16,6 +16,7 @@ from mllm_keeplora.identity import Identity, environment, settings_of
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
 from mllm_keeplora.system import files
+from mllm_keeplora.system.log import log
 
 FORMAT = 1
 
@@ -84,6 +85,8 @@ class Results:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path} does not exist: the run has no results yet")
+        if (path.parent / "run.json").is_file():
+            RunDir(path.parent).load()  # which knows the file's digest
         values = files.read_json(path)
         if values.get("format") != FORMAT:
             raise UserError(f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
@@ -118,7 +121,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
     last: dict[str, list[dict[str, Any]]] = {}
     for name in [*domains, *suites] if run.finished_units else ():
         path = run.folder(run.finished_units[-1]).predictions(name)
-        last[name] = files.read_json_lines(path) if path.is_file() else []
+        last[name] = files.read_json_lines(path) if files.is_there(path) else []
     last = {name: rows for name, rows in last.items() if rows}
     typed = {name: by_type(benchmark, name, {row["id"]: row["score"] for row in rows}) for name, rows in last.items()}
     blind, blind_typed = _blind(run, benchmark, config, domains)
@@ -161,7 +164,11 @@ def _blind(
     run: RunDir, benchmark: Benchmark, config: RunConfig, domains: list[str]
 ) -> tuple[list[float | None], dict[str, dict[str, float]]]:
     """Grade blind answers, also by question type; scores stay as they were where training records are gone."""
-    before = files.read_json(run.results_file) if run.results_file.is_file() else {}
+    try:
+        before = files.read_json(run.results_file) if run.results_file.is_file() else {}
+    except UserError as error:  # it is made again here
+        log.warning("%s", error)
+        before = {}
     percents = dict(zip(before.get("domains", ()), before.get("blind", ()), strict=False))
     typed = dict(before.get("blind_per_type", {}))
     for name in filter(benchmark.has_training, domains):

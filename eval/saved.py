@@ -18,6 +18,7 @@ from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.grading import answers_to, regrade, stored_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import asked_records, chosen_sets, evaluate_named
+from mllm_keeplora.identity import Identity, comparable, differences
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.system import files
@@ -137,10 +138,16 @@ def load_run(path: str | Path) -> SavedRun:
     """Open a run directory for reading.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is no run, or its config is not the one that it was started with.
     """
     run = RunDir(path).load()
-    return SavedRun(run, parse_config(read_yaml(run.config_file), origin=str(run.config_file)))
+    config = parse_config(read_yaml(run.config_file), origin=str(run.config_file))
+    # Where the base is, and what cannot change results, may be edited by hand; a cut file is not filled up by defaults.
+    told = differences(Identity.of_ledger(run.ledger).config, comparable(config), str(run.ledger_file))
+    lines = [line for line in told if not line.startswith(("base.model:", "output:"))]
+    if lines:
+        raise UserError("\n  ".join([f"{run.config_file} is not the run's config any more; starting the run again writes it anew:", *lines]))
+    return SavedRun(run, config)
 
 
 def evaluate(
@@ -187,12 +194,14 @@ def evaluate(
                 f"{benchmark.suites[name].test} another name"
             )
     with saved.run.locked():
+        saved.run.adopt()
         for name in names:
             model = saved.restore(after, asked=name)
             scores[name] = evaluate_named(saved.base, model, benchmark, name, config, folder, keep_journal=True)[
                 "score"
             ]
         forget_journals(folder, names)
+        saved.run.save()
     return scores
 
 
@@ -210,6 +219,7 @@ def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, fl
     saved = run if isinstance(run, SavedRun) else load_run(run)
     benchmark, changed = saved.benchmark, []
     with saved.run.locked():
+        saved.run.adopt()
         for unit in [BASE_UNIT, *saved.run.finished_units]:
             for name in saved.names:
                 path, part = saved.run.folder(unit).predictions(name), benchmark.graded(name)
@@ -226,6 +236,7 @@ def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, fl
                 part["sha256"][key] = digest_now
                 saved.run.note(f"{name} is graded by {path} as it is now")
                 log.info("%s: %s has changed; the run is graded by it from now on", name, path)
+        saved.run.save()
     return changed
 
 

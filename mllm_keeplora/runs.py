@@ -1,18 +1,23 @@
 """The run directory: the only code that builds its paths, and the ledger of stages that are done.
 
-A stage leaves its artefacts first and is then entered in `run.json`; a process killed at any moment loses at most the
-stage it was in. Knows no model and no strategy.
+A stage leaves its artefacts first and is then entered in `run.json`, with the digests of all that it left; a process
+killed at any moment loses at most the stage it was in, and a file that rots is noticed when it is read. Knows no model
+and no strategy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,22 @@ from typing_extensions import TypedDict
 
 from mllm_keeplora.errors import UserError, several, validation_faults
 from mllm_keeplora.system import distributed, files, watch
+from mllm_keeplora.system.log import log
+from mllm_keeplora.system.proofs import PROOFS, Proofs, digest
 
 FORMAT = 1
+# Which stage leaves a file, by its path in the run directory; first in `gradient.json`, to which later ones add.
+LEAVES = {
+    r"prepare/.*": "prepare",
+    r"domains/(?P<unit>[^/]+)/(init\.safetensors|gradient\.json)": "{unit}/gradient",
+    r"domains/(?P<unit>[^/]+)/(adapter/.*|projector\.safetensors|checkpoints/finished\.safetensors)": "{unit}/train",
+    r"domains/(?P<unit>[^/]+)/(basis|strategy|mixer)\.safetensors": "{unit}/consolidate",
+    r"domains/(?P<unit>[^/]+)/manifest\.json": "{unit}/consolidate",
+    r"domains/(?P<unit>[^/]+)/diagnostics\.json": "{unit}/diagnose",
+    r"domains/(?P<unit>[^/]+)/predictions/(?P<set>.+?)(\.figures\.json|(\.submit)?\.jsonl)": "{unit}/evaluate/{set}",
+    r"results\.json|report\.html": "report",
+    r"config\.yaml": "opening",
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +118,7 @@ class Ledger(BaseModel):
     domains: list[SetEntry]
     units: list[Unit]
     suites: list[SetEntry]
+    artefacts: dict[str, str] | None = None  # path in the run directory -> sha256; None in runs of older versions
 
     @property
     def sets(self) -> dict[str, SetEntry]:
@@ -140,9 +160,14 @@ class DomainDir:
 
 
 class RunDir:
-    """Knows a run's folder and, once created or loaded, its ledger."""
+    """Knows a run's folder and, once created or loaded, its ledger.
+
+    Attributes:
+        is_proven: whether the ledger was read as it had been written.
+    """
 
     ledger_file = Within("run.json")
+    ledger_copy = Within("run.copy.json")
     config_file = Within("config.yaml")
     log_file = Within("log.txt")
     results_file = Within("results.json")
@@ -152,6 +177,7 @@ class RunDir:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.ledger: Ledger
+        self.is_proven = True
 
     def folder(self, unit: Unit) -> DomainDir:
         return DomainDir(self.path / "domains" / unit.key)
@@ -176,32 +202,103 @@ class RunDir:
             UserError: the folder is no run, or its ledger is damaged or of another format.
         """
         if not self.exists():
-            raise UserError(f"{self.path} is not a run directory: it has no run.json")
-        entered = files.read_json(self.ledger_file)
-        if entered.get("format") != FORMAT:
-            raise UserError(f"{self.ledger_file} has format {entered.get('format')!r}; this version reads {FORMAT}")
+            raise UserError(f"{self.path} is not a run directory: it has no run.json{self._rebuilding()}")
         try:
-            self.ledger = Ledger.model_validate(entered)
-        except ValidationError as error:
-            raise several(validation_faults(error, str(self.ledger_file), Ledger)) from None
+            self.ledger, self.is_proven = read_ledger(self.ledger_file)
+        except UserError as error:
+            raise UserError(f"{error}{self._rebuilding()}") from None
+        if not self.is_proven:
+            log.warning("%s was changed since the run wrote it, or is damaged", self.ledger_file)
+        self._know_artefacts()
         return self
+
+    def rebuild(self) -> RunDir:
+        """Make a damaged ledger again from its copy; which artefacts prove themselves is for `faults` to tell.
+
+        Raises:
+            UserError: the copy is lost or damaged, too.
+        """
+        self.ledger, self.is_proven = read_ledger(self.ledger_copy)
+        if not self.is_proven:
+            raise UserError(f"{self.ledger_copy} is damaged, too; start the run anew in another `output`")
+        self._know_artefacts()
+        self.note("the ledger was made again from its copy")
+        return self
+
+    def _rebuilding(self) -> str:
+        return f"; `inspect {self.path} --rebuild` makes it again from its copy" if self.ledger_copy.is_file() else ""
 
     def refuse_foreign_content(self) -> None:
         """Refuse a new run's folder that holds more than what a run killed at its very start left."""
         ours = {".lock", "log.txt", "domains", "prepare"}
         entries = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if any(name not in ours and not (name.startswith("run.json.") and name.endswith(".tmp")) for name in entries):
-            raise UserError(f"output folder {self.path} is not empty and holds no run; choose another `output`")
+            raise UserError(
+                f"output folder {self.path} is not empty and holds no run; choose another `output`{self._rebuilding()}"
+            )
 
     def create(self, ledger: Ledger) -> None:
         """Start a new run with its first ledger."""
         self.refuse_foreign_content()
         self.ledger = ledger
+        self._know_artefacts()
         self.save()
 
     def save(self) -> None:
+        """Write the ledger and its copy, with the digest of their content."""
         if distributed.is_main():
-            files.write_json(self.ledger_file, self.ledger.model_dump())
+            entered = self.ledger.model_dump()
+            for path in (self.ledger_file, self.ledger_copy):
+                files.write_json(path, {**entered, "sha256": _digest_of(entered)})
+
+    def _know_artefacts(self) -> None:
+        """From now on compare what is read below the folder, and enter what is written."""
+        if not distributed.is_main() or self.ledger.artefacts is None:
+            return
+        folder = Path(os.path.abspath(self.path))
+        before = PROOFS.get(folder)
+        proofs = Proofs(folder, self.ledger.artefacts, lambda name: stage_of(name) is not None, self.save, self.remedy)
+        PROOFS[folder] = proofs if before is None else replace(proofs, seen=before.seen)
+
+    def adopt(self) -> None:
+        """Take the digests of a run that has none, of an older version, from its files as they are now."""
+        if self.ledger.artefacts is not None:
+            return
+        done = {*self.ledger.stages, "report", "opening"}
+        paths = {path.relative_to(self.path).as_posix(): path for path in self.path.rglob("*") if path.is_file()}
+        self.ledger.artefacts = {name: digest(path) for name, path in paths.items() if stage_of(name) in done}
+        self._know_artefacts()
+        told = f"digests of {len(self.ledger.artefacts)} files are kept from now on; what they were before is not known"
+        self.note(told)
+        log.info("%s: %s", self.path, told)
+
+    def faults(self) -> list[tuple[str, str]]:
+        """Compare all artefacts with their digests: names of those that are lost or changed, and what is wrong."""
+        proofs = PROOFS.get(Path(os.path.abspath(self.path)))
+        told = [(name, proofs.fault(name)) for name in sorted(self.ledger.artefacts or ())] if proofs else []
+        return [(name, fault) for name, fault in told if fault is not None]
+
+    def remedy(self, name: str) -> str:
+        """Say how an artefact can be made again."""
+        stage = stage_of(name)
+        if stage == "report":
+            return f"`report {self.path}` makes it again"
+        if stage == "opening":
+            return "the run writes it again when it is continued"
+        if stage not in self.ledger.stages:  # of a file of one's own
+            return "`eval --suite` asks its questions again"
+        later = "" if is_leaf(stage) else ", and all that came later with it"
+        return f"`run ... --redo {stage}` makes it again{later}"
+
+    def forget(self, folder: Path) -> None:
+        """Remove a folder that nothing needs any more, and what is known of its files."""
+        within = folder.relative_to(self.path).as_posix() + "/"
+        gone = [name for name in self.ledger.artefacts or () if name.startswith(within)]
+        for name in gone:
+            del self.ledger.artefacts[name]
+        if gone:
+            self.save()
+        shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -268,6 +365,39 @@ class RunDir:
 
     def peak_memory_bytes(self) -> int:
         return max((entry["peak_memory_bytes"] for entry in self.ledger.stages.values()), default=0)
+
+
+def read_ledger(path: Path) -> tuple[Ledger, bool]:
+    """Read a ledger, and whether it is as it was written; older ones do not tell.
+
+    Raises:
+        UserError: it is damaged or of another format.
+    """
+    entered = files.read_json(path)
+    if entered.get("format") != FORMAT:
+        raise UserError(f"{path} has format {entered.get('format')!r}; this version reads {FORMAT}")
+    told = entered.pop("sha256", None)
+    try:
+        return Ledger.model_validate(entered), told in (None, _digest_of(entered))
+    except ValidationError as error:
+        raise several(validation_faults(error, str(path), Ledger)) from None
+
+
+def _digest_of(entered: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entered, sort_keys=True).encode()).hexdigest()
+
+
+def stage_of(name: str) -> str | None:
+    """Name the stage that leaves a file, by its path in the run directory; None for what is no artefact."""
+    for pattern, stage in LEAVES.items():
+        if match := re.fullmatch(pattern, name):
+            return stage.format(**match.groupdict())
+    return None
+
+
+def is_leaf(stage: str) -> bool:
+    """Whether no other stage rests on it: what was measured, not learnt."""
+    return stage.split("/")[1:2] in (["diagnose"], ["evaluate"])
 
 
 def peak_memory_bytes() -> int:

@@ -32,18 +32,21 @@ from mllm_keeplora.stages.learner import Learner
 from mllm_keeplora.stages.opening import open_run
 from mllm_keeplora.stages.prepare import prepare
 from mllm_keeplora.stages.report import report
-from mllm_keeplora.stages.train import discard_checkpoints, train
+from mllm_keeplora.stages.train import train
 from mllm_keeplora.system import distributed, watch
 from mllm_keeplora.system.log import log, start_logging
 from mllm_keeplora.training.deepspeed import deepspeed_file
 
 
-def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: int | None = None) -> Results:
+def run_sequence(
+    config: RunConfig, from_run: str | Path | None = None, after: int | None = None, redo: str | None = None
+) -> Results:
     """Run a whole sequence, or continue it; give its results, which are also in the run directory.
 
     Args:
         config: from `load_config`.
         from_run, after: start from another run's state after its first `after` domains.
+        redo: a stage of the run that is there, to go back to: it and what rests on it are done again.
 
     Raises:
         UserError: a fault of config, data, base, or of the run directory; nothing was started or changed.
@@ -58,7 +61,7 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
             log.warning("%s", note)
         with RunDir(config.output_dir).locked():
             parent = Path(from_run) if from_run is not None else None
-            run = distributed.main_first(lambda: open_run(config, checked, parent, after))
+            run = distributed.main_first(lambda: open_run(config, checked, parent, after, redo))
             start_logging(run.log_file)
             # The ledger has compared what was asked; published epochs are filled in for the stages alone.
             return _run_stages(with_published_epochs(config, checked.benchmark), run, checked)
@@ -82,7 +85,7 @@ def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:
         run.once(f"{unit.key}/gradient", partial(gradient, learner, unit))
         run.once(f"{unit.key}/train", partial(train, learner, unit))
         run.once(f"{unit.key}/consolidate", partial(consolidate, learner, unit))
-        discard_checkpoints(learner, unit)
+        run.forget(run.folder(unit).checkpoints)
         if config.diagnostics.samples:
             run.once(f"{unit.key}/diagnose", partial(diagnose, learner, unit))
         evaluate(learner, unit)

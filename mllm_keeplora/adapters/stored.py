@@ -114,7 +114,7 @@ def stored_files(run: RunDir, units: list[Unit]) -> dict[str, list[Path]]:
     """
     adapters, projectors = _standing(run, units)
     weights = [path / name for path in adapters for name in ("adapter_config.json", "adapter_model.safetensors")]
-    bases = [run.kept_by_prepare, *(run.folder(unit).basis for unit in units)] if run.kept_by_prepare.is_file() else []
+    bases = [run.kept_by_prepare, *(run.folder(unit).basis for unit in units)]
     last = [run.folder(unit) for unit in units[-1:]]
     found = {
         "answering": weights + projectors + [folder.mixer for folder in last],
@@ -140,7 +140,7 @@ def _standing(run: RunDir, units: list[Unit]) -> tuple[list[Path], list[Path]]:
 
 def _manifest(run: RunDir, unit: Unit) -> dict[str, Any]:
     path = run.folder(unit).manifest
-    if not path.is_file():
+    if not files.is_there(path):
         raise UserError(f"{run.path} has not finished {unit.name}: {path.name} is missing")
     manifest = files.read_json(path)
     if manifest["combine"] not in COMBINE:
@@ -187,7 +187,9 @@ def _kept(run: RunDir, units: list[Unit]) -> dict[str, tuple[Tensor, list[int]]]
     """Columns of every kept basis, and for each the number of the unit that added it (0: before the first)."""
     import torch
 
-    if not run.kept_by_prepare.is_file():
+    if not files.is_there(run.kept_by_prepare):
+        if run.is_done("prepare"):  # which leaves one in any case
+            raise UserError(f"{run.kept_by_prepare} is missing; {run.remedy('prepare/basis.safetensors')}")
         return {}
     found = {name: (each, [0] * each.shape[1]) for name, each in files.read_tensors(run.kept_by_prepare).items()}
     for number, unit in enumerate(units, start=1):

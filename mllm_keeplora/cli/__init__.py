@@ -35,6 +35,9 @@ def run(
     overrides: Overrides = None,
     from_run: Annotated[Path | None, typer.Option("--from", help="start from the state of another run")] = None,
     after: Annotated[int | None, typer.Option(help="with --from: after so many of its domains")] = None,
+    redo: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="go back to a stage, e.g. 02_Med/train, and on from there")
+    ] = None,
 ) -> None:
     """Run a whole sequence; the same command continues an interrupted run.
 
@@ -52,7 +55,7 @@ def run(
     from mllm_keeplora.sequence import run_sequence
     from mllm_keeplora.system.distributed import is_main
 
-    results = run_sequence(loaded, from_run=from_run, after=after)
+    results = run_sequence(loaded, from_run=from_run, after=after, redo=redo)
     if is_main():
         _show(results_table(results.to_dict()))
         typer.echo(f"\nresults  {loaded.output_dir}/results.json\nreport   {loaded.output_dir}/report.html")
@@ -107,7 +110,11 @@ def export(
 
 
 @app.command()
-def inspect(run: Run) -> None:
+def inspect(
+    run: Run,
+    verify: Annotated[bool, typer.Option("--verify", help="compare every file with what the run has written")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="make a damaged run.json again, then verify")] = False,
+) -> None:
     """Show what a run did to its model: room left, gradient split, leak, interference, overlap.
 
     Example: mllm-keeplora inspect runs/mini_dcl
@@ -117,10 +124,36 @@ def inspect(run: Run) -> None:
     from mllm_keeplora.report.render.diagnostics import inspection
     from mllm_keeplora.runs import RunDir
 
+    if verify or rebuild:
+        _verify(run, rebuild)
+        return
     units = unit_facts(RunDir(run).load())
     if not units:
         raise UserError(f"{run} has finished no domain yet: there is nothing to inspect")
     _show(inspection(units))
+
+
+def _verify(folder: Path, rebuild: bool) -> None:
+    """Compare a run's files with their digests; exit code 1 where one is lost or changed."""
+    from mllm_keeplora.runs import RunDir
+    from mllm_keeplora.system.log import start_logging
+
+    start_logging()
+    run = RunDir(folder)
+    if rebuild:
+        with run.locked():
+            run.rebuild()
+    else:
+        run.load()
+    if run.ledger.artefacts is None:
+        typer.echo(f"{folder} is of an older version and has no digests; they are taken when it is next written to")
+        return
+    faults = run.faults()
+    for name, fault in faults:
+        typer.echo(f"{fault}; {run.remedy(name)}")
+    if faults or not run.is_proven:
+        raise typer.Exit(1)
+    typer.echo(f"{len(run.ledger.artefacts)} files are what the run has written")
 
 
 @app.command()

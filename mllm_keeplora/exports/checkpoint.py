@@ -53,10 +53,10 @@ def export(
     past = past_of(saved.run, saved.first(after), domain)
     learnt = past.merged("a merged checkpoint" if form == "merged" else "an adapter for plain peft")
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # renamed when all is there
-    part.mkdir(parents=True)
+    files.make_folder(part)
     try:
         (_merged if form == "merged" else _adapter)(saved, after, *learnt, part)
-        part.rename(folder)
+        files.put_in_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -24,10 +24,12 @@ def refresh_results(saved: SavedRun) -> Results:
     """Collect a run's results from its predictions again; rewrites results.json and report.html."""
     benchmark = saved.benchmark
     with saved.run.locked():
+        saved.run.adopt()
         results = collect_results(saved.run, benchmark, saved.config)
         if distributed.is_main():
             results.save()
             write_report(saved.run, results, benchmark)
+            saved.run.save()
     return results
 
 
@@ -36,7 +38,7 @@ def unit_facts(run: RunDir) -> list[UnitFacts]:
     return [
         UnitFacts(
             unit.name,
-            *(files.read_json(path) if path.is_file() else {} for path in (folder.gradient, folder.diagnostics)),
+            *(files.read_json(path) if files.is_there(path) else {} for path in (folder.gradient, folder.diagnostics)),
         )
         for unit in run.finished_units
         for folder in (run.folder(unit),)
@@ -51,7 +53,7 @@ def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = 3) -> list[W
     folder = run.folder(run.finished_units[-1])
     for name in benchmark.domains:
         path = folder.predictions(name)
-        if not path.is_file():
+        if not files.is_there(path):
             continue
         wrong = [row for row in files.read_json_lines(path) if row["score"] is not None and row["score"] < 1][:samples]
         shown = {row["id"] for row in wrong}

@@ -91,7 +91,9 @@ class Learner:
         if self.state_after != state_after:
             self.kept = kept_of(self.run, self.units[:state_after])
             state = self.run.folder(self.units[state_after - 1]).strategy if state_after else None
-            self.strategy.load_state_dict(files.read_tensors(state) if state is not None and state.is_file() else {})
+            self.strategy.load_state_dict(
+                files.read_tensors(state) if state is not None and files.is_there(state) else {}
+            )
             self.state_after = state_after
 
     def invalidate(self) -> None:
@@ -111,7 +113,7 @@ class Learner:
         folder = self.run.folder(unit)
         self.adapters.open(Branch.load(folder.init))
         if trained:
-            full = files.read_tensors(folder.projector) if folder.projector.is_file() else {}
+            full = files.read_tensors(folder.projector) if files.is_there(folder.projector) else {}
             self.adapters.load(Factors.load(folder.adapter), full)
             if self.adapters.mixer is not None:
                 self.adapters.mixer.load_state_dict(load_mixer(folder.trained_mixer).state_dict())

@@ -11,26 +11,37 @@ from mllm_keeplora.checks.run import Checked
 from mllm_keeplora.config import RunConfig, as_yaml, flatten, read_yaml
 from mllm_keeplora.data import Benchmark, Domain
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval.grading import answer_paths
 from mllm_keeplora.identity import Identity, comparable, differences, environment
-from mllm_keeplora.runs import BASE_UNIT, Ledger, RunDir, now
+from mllm_keeplora.runs import BASE_UNIT, Ledger, RunDir, StageEntry, now, stage_of
+from mllm_keeplora.stages.redo import redo
 from mllm_keeplora.stages.units import plan_units
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.plugins import version_of
+from mllm_keeplora.system.proofs import prove
 
 ANSWERS = re.compile(r"(?P<name>.+?)(\.figures\.json|(\.submit)?\.jsonl)")  # files of a set's answers
 MAY_DIFFER_FROM_PARENT = ("name:", "seed:", "eval.domains:", "eval.zero_shot:")
 
 
-def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, after: int | None = None) -> RunDir:
+def open_run(
+    config: RunConfig,
+    checked: Checked,
+    parent: Path | None = None,
+    after: int | None = None,
+    stage: str | None = None,
+) -> RunDir:
     """Create the run directory or accept the one that is there; afterwards `run.ledger` describes this run.
 
     Args:
         config, checked: the config and what it resolves to; `checked.benchmark` gains inherited domains.
         parent, after: start from the state of another run after its first `after` domains.
+        stage: of the run that is there, to go back to.
 
     Raises:
-        UserError: the folder holds another run (the difference is shown), or the parent does not fit.
+        UserError: the folder holds another run (the difference is shown), or the parent does not fit; the stage is not
+            done.
     """
     run = RunDir(config.output_dir)
     source = RunDir(parent).load() if parent is not None else None
@@ -46,6 +57,10 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
         if inherited is not None:
             _inherit_definitions(checked.benchmark, run.ledger.domains[: inherited["after"]])
         _accept(run, config, checked, Identity.of_config(config, checked.benchmark, checked.base_fingerprint))
+        if stage is not None:
+            redo(run, stage)
+    elif stage is not None:
+        raise UserError(f"--redo {stage}: there is no run in {run.path} yet")
     else:  # new: the ledger is written last, so that a start which is killed leaves no run
         if source is not None:
             _fits_parent(source, config, checked, after)
@@ -54,7 +69,7 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
         ledger = _first_ledger(config, checked, identity, source, after or 0)
         if source is not None:
             names = Identity.of_ledger(source.ledger).graded_like(Identity.of_ledger(ledger))
-            ledger.stages = _inherit_state(source, run, after, names)
+            ledger.stages, ledger.artefacts = _inherit_state(source, run, after, names)
         run.create(ledger)
     if distributed.is_main():
         files.write_text(run.config_file, as_yaml(config.resolved()))
@@ -82,6 +97,7 @@ def _first_ledger(config: RunConfig, checked: Checked, identity: Identity, sourc
         domains=[*inherited, *identity.domains[after:]],
         units=plan_units(list(checked.benchmark.domains), checked.strategy.stream),
         suites=list(identity.suites),
+        artefacts={},
     )
 
 
@@ -108,10 +124,15 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
         log.warning("plugin changed: %s", line)
     ledger.plugins = plugins
     _forget_lost_answers(run)
+    run.adopt()
     run.save()
     # Keys that cannot change results may differ; that they did is noted.
     asked, defining = flatten(config.resolved()), config.result_defining()
-    before = flatten(read_yaml(run.config_file)) if run.config_file.is_file() else asked
+    try:
+        before = flatten(read_yaml(run.config_file)) if files.is_there(run.config_file) else asked
+    except UserError as error:
+        log.warning("%s", error)
+        before = asked
     for line in differences(before, asked, "before"):
         if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):
             run.note(f"runtime key changed: {line}")
@@ -125,6 +146,8 @@ def _forget_lost_answers(run: RunDir) -> None:
             answers = run.folder(unit).predictions(stage.split("/")[2])
             if not answers.is_file():
                 del run.ledger.stages[stage]
+                for path in answer_paths(answers):
+                    (run.ledger.artefacts or {}).pop(path.relative_to(run.path).as_posix(), None)
                 run.note(f"{answers} is gone; {stage} is to be done again")
                 log.warning("%s is gone: the questions are asked again", answers)
 
@@ -159,11 +182,19 @@ def _inherit_definitions(benchmark: Benchmark, inherited: list[dict[str, Any]]) 
     benchmark.domains = {**before, **{name: benchmark.domains[name] for name in own if name not in before}}
 
 
-def _inherit_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> dict[str, Any]:
-    """Copy what base and inherited units left, so that the parent is not needed afterwards; give their ledger entries.
+def _inherit_state(
+    source: RunDir, run: RunDir, after: int, names: set[str]
+) -> tuple[dict[str, StageEntry], dict[str, str]]:
+    """Copy what base and inherited units left, so that the parent is not needed afterwards.
 
     Args:
         names: domains and suites whose evaluations are inherited.
+
+    Returns:
+        Their stages and artefacts, for the ledger.
+
+    Raises:
+        UserError: an artefact of the parent is lost or changed; nothing is copied then.
     """
     units = [BASE_UNIT, *source.units[:after]]
 
@@ -172,17 +203,24 @@ def _inherit_state(source: RunDir, run: RunDir, after: int, names: set[str]) -> 
         answers = filter(None, map(ANSWERS.fullmatch, entries))
         return unfinished | {match.string for match in answers if match["name"] not in names}
 
-    if distributed.is_main():
-        run.refuse_foreign_content()
-        folders = {source.kept_by_prepare.parent: run.kept_by_prepare.parent}
-        folders |= {source.folder(unit).path: run.folder(unit).path for unit in units}
-        for before, now in folders.items():
-            if before.is_dir():
-                shutil.copytree(before, now, ignore=passed_over, dirs_exist_ok=True)
     kept, keys = {}, {unit.key for unit in units}
     for stage, entry in source.ledger.stages.items():
         unit, _, rest = stage.partition("/")
         kind, _, graded = rest.partition("/")
         if stage == "prepare" or (unit in keys and (kind != "evaluate" or graded in names)):
             kept[stage] = entry
-    return kept
+    known = source.ledger.artefacts or {}
+    artefacts = {name: known[name] for name in known if stage_of(name) in kept}
+    if distributed.is_main():
+        run.refuse_foreign_content()
+        for name in artefacts:
+            prove(source.path / name)
+        folders = {source.kept_by_prepare.parent: run.kept_by_prepare.parent}
+        folders |= {source.folder(unit).path: run.folder(unit).path for unit in units}
+        for before, now in folders.items():
+            if before.is_dir():
+                files.make_folder(now.parent)
+                shutil.copytree(before, now, ignore=passed_over, dirs_exist_ok=True)
+                files.flush_all(now)
+                files.flush(now.parent)
+    return kept, artefacts

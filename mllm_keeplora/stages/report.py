@@ -16,5 +16,6 @@ def report(learner: Learner) -> Results:
     if distributed.is_main():
         results.save()
         write_report(run, results, benchmark)
+        run.save()
     distributed.barrier()
     return results

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from typing import Any
 
 from mllm_keeplora.adapters.mixers import save_mixer
@@ -65,9 +64,3 @@ def train(learner: Learner, unit: Unit) -> dict[str, Any]:
         distributed.barrier()
         learner.invalidate()
     return facts
-
-
-def discard_checkpoints(learner: Learner, unit: Unit) -> None:
-    """Remove a unit's checkpoints, once the ledger says that nothing needs them."""
-    if distributed.is_main():
-        shutil.rmtree(learner.run.folder(unit).checkpoints, ignore_errors=True)

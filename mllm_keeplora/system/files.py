@@ -1,4 +1,7 @@
-"""Files that are whole or absent: every artefact is written under a temporary name, flushed to disk, then renamed."""
+"""Files that are whole or absent: every artefact is written under a temporary name, flushed to disk, then renamed.
+
+A name outlives a power cut once its folder is flushed, and the folder's own name once the folder above is.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.system.proofs import proofs_of, prove
 
 EDGE = 1 << 20  # bytes of either end of a file that `digest_ends` reads
 NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
@@ -17,21 +21,60 @@ NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
+        flush(temporary)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    proofs, name = proofs_of(path)
+    if proofs is not None:
+        proofs.replacing(name)
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    flush(path.parent)
+    if proofs is not None:
+        proofs.written(name)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, so that they outlive a power cut."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file's content, or a folder's names, to disk; every such flush passes through here."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def flush_all(folder: Path) -> None:
+    """Flush whatever is below a folder, and the folder itself."""
+    for path in folder.rglob("*"):
+        flush(path)
+    flush(folder)
+
+
+def put_in_place(part: Path, folder: Path) -> None:
+    """Give a finished folder its name, which it has whole or not at all."""
+    flush_all(part)
+    os.rename(part, folder)
+    flush(folder.parent)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file; a UserError where one is known to have been (`proofs`)."""
+    if not path.is_file():
+        prove(path)
+        return False
+    return True
 
 
 def cache_folder() -> Path:
@@ -58,6 +101,7 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON; here, as in all that read, a UserError names a file that is missing or not readable."""
+    prove(path)
     with _named(path, NO_JSON, "it is not readable JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -72,6 +116,7 @@ def read_json_lines(path: Path) -> list[dict]:
 
 def read_lines(path: Path) -> list[str]:
     """Cut at line feeds alone: `str.splitlines` would also cut at separators inside a model's answer."""
+    prove(path)
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -90,6 +135,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    prove(path)
     with _named(path, SafetensorError):
         return load_file(path)
 
@@ -98,6 +144,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Read what `write_tensors` was given beside the tensors."""
     from safetensors import SafetensorError, safe_open
 
+    prove(path)
     with _named(path, SafetensorError), safe_open(path, "pt") as stored:
         return stored.metadata() or {}
 

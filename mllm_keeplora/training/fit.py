@@ -60,7 +60,7 @@ def fit_domain(
         loss_mean=settings.loss_mean,
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(Path(arguments.output_dir), identity)
+    checkpoint = distributed.from_main(last_checkpoint(Path(arguments.output_dir), identity))
     read_training_state(strategy, Path(checkpoint) / STATE if checkpoint else None)
     steps = math.ceil(len(context.data.records) / settings.batch_size * epochs)
     steps = arguments.max_steps if arguments.max_steps > 0 else steps

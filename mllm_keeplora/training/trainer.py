@@ -19,7 +19,7 @@ from mllm_keeplora.strategies.context import Context, Step
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.training.deepspeed import parameters_of
 from mllm_keeplora.training.order import FilledSampler
-from mllm_keeplora.training.state import COMPLETE, STATE, WEIGHTS, write_training_state
+from mllm_keeplora.training.state import STATE, WEIGHTS, complete_checkpoint, write_training_state
 
 
 def answer_loss(
@@ -169,10 +169,11 @@ class DomainTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        files.flush_all(folder)  # what this process has written
         distributed.barrier()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            files.write_json(folder / COMPLETE, self.identity)
+            complete_checkpoint(folder, self.identity)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         stored = files.read_tensors(Path(resume_from_checkpoint) / WEIGHTS)
