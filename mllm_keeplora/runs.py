@@ -312,7 +312,7 @@ class RunDir:
             return
         import fcntl
 
-        self.path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.path)
         with open(self.path / ".lock", "a+", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

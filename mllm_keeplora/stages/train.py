@@ -31,6 +31,7 @@ def train(learner: Learner, unit: Unit) -> dict[str, Any]:
     context = learner.context(unit, "train", records)
     bf16 = compute_dtype(config.base.dtype).itemsize == 2
     engine, world = deepspeed_file(config.deepspeed), distributed.world_size()
+    files.make_folder(folder.checkpoints)  # one that the Trainer makes would not outlive a power cut
     arguments = training_arguments(settings, epochs, folder.checkpoints, context.seed, engine, bf16)
     identity = {  # facts that a checkpoint must share with a training that goes on from it
         "config": run.ledger.config,
