@@ -8,7 +8,6 @@ it is continued, as far as the base's answers depend on it, and of where it runs
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid

@@ -15,7 +15,7 @@ from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
 from mllm_keeplora.data.readers import READERS, digest
 from mllm_keeplora.errors import UserError, known
-from mllm_keeplora.eval.grading import answers_to, regrade, stored_percent
+from mllm_keeplora.eval.grading import answer_files, answers_to, regrade, stored_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import asked_records, chosen_sets, evaluate_named
 from mllm_keeplora.identity import Identity, comparable, differences
@@ -23,6 +23,7 @@ from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
+from mllm_keeplora.system.proofs import accept
 
 
 @dataclass
@@ -146,7 +147,11 @@ def load_run(path: str | Path) -> SavedRun:
     told = differences(Identity.of_ledger(run.ledger).config, comparable(config), str(run.ledger_file))
     lines = [line for line in told if not line.startswith(("base.model:", "output:"))]
     if lines:
-        raise UserError("\n  ".join([f"{run.config_file} is not the run's config any more; starting the run again writes it anew:", *lines]))
+        raise UserError(
+            "\n  ".join(
+                [f"{run.config_file} is not the run's config any more; starting the run again writes it anew:", *lines]
+            )
+        )
     return SavedRun(run, config)
 
 
@@ -208,7 +213,8 @@ def evaluate(
 def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, float | None]]:
     """Grade every stored prediction of a run again by scorers and gold answers as they are now; no model is loaded.
 
-    Gold answers that have changed are noted in the ledger, and are the run's own from then on.
+    Gold answers that have changed are noted in the ledger, and are the run's own from then on. Predictions that are not
+    those that the run has written are graded as they are, and a warning says so.
 
     Returns:
         (unit key, set, score in percent before, score now), in the order of the units.
@@ -223,8 +229,11 @@ def rescore(run: str | Path | SavedRun) -> list[tuple[str, str, float | None, fl
         for unit in [BASE_UNIT, *saved.run.finished_units]:
             for name in saved.names:
                 path, part = saved.run.folder(unit).predictions(name), benchmark.graded(name)
-                if not path.is_file():
+                if not files.is_there(path):
                     continue
+                for each in answer_files(path):
+                    if fault := accept(each):
+                        log.warning("%s; it is graded as it is now", fault)
                 before = stored_percent(path, part)
                 try:
                     now = regrade(path, part, asked_records(benchmark, name, saved.config))

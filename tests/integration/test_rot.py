@@ -10,7 +10,7 @@ import pytest
 
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.saved import evaluate, load_run, rescore
+from mllm_keeplora.eval.saved import evaluate, load_run
 from mllm_keeplora.exports.checkpoint import export
 from mllm_keeplora.report.page import refresh_results
 from mllm_keeplora.runs import RunDir, stage_of
@@ -77,7 +77,7 @@ def test_a_flipped_bit_in_any_artefact_is_found_by_verify_and_by_nothing_else(tw
         "domains/02_Beta/manifest.json": ["export", "eval"],
         "domains/01_Alpha/basis.safetensors": ["extend"],
         "prepare/basis.safetensors": ["extend"],
-        ANSWERS: ["report", "rescore"],
+        ANSWERS: ["report"],
         "domains/02_Beta/predictions/Beta.figures.json": ["report"],
         "domains/02_Beta/gradient.json": ["report"],
         "domains/01_Alpha/diagnostics.json": ["report"],
@@ -89,7 +89,6 @@ def test_whoever_reads_a_damaged_file_names_it_and_says_where_to_go_back(copy, s
         "export": lambda: export(copy, "adapter", tmp_path / "exported"),
         "eval": lambda: evaluate(copy, domains=["Beta"]),
         "report": lambda: refresh_results(load_run(copy)),
-        "rescore": lambda: rescore(copy),
         "extend": lambda: run_sequence(parse_config(settings(copy, ("Alpha", "Beta", "Gamma")), origin="test")),
         "run": lambda: run_sequence(parse_config(settings(copy, ("Alpha", "Beta", "Gamma")), origin="test")),
     }
@@ -108,6 +107,15 @@ def test_a_line_of_answers_that_is_lost_doubled_or_edited_moves_no_score(copy, e
     lines = {"lost": lines[1:], "doubled": [lines[0], *lines], "edited": [lines[0].replace("0.0", "1.0"), *lines[1:]]}
     (copy / ANSWERS).write_text("".join(lines[edit]))
     assert "--redo 02_Beta/evaluate/Beta` makes it again" in refusal(refresh_results, load_run(copy))
+
+
+def test_answers_that_were_edited_are_graded_as_they_are_but_not_in_silence(copy):
+    rows = [json.loads(line) for line in (copy / ANSWERS).read_text().splitlines()]
+    rows[0]["prediction"] = rows[0]["answer"]
+    (copy / ANSWERS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = command_in_child("rescore", copy)
+    assert said.code == 0 and "is not what the run has written" in " ".join(said.err.split())
+    assert RunDir(copy).load().faults() == []
 
 
 def test_results_that_rotted_are_not_compared_and_report_makes_them_again(two, copy, command):
