@@ -3,13 +3,14 @@
 # Usage: bash scripts/setup.sh [EXTRAS]        e.g. bash scripts/setup.sh dev
 #   PYTHON=python3.12 bash scripts/setup.sh    to choose the interpreter
 #   VENV=/path/to/env bash scripts/setup.sh    to choose the folder
+#   RESOLUTION=lowest-direct bash scripts/setup.sh dev    the lowest versions that pyproject.toml allows
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras="${1:-}"
 venv="${VENV:-.venv}"
 python="${PYTHON:-python3}"
-wanted="$(cat pyproject.toml scripts/setup.sh | cksum) ${extras} $(pwd)"
+wanted="$(cat pyproject.toml scripts/setup.sh | cksum) ${extras} ${RESOLUTION:-} $(pwd)"
 stamp="$venv/installed-${extras:-plain}"
 
 if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
@@ -18,7 +19,12 @@ fi
 echo "installing into $venv (a few minutes the first time) ..." >&2
 [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
-"$venv/bin/python" -m pip install --quiet -e ".${extras:+[$extras]}"
+if [[ -n "${RESOLUTION:-}" ]]; then
+    "$venv/bin/python" -m pip install --quiet uv
+    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --resolution "$RESOLUTION" -e ".${extras:+[$extras]}"
+else
+    "$venv/bin/python" -m pip install --quiet -e ".${extras:+[$extras]}"
+fi
 if [[ "$extras" == *dev* ]] && ! command -v chromium chromium-browser google-chrome > /dev/null; then
     # the tests look at the report in a browser; without one they leave that out
     if [[ "$(id -u)" == 0 ]] && command -v apt-get > /dev/null; then

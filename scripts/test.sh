@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Set everything up and run the linter and the tests.
-# Usage: bash scripts/test.sh [--slow] [PYTEST ARGUMENT]...      --slow adds the tests that take minutes
+# Usage: bash scripts/test.sh [--slow] [--lowest] [PYTEST ARGUMENT]...
+#   --slow adds the tests that take minutes; --lowest takes the lowest versions of all that is needed, in .venv-lowest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 arguments=() slow=""
 for argument in "$@"; do
     case "$argument" in
-        -h | --help) sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
         --slow) arguments+=(-m "slow or not slow") slow=yes ;;
+        --lowest) export RESOLUTION=lowest-direct VENV="${VENV:-.venv-lowest}" ;;
         *) arguments+=("$argument") ;;
     esac
 done
