@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -21,12 +20,12 @@ from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import VERSION, Source, StoredRecords, write_records
 from mllm_keeplora.errors import UserError, several, validation_faults
 from mllm_keeplora.system import files
+from mllm_keeplora.system.known import Known, digest_file
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.plugins import ENTERED, version_of
 
 INFO = "dataset_info.json"
 CHUNK = 1 << 16  # characters of a JSON array read at once
-PART = 1 << 20  # bytes digested at once
 PARQUET = ".parquet"
 SMALL = 1 << 24  # bytes; smaller JSON files are read into memory as they are
 SHOWN = 20
@@ -59,19 +58,8 @@ def digest(path: Path) -> str:
         for each in sorted(each for each in path.rglob("*") if each.is_file()):
             files.digest_ends(total, each, str(each.relative_to(path)))
         return total.hexdigest()
-    stat = path.stat()
-    return (_digest if stat.st_size < SMALL else _kept_digest)(path, stat.st_mtime_ns, stat.st_size)
-
-
-def _digest(path: Path, *_: int) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while part := handle.read(PART):
-            total.update(part)
-    return total.hexdigest()
-
-
-_kept_digest = lru_cache(1024)(_digest)  # of large files, as long as neither time nor size changes
+    with Known.of_user() as known:
+        return digest_file(path, known)
 
 
 def _records(source: Source, parse: Callable[[Any, Layout], Record], missing_marks: str = "refuse") -> Sequence[Record]:
