@@ -47,7 +47,7 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
 
     Raises:
         UserError: a fault of config, data, base, or of the run directory; nothing was started or changed.
-        Stopped: SIGTERM or SIGUSR1 ended the run; it is a SystemExit with code 75.
+        Stopped: SIGTERM, SIGUSR1 or SIGHUP ended the run; it is a SystemExit with code 75.
     """
     start_logging()
     _limit_threads(config)

@@ -15,6 +15,7 @@ from mllm_keeplora.checks.run import check_run
 from mllm_keeplora.config import parse_config
 from mllm_keeplora.data.media import images
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.eval import harness
 from mllm_keeplora.models import ChatPrompt
 from mllm_keeplora.sequence import run_sequence
 from tests.integration.processes import command_in_child, run_in_child
@@ -217,3 +218,17 @@ def test_base_answers_to_other_pictures_are_not_shared(world, settings, tmp_path
         assert run_in_child(values, kill=("mllm_keeplora.stages.gradient:gradient", 1)) in (-9, 0)
         Image.new("RGB", (32, 32), "red").save(data / "Alpha/images/test_1.png")
     assert len(list((tmp_path / "shared").glob("Alpha-*/facts.json"))) == 2
+
+
+def test_answers_of_a_model_to_other_pictures_are_not_taken_over(world, settings, tmp_path, command, monkeypatch):
+    data = shutil.copytree(world / "data", tmp_path / "data")
+    values = settings(tmp_path / "unused", ("Alpha",), benchmark=tiny_benchmark(data, ("Alpha",), suite=False))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    words = ["eval", world / "base", "--benchmark", tmp_path / "run.yaml", "--output", tmp_path / "answers"]
+    kill = ("+mllm_keeplora.eval.harness:Journal.add", 1)
+    assert command_in_child(*words, kill=kill).code == -9
+    Image.new("RGB", (32, 32), "red").save(data / "Alpha/images/test_1.png")
+    asked, real = [], harness.generate
+    monkeypatch.setattr(harness, "generate", lambda *given: asked.append(given) or real(*given))
+    assert command(*words).code == 0
+    assert len(asked) == 2  # batches: none of them is taken over
