@@ -242,8 +242,8 @@ class RunDir:
     def _taken(self) -> TextIO:
         """Open the lock file and hold it; one that a dead process's last children still hold is waited for."""
         path, until = self.path / ".lock", time.monotonic() + GONE_S
-        path.parent.mkdir(parents=True, exist_ok=True)
         while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
             handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (it is held for as long as the run)
             try:
                 is_ours = _try_lock(handle)

@@ -18,6 +18,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval import harness
 from mllm_keeplora.models import ChatPrompt
 from mllm_keeplora.sequence import run_sequence
+from mllm_keeplora.system.distributed import dealt_back
 from tests.integration.processes import command_in_child, run_in_child
 from tests.support.tiny import tiny_benchmark, write_tiny_data
 
@@ -72,6 +73,13 @@ def test_the_second_start_decodes_no_picture_and_tries_no_record(values, counted
     again = check_run(config)
     assert counted == {"pictures": TRAIN + TEST, "records": TRAIN + TEST}
     assert (again.shown, again.notes, again.pictures) == (first.shown, first.notes, first.pictures)
+
+
+def test_several_processes_know_the_pictures_as_one_does(values):
+    config = parse_config(values, "test")
+    shares = [check_run(config, share=(rank, 3)).shown for rank in range(3)]
+    joined = {file: dealt_back([share["Alpha"][file] for share in shares]) for file in ("train", "test")}
+    assert {"Alpha": joined} == check_run(config).shown
 
 
 @pytest.mark.parametrize(
@@ -197,7 +205,7 @@ def test_a_run_whose_list_of_pictures_is_lost_names_the_domain(run):
 def test_rules_of_today_look_into_a_run_that_was_started_under_older_ones(run, monkeypatch):
     _, _, values = run
     monkeypatch.setattr(images, "as_shown", lambda picture: (_ for _ in ()).throw(ValueError("refused today")))
-    with pytest.raises(UserError, match="refused today"):
+    with pytest.raises(UserError, match=r"train\.json record 0: image .* refused today"):
         run_sequence(parse_config(values, "test"))
 
 
