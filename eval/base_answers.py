@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import time
-import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import asked_records
 from mllm_keeplora.identity import Identity, digest_of, environment
 from mllm_keeplora.runs import BASE_UNIT, RunDir
-from mllm_keeplora.system import distributed, files
+from mllm_keeplora.system import distributed, files, owners
 from mllm_keeplora.system.log import log
 
 Facts = dict[str, Any]
@@ -78,7 +77,7 @@ def asked_once(
 
 def _publish(kept: Path, predictions: Path, facts: Facts) -> None:
     """Leave answers for others; the first to do so does. Who cannot has its own, and says so."""
-    staged = kept.with_name(f"{kept.name}.{uuid.uuid4().hex}.tmp")
+    staged = owners.staged(kept, "tmp")
     try:
         staged.mkdir(parents=True)
         for path in answer_files(predictions):
@@ -97,7 +96,8 @@ def _digest(run: RunDir, config: RunConfig, name: str) -> str:
     import torch
 
     identity = Identity.of_ledger(run.ledger)
-    what = [identity.base, identity.digest(name), identity.generator, RULES]
+    pictures = sorted(run.ledger.sets[name].get("pictures", {}).items())
+    what = [identity.base, identity.digest(name), pictures, identity.generator, RULES]
     how = {key: value for key, value in run.ledger.config.items() if key.startswith(("base.", "eval."))}
     batches = [config.eval.batch_size, config.eval.weights, config.deepspeed, distributed.world_size()]
     on_gpu = distributed.device() != "cpu"

@@ -9,12 +9,13 @@ from typing import Any
 
 from mllm_keeplora.config import RunConfig, apply_override, parse_config, read_yaml
 from mllm_keeplora.data import load_benchmark
+from mllm_keeplora.data.media.images import digests_of
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError, first_line
 from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import chosen_sets, evaluate_named
-from mllm_keeplora.identity import environment
+from mllm_keeplora.identity import digest_of_lines, environment
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.models.shipped import NOTES
 from mllm_keeplora.runs import DomainDir, RunDir
@@ -140,7 +141,8 @@ def evaluate_checkpoint(
             raise UserError(f"{output} holds the answers of another model or benchmark; choose another --output")
         sets = before["sets"]
         for name in names:
-            asked_of = f"{base.fingerprint} {adapter_digest}"
+            shown = digest_of_lines(digests_of(loaded.test_records(name)))
+            asked_of = f"{base.fingerprint} {adapter_digest} {shown}"
             facts = evaluate_named(base, model, loaded, name, config, folder, asked_of=asked_of, keep_journal=True)
             rows = files.read_json_lines(folder.predictions(name))
             opinions = {"strict": strict_percent(rows), "errors": errors_of(rows, loaded.graded(name))}

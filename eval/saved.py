@@ -13,12 +13,13 @@ from mllm_keeplora.adapters.placed import PlacedModel
 from mllm_keeplora.adapters.stored import is_oracle, past_of
 from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
+from mllm_keeplora.data.media.images import digests_of
 from mllm_keeplora.data.readers import READERS, digest
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.grading import answer_files, answers_to, regrade, stored_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import asked_records, chosen_sets, evaluate_named
-from mllm_keeplora.identity import Identity, comparable, differences
+from mllm_keeplora.identity import Identity, comparable, differences, digest_of_lines
 from mllm_keeplora.models import Base, load_base
 from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
 from mllm_keeplora.system import files
@@ -71,6 +72,11 @@ class SavedRun:
                 if (now := digest(path)) != recorded["sha256"][key]:
                     changed[key] = (path, now)
         return changed
+
+    def shows_others(self, name: str) -> bool:
+        """Tell whether a set's questions show other pictures now, as far as the run has recorded them."""
+        recorded = self.run.ledger.sets[name].get("pictures", {}).get(self.benchmark.file_of(name))
+        return recorded is not None and recorded != digest_of_lines(digests_of(self.benchmark.test_records(name)))
 
     def load(self, after: int | None = None, domain: str | None = None) -> tuple[Any, Any]:
         """Load a plain transformers model with all that the first `after` units learnt merged, and its processor.
@@ -192,6 +198,11 @@ def evaluate(
                 raise UserError(
                     f"{name}: {changed} has changed since {saved.run.path} was graded by it; `rescore` grades its "
                     "answers by new gold answers, --suite asks new questions under a name of their own"
+                )
+            if saved.shows_others(name):
+                raise UserError(
+                    f"{name}: its {benchmark.file_of(name)} pictures have changed since {saved.run.path} was graded by "
+                    "them; --suite asks new questions under a name of their own"
                 )
         elif path.is_file() and not answers_to(files.read_json_lines(path), asked_records(benchmark, name, config)):
             raise UserError(

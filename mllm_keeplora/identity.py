@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,17 +38,28 @@ class Identity:
     generator: str | None
 
     @classmethod
-    def of_config(cls, config: RunConfig, benchmark: Benchmark, base: str | None) -> Identity:
-        """Identify a run of this config with the data as they are now; reads every data file once."""
+    def of_config(
+        cls,
+        config: RunConfig,
+        benchmark: Benchmark,
+        base: str | None,
+        shown: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    ) -> Identity:
+        """Identify a run of this config with the data as they are now; reads every data file once.
+
+        Args:
+            config, benchmark, base: of the run.
+            shown: digests of the pictures, as a check tells them; without them pictures are no part of the identity.
+        """
         trained = with_published_epochs(config, benchmark)
         return cls(
             comparable(config),
             base,
             tuple(
-                {**described_set(benchmark, name), "train": trained.train_of(name).result_defining()}
+                {**described_set(benchmark, name, shown), "train": trained.train_of(name).result_defining()}
                 for name in benchmark.domains
             ),
-            tuple(described_set(benchmark, name) for name in benchmark.suites),
+            tuple(described_set(benchmark, name, shown) for name in benchmark.suites),
             benchmark.root.name if benchmark.generator is not None else None,
         )
 
@@ -125,17 +136,27 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in config.result_defining().items() if key.split(".")[0] not in by_definition}
 
 
-def described_set(benchmark: Benchmark, name: str) -> SetEntry:
-    """Describe a domain or suite by absolute paths and the digests of its files."""
+def described_set(
+    benchmark: Benchmark, name: str, shown: Mapping[str, Mapping[str, Sequence[str]]] | None = None
+) -> SetEntry:
+    """Describe a domain or suite by absolute paths and the digests of its files and, where given, of its pictures."""
     part = benchmark.graded(name)
     values = part.model_dump(exclude=later_defaults(part))
     for key in PATHS:
         if values.get(key) is not None:
             values[key] = str((benchmark.root / values[key]).resolve())
-    graded = "test" if name in benchmark.suites else benchmark.split
-    read = ("train", graded, "references")
+    read = ("train", benchmark.file_of(name), "references")
     digests = {key: digest(Path(values[key])) for key in read if values.get(key) is not None}
-    return {"name": name, "files": values, "sha256": digests}
+    entry: SetEntry = {"name": name, "files": values, "sha256": digests}
+    pictures = {file: lines for file, lines in (shown or {}).get(name, {}).items() if any(lines)}
+    if pictures:
+        entry["pictures"] = {file: digest_of_lines(lines) for file, lines in pictures.items()}
+    return entry
+
+
+def digest_of_lines(lines: Sequence[str]) -> str:
+    """Digest texts as the file that holds one on each line (SHA-256)."""
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
 def part_differences(old: SetEntry, new: SetEntry, origin: str) -> list[str]:
@@ -152,7 +173,18 @@ def part_differences(old: SetEntry, new: SetEntry, origin: str) -> list[str]:
         lines += differences(before, after, origin)
     if old["sha256"] != new["sha256"]:
         lines.append(f"{name}: its data files are not those that the run was started with")
+    else:
+        lines += [
+            f"{name}: its {file} pictures are not those that the run was started with"
+            for file in other_pictures(old, new)
+        ]
     return lines
+
+
+def other_pictures(old: SetEntry, new: SetEntry) -> list[str]:
+    """Name the files of a domain or suite whose pictures are known of both, and not the same."""
+    before, after = old.get("pictures", {}), new.get("pictures", {})
+    return [file for file in before if file in after and before[file] != after[file]]
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], origin: str) -> list[str]:

@@ -20,17 +20,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from mllm_keeplora.errors import UserError, several, validation_faults
-from mllm_keeplora.system import distributed, files, watch
+from mllm_keeplora.system import distributed, files, owners, watch
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.proofs import PROOFS, Proofs, digest
 
 FORMAT = 1
+GONE_S = 15  # how long what a killed process has started may outlive it: data loaders look after it every five seconds
 # Which stage leaves a file, by its path in the run directory; first in `gradient.json`, to which later ones add.
 LEAVES = {
     r"prepare/.*": "prepare",
@@ -41,7 +42,7 @@ LEAVES = {
     r"domains/(?P<unit>[^/]+)/diagnostics\.json": "{unit}/diagnose",
     r"domains/(?P<unit>[^/]+)/predictions/(?P<set>.+?)(\.figures\.json|(\.submit)?\.jsonl)": "{unit}/evaluate/{set}",
     r"results\.json|report\.html": "report",
-    r"config\.yaml": "opening",
+    r"config\.yaml|pictures/.*\.txt": "opening",
 }
 
 
@@ -78,6 +79,7 @@ class SetEntry(TypedDict):
     name: str
     files: dict[str, Any]
     sha256: dict[str, str]
+    pictures: NotRequired[dict[str, str]]  # of a file's records, whose single digests are in `RunDir.shown`
 
 
 class BaseEntry(TypedDict):
@@ -182,6 +184,10 @@ class RunDir:
     def folder(self, unit: Unit) -> DomainDir:
         return DomainDir(self.path / "domains" / unit.key)
 
+    def shown(self, name: str, file: str) -> Path:
+        """Name the file of a set's single pictures: digests, a line for each record of `train`, `test`, ..."""
+        return self.path / "pictures" / f"{name}.{file}.txt"
+
     @property
     def units(self) -> list[Unit]:
         """The units of the sequence, finished or not; their order is that of `data/loading.py`."""
@@ -230,7 +236,7 @@ class RunDir:
 
     def refuse_foreign_content(self) -> None:
         """Refuse a new run's folder that holds more than what a run killed at its very start left."""
-        ours = {".lock", "log.txt", "domains", "prepare"}
+        ours = {".lock", "log.txt", "domains", "pictures", "prepare"}
         entries = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if any(name not in ours and not (name.startswith("run.json.") and name.endswith(".tmp")) for name in entries):
             raise UserError(
@@ -310,21 +316,9 @@ class RunDir:
         if not distributed.is_main():
             yield
             return
-        import fcntl
-
-        files.make_folder(self.path)
-        with open(self.path / ".lock", "a+", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    told = f"no lock on its file system ({error}); choose another `output`"
-                    raise UserError(f"run {self.path}: {told}") from None
-                handle.seek(0)
-                owner = handle.read().strip() or "unknown"
-                raise UserError(f"run {self.path} is in use by another process (pid {owner})") from None
+        with self._taken() as handle:
             handle.truncate(0)
-            handle.write(str(os.getpid()))
+            handle.write(owners.this_process())
             handle.flush()
             try:
                 yield
@@ -333,6 +327,35 @@ class RunDir:
                     (self.path / ".lock").unlink()
                     with contextlib.suppress(OSError):
                         self.path.rmdir()
+
+    def user(self) -> str | None:
+        """Name the process that works on the run, as "pid 12 on host"; None where there is none, or it is not known."""
+        with contextlib.suppress(OSError), open(self.path / ".lock", encoding="utf-8") as handle:
+            owner = handle.read().strip()
+            if owner and not owners.is_gone(owner) and not _try_lock(handle, shared=True):
+                return owners.spelled(owner)
+        return None
+
+    def _taken(self) -> TextIO:
+        """Open the lock file and hold it; one that a dead process's last children still hold is waited for."""
+        path, until = self.path / ".lock", time.monotonic() + GONE_S
+        while True:
+            files.make_folder(path.parent)
+            handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (it is held for as long as the run)
+            try:
+                is_ours = _try_lock(handle)
+            except OSError as error:
+                handle.close()
+                told = f"no lock on its file system ({error}); choose another `output`"
+                raise UserError(f"run {self.path}: {told}") from None
+            if is_ours and path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                return handle  # else its last holder has removed it
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            handle.close()
+            if not is_ours and (not owners.is_gone(owner) or time.monotonic() > until):
+                raise UserError(f"run {self.path} is in use by another process ({owners.spelled(owner)})")
+            time.sleep(0.1)
 
     def is_done(self, stage: str) -> bool:
         return stage in self.ledger.stages
@@ -398,6 +421,18 @@ def stage_of(name: str) -> str | None:
 def is_leaf(stage: str) -> bool:
     """Whether no other stage rests on it: what was measured, not learnt."""
     return stage.split("/")[1:2] in (["diagnose"], ["evaluate"])
+
+
+def _try_lock(handle: IO, shared: bool = False) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
 
 
 def peak_memory_bytes() -> int:

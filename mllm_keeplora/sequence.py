@@ -50,13 +50,13 @@ def run_sequence(
 
     Raises:
         UserError: a fault of config, data, base, or of the run directory; nothing was started or changed.
-        Stopped: SIGTERM or SIGUSR1 ended the run; it is a SystemExit with code 75.
+        Stopped: SIGTERM, SIGUSR1 or SIGHUP ended the run; it is a SystemExit with code 75.
     """
     start_logging()
     _limit_threads(config)
     deepspeed_file(config.deepspeed)  # refused here if it is not installed: the process group needs it
     with distributed.process_group(config.distributed_timeout_s, config.deepspeed is not None), watch.watched():
-        checked = check_everywhere(config, seen=_looked_into(RunDir(config.output_dir)))
+        checked = check_everywhere(config)
         for note in checked.notes:
             log.warning("%s", note)
         with RunDir(config.output_dir).locked():
@@ -65,14 +65,6 @@ def run_sequence(
             start_logging(run.log_file)
             # The ledger has compared what was asked; published epochs are filled in for the stages alone.
             return _run_stages(with_published_epochs(config, checked.benchmark), run, checked)
-
-
-def _looked_into(run: RunDir) -> set[str]:
-    """Domains, suites and anchors of a run that was started before: its check looked into them then."""
-    if not run.exists():
-        return set()
-    ledger = run.load().ledger
-    return {*ledger.sets, *(f"anchors of {name}" for name in ledger.config.get("strategy.anchors") or ())}
 
 
 def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:

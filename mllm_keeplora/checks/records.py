@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm_keeplora.data import Record, TestSet
-from mllm_keeplora.data.media.images import Looks, images_of
+from mllm_keeplora.data.media.images import Looks, Size, images_of
 from mllm_keeplora.errors import UserError, first_line
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import IGNORED, ChatPrompt
 from mllm_keeplora.models.base import prompt_of
+from mllm_keeplora.system.known import Known, key_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+RULES = 1  # of trying records: raised when they change, so that every record is tried anew
 ALIKE_ONLY = {"MllamaProcessor"}  # fail on batches of which only some records have pictures
 
 
@@ -61,11 +64,13 @@ class ProcessorTrial:
         prompt: of the base.
         looks: what was seen of the pictures.
         positions: most tokens that the base has places for; None if it does not say.
+        known: keeps which records have no fault.
     """
 
     prompt: ChatPrompt
     looks: Looks
     positions: int | None = None
+    known: Known = field(default_factory=Known)
 
     def training_faults(
         self, records: Iterable[Record], max_length: int | None, advance: Callable[[int], None]
@@ -77,28 +82,33 @@ class ProcessorTrial:
             max_length: most tokens of a record, image tokens included; None for as many as the base has places.
             advance: told after every record.
         """
-        prompt = self.prompt
         limits = [each for each in (max_length, self.positions) if each is not None]
         limit = min(limits, default=None)
         allows = "train.max_length allows" if limit == max_length else "the base has places for"
+        no_end = (
+            "the base's chat template puts no end mark after an answer, so that nothing would teach it to stop; choose "
+            "another base.prompt"
+        )
+
+        def fault(record: Record, sizes: list[Size]) -> str | None:
+            length = self.prompt.total_tokens(record, sizes)
+            if self.prompt.trained_tokens(record) == 0:
+                return "no token of its answers carries loss; does the chat template fit the base?"
+            if not self.prompt.ends_answers(record):
+                return no_end
+            if limit is not None and length > limit:
+                return (
+                    f"{length} tokens, {allows} {limit}; cutting would take image or answer tokens, so raise the limit "
+                    "or leave the record out"
+                )
+            return None
+
         for record in records:
-            try:
-                length = prompt.total_tokens(record, list(map(self.looks.size, record.media)))
-                if prompt.trained_tokens(record) == 0:
-                    yield f"{record.origin}: no token of its answers carries loss; does the chat template fit the base?"
-                elif not prompt.ends_answers(record):
-                    yield (
-                        f"{record.origin}: the base's chat template puts no end mark after an answer, so that nothing "
-                        "would teach it to stop; choose another base.prompt"
-                    )
+            told = self._tried(record, ("train", limit), fault)
+            if told is not None:
+                yield told
+                if told.endswith(no_end):
                     return  # the same for every record
-                elif limit is not None and length > limit:
-                    yield (
-                        f"{record.origin}: {length} tokens, {allows} {limit}; cutting would take image or answer "
-                        "tokens, so raise the limit or leave the record out"
-                    )
-            except UserError as error:
-                yield from self._told(record, error)
             advance(1)
 
     def question_faults(
@@ -111,21 +121,50 @@ class ProcessorTrial:
             advance: told after every record.
         """
         for record in records:
-            try:
-                sizes = list(map(self.looks.size, record.media))
-                length = self.prompt.question_tokens(record, sizes, part.suffix_for(record))
-                if self.positions is not None and length >= self.positions:
-                    yield (
-                        f"{record.origin}: {length} tokens, the base has places for {self.positions}, answer included; "
-                        "leave the question out"
-                    )
-            except UserError as error:
-                yield from self._told(record, error)
+            suffix = part.suffix_for(record)
+
+            def fault(record: Record, sizes: list[Size], suffix: str = suffix) -> str | None:
+                length = self.prompt.question_tokens(record, sizes, suffix)
+                if self.positions is None or length < self.positions:
+                    return None
+                return (
+                    f"{length} tokens, the base has places for {self.positions}, answer included; leave the question "
+                    "out"
+                )
+
+            told = self._tried(record, ("test", self.positions, suffix), fault)
+            if told is not None:
+                yield told
             advance(1)
 
-    def _told(self, record: Record, error: UserError) -> Iterator[str]:
-        if record.origin in str(error):  # a picture that cannot be read is told already
-            yield str(error)
+    def _tried(self, record: Record, how: tuple, fault: Callable[[Record, list[Size]], str | None]) -> str | None:
+        """Say what is wrong with a record, unless one with the same turns and sizes of pictures had no fault before."""
+        try:
+            sizes = list(map(self.looks.size, record.media))
+            key = self._prompt_key and key_of("record", RULES, self._prompt_key, how, record.turns, sizes)
+            if key and self.known.get(key) is not None:
+                return None
+            told = fault(record, sizes)
+        except UserError as error:
+            return str(error) if record.origin in str(error) else None  # a picture that cannot be read is told already
+        if told is not None:
+            return f"{record.origin}: {told}"
+        if key:
+            self.known.put(key)
+        return None
+
+    @cached_property
+    def _prompt_key(self) -> bytes | None:
+        """Everything that a record's tokens depend on beside it; None where it cannot be told."""
+        import transformers
+
+        processor, tokenizer = self.prompt.processor, getattr(self.prompt.tokenizer, "backend_tokenizer", None)
+        if tokenizer is None:
+            return None
+        kinds = [f"{type(each).__module__}.{type(each).__qualname__}" for each in (self.prompt, processor)]
+        told = [processor.chat_template, processor.to_json_string(), tokenizer.to_str(), sorted(self.prompt.ends)]
+        special = [str(self.prompt.tokenizer.special_tokens_map), transformers.__version__]
+        return key_of(kinds, told, special)
 
 
 def mixed_faults(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from mllm_keeplora.models.fingerprint import fingerprint
 from mllm_keeplora.models.shipped import prompt_style, resolve
 from mllm_keeplora.strategies import Strategy, build_strategy
 from mllm_keeplora.system import distributed
+from mllm_keeplora.system.known import Known
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.progress import progress_bar
 from mllm_keeplora.training.deepspeed import zero_stage
@@ -45,9 +45,11 @@ class Checked:
     pictures: dict[str, dict[str, int]] = field(default_factory=dict)  # records that have any, as `counts`
     notes: list[str] = field(default_factory=list)  # what is no fault, but may not be what was meant
     unseen: list[str] = field(default_factory=list)  # what could not be looked at
+    # Of a domain or suite the digests of its pictures by file (train, test, validation), a text for each record.
+    shown: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
 
-def check_everywhere(config: RunConfig, seen: Collection[str] = ()) -> Checked:
+def check_everywhere(config: RunConfig) -> Checked:
     """Check a run by all its processes: the main one reads the data first, then each looks into its share.
 
     Raises:
@@ -55,29 +57,32 @@ def check_everywhere(config: RunConfig, seen: Collection[str] = ()) -> Checked:
     """
     rank, world = distributed.rank(), distributed.world_size()
     if world == 1:
-        return check_run(config, seen=seen)
+        return check_run(config)
     checked = distributed.main_first(lambda: check_run(config, look_inside=False))
-    own: tuple[list[str], int] = [], 0
+    own: tuple[list[str], int, dict[str, dict[str, list[str]]]] = [], 0, {}
     try:
-        checked.notes += check_run(config, seen=seen, share=(rank, world)).notes
+        of_share = check_run(config, share=(rank, world))
+        checked.notes += of_share.notes
+        own = [], 0, of_share.shown
     except UserError as error:
-        own = list(error.sentences), error.more
+        own = list(error.sentences), error.more, {}
     found = distributed.gather(own)
-    faults = [fault for share, _ in found for fault in share]
+    faults = [fault for share, _, _ in found for fault in share]
     if faults:
-        raise several(faults, more=sum(more for _, more in found))
+        raise several(faults, more=sum(more for _, more, _ in found))
+    for name, files in own[2].items():
+        shares = {file: [shown[name][file] for _, _, shown in found] for file in files}
+        checked.shown[name] = {file: distributed.dealt_back(each) for file, each in shares.items()}
     return checked
 
 
-def check_run(
-    config: RunConfig, look_inside: bool = True, seen: Collection[str] = (), share: tuple[int, int] = (0, 1)
-) -> Checked:
+def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int] = (0, 1)) -> Checked:
     """Resolve a run and look for every fault it could fail of later.
 
     Args:
         config: a loaded config.
-        look_inside: decode every image and tokenise every training record once, not only read the data files.
-        seen: domains, suites and anchor sets that a started run has looked into already.
+        look_inside: decode every image and tokenise every record, but for those that had no fault before, not only read
+            the data files.
         share: (rank, number of processes): look into this process's share of the records only.
 
     Raises:
@@ -97,6 +102,7 @@ def check_run(
     benchmark = faults.of(load_benchmark, config, _drawing())
     counts: dict[str, dict[str, int]] = {}
     pictures: dict[str, dict[str, int]] = {}
+    shown: dict[str, dict[str, list[str]]] = {}
     notes: list[str] = []
     if benchmark is not None:
         # Every set is read; one that cannot be read is a fault and goes on as empty.
@@ -114,14 +120,11 @@ def check_run(
             rank, world = share
             if rank == 0:  # over all sets, whole: engines change, domains are appended, a share may be of one kind
                 faults += mixed_faults(trained, graded, prompt, stage, strategy is not None and strategy.joins_domains)
-            own = [
-                {name: records[rank::world] for name, records in sets.items() if name not in seen}
-                for sets in (trained, graded)
-            ]
-            looks = Looks()
-            _look_inside(
-                config, benchmark, prompt and ProcessorTrial(prompt, looks, anatomy.positions), looks, *own, faults
-            )
+            own = [{name: records[rank::world] for name, records in sets.items()} for sets in (trained, graded)]
+            with Known.of_user() as known:
+                looks = Looks(known)
+                trial = prompt and ProcessorTrial(prompt, looks, anatomy.positions, known)
+                shown = _look_inside(config, benchmark, trial, looks, *own, faults)
             # Of a share of the records counts would mislead.
             treated = sorted(looks.treated.items()) if world == 1 else ()
             notes += [f"{count} pictures are {done}" for done, count in treated]
@@ -134,7 +137,9 @@ def check_run(
         faults += unfit_for(config, strategy, stage)
     if faults:
         raise several(faults, more=faults.more)
-    return Checked(strategy, benchmark, location, base_fingerprint, counts, anatomy.parts, pictures, notes, unseen)
+    return Checked(
+        strategy, benchmark, location, base_fingerprint, counts, anatomy.parts, pictures, notes, unseen, shown
+    )
 
 
 class _Faults(list[str]):
@@ -221,11 +226,20 @@ def _look_inside(
     trained: dict[str, Sequence[Record]],
     graded: dict[str, Sequence[Record]],
     faults: _Faults,
-) -> None:
-    """Decode every image, try every gold answer, show every record to the processor; add the faults."""
-    parts = [*trained.values(), *graded.values()]
-    with progress_bar("check images", sum(map(len, parts))) as advance:
-        faults += looks.faults(chain.from_iterable(parts), advance)
+) -> dict[str, dict[str, list[str]]]:
+    """Decode every image, try every gold answer, show every record to the processor; add the faults.
+
+    Returns:
+        `Checked.shown`.
+    """
+    shown: dict[str, dict[str, list[str]]] = {}
+    with progress_bar("check images", sum(map(len, [*trained.values(), *graded.values()]))) as advance:
+        for kind, sets in (("train", trained), ("graded", graded)):
+            for name, records in sets.items():
+                digests: list[str] = []
+                faults += looks.faults(records, advance, digests)
+                file = benchmark.file_of(name) if kind == "graded" else kind
+                shown.setdefault(name, {})[file] = digests
     for name, records in graded.items():
         faults.of(faults.extend, gold_faults(benchmark.graded(name), records))
     for name, records in trained.items() if trial is not None else ():
@@ -234,6 +248,7 @@ def _look_inside(
     for name, records in graded.items() if trial is not None else ():
         with progress_bar(f"check questions: {name}", len(records)) as advance:
             faults.of(faults.extend, trial.question_faults(records, benchmark.graded(name), advance))
+    return shown
 
 
 def _drawing() -> Callable[[int, int], None]:

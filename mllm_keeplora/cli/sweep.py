@@ -44,6 +44,19 @@ def sweep(
 
     Example: mllm-keeplora sweep mini_dcl --slurm sweep.sh; bash sweep.sh --gpus 1 --time 4:00:00
     """
+    from mllm_keeplora.errors import UserError
+    from mllm_keeplora.sweeps.cells import ending_as_a_run
+    from mllm_keeplora.system.distributed import world_size
+    from mllm_keeplora.system.log import start_logging
+
+    if world_size() > 1:
+        raise UserError("sweep starts its runs by itself; call it without torchrun (each gets a share of the cores)")
+    start_logging()
+    with ending_as_a_run():
+        _sweep(config, overrides or [], jobs, only, slurm)
+
+
+def _sweep(config: str, overrides: list[str], jobs: int | None, only: str | None, slurm: Path | None) -> None:
     from rich.console import Console
 
     from mllm_keeplora.errors import UserError
@@ -52,18 +65,13 @@ def sweep(
     from mllm_keeplora.sweeps.plan import load_sweep
     from mllm_keeplora.sweeps.sweep import check_sweep, run_sweep
     from mllm_keeplora.system import files
-    from mllm_keeplora.system.distributed import world_size
-    from mllm_keeplora.system.log import start_logging
 
-    if world_size() > 1:
-        raise UserError("sweep starts its runs by itself; call it without torchrun (each gets a share of the cores)")
-    start_logging()
-    loaded = load_sweep(config, overrides or [])
+    loaded = load_sweep(config, overrides)
     if slurm is not None:
         if only is not None or jobs is not None:
             raise UserError("--slurm goes with neither --only nor --jobs: every job of the script runs what it is for")
         check_sweep(loaded)  # faults are told here and not by a hundred jobs; data that are drawn are drawn once
-        command = [sys.executable, "-m", "mllm_keeplora", "sweep", config, *(overrides or [])]
+        command = [sys.executable, "-m", "mllm_keeplora", "sweep", config, *overrides]
         files.write_text(slurm, slurm_script(loaded, command, Path.cwd()))
         submit = f"bash {shlex.quote(str(slurm))} --gpus 1 --time 8:00:00  (options of sbatch)"
         typer.echo(f"written  {slurm}\nsubmit   {submit}")

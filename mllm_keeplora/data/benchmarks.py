@@ -101,7 +101,7 @@ class Benchmark(BaseModel):
 
     def test_records(self, name: str) -> Sequence[Record]:
         """Read the graded records of a domain or a suite: its test set, or its validation set by `split`."""
-        part, role = self.graded(name), self.split if name in self.domains else "test"
+        part, role = self.graded(name), self.file_of(name)
         path = self._existing(name, role, getattr(part, role))
         kept_apart = part.references is not None or part.scorer in UNGRADED
         records = read_test(path, self._images(part, path), part.image_mode == "pad", not kept_apart)
@@ -129,6 +129,10 @@ class Benchmark(BaseModel):
     def graded(self, name: str) -> TestSet:
         """Find the domain or suite of that name: whatever can be asked and graded."""
         return self.domains[name] if name in self.domains else self.suites[name]
+
+    def file_of(self, name: str) -> str:
+        """Say which file of a domain or suite is graded: `test` or `validation`."""
+        return self.split if name in self.domains else "test"
 
     def _existing(self, name: str, role: str, file: str) -> Path:
         path = self.root / file

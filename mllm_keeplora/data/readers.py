@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -20,7 +19,8 @@ from mllm_keeplora.data.formats import Fault, Layout, question_record, test_reco
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import VERSION, Source, StoredRecords, write_records
 from mllm_keeplora.errors import UserError, several, validation_faults
-from mllm_keeplora.system import files, proofs
+from mllm_keeplora.system import files
+from mllm_keeplora.system.known import Known, digest_file
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.plugins import ENTERED, version_of
 
@@ -58,14 +58,8 @@ def digest(path: Path) -> str:
         for each in sorted(each for each in path.rglob("*") if each.is_file()):
             files.digest_ends(total, each, str(each.relative_to(path)))
         return total.hexdigest()
-    stat = path.stat()
-    return proofs.digest(path) if stat.st_size < SMALL else _kept_digest(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(1024)
-def _kept_digest(path: Path, *_: int) -> str:
-    """Digest a large file once, as long as neither time nor size changes."""
-    return proofs.digest(path)
+    with Known.of_user() as known:
+        return digest_file(path, known)
 
 
 def _records(source: Source, parse: Callable[[Any, Layout], Record], missing_marks: str = "refuse") -> Sequence[Record]:

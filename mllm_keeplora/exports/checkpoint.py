@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from mllm_keeplora.exports.card import model_card
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.causal.parts import projector_names
 from mllm_keeplora.models.shipped import NOTES, hub_id, prompt_style, resolve
-from mllm_keeplora.system import files
+from mllm_keeplora.system import files, owners
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +51,7 @@ def export(
     saved.refuse_domain(domain, after)
     past = past_of(saved.run, saved.first(after), domain)
     learnt = past.merged("a merged checkpoint" if form == "merged" else "an adapter for plain peft")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # renamed when all is there
+    part = owners.staged(folder, "part")  # renamed when all is there
     files.make_folder(part)
     try:
         (_merged if form == "merged" else _adapter)(saved, after, *learnt, part)

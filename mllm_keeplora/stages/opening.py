@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.checks.run import Checked
 from mllm_keeplora.config import RunConfig, as_yaml, flatten, read_yaml
 from mllm_keeplora.data import Benchmark, Domain
+from mllm_keeplora.data.media.images import DIGITS
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.grading import answer_paths
-from mllm_keeplora.identity import Identity, comparable, differences, environment
+from mllm_keeplora.identity import Identity, comparable, differences, digest_of_lines, environment, other_pictures
 from mllm_keeplora.runs import BASE_UNIT, Ledger, RunDir, StageEntry, now, stage_of
 from mllm_keeplora.stages.redo import redo
 from mllm_keeplora.stages.units import plan_units
@@ -56,7 +58,7 @@ def open_run(
             )
         if inherited is not None:
             _inherit_definitions(checked.benchmark, run.ledger.domains[: inherited["after"]])
-        _accept(run, config, checked, Identity.of_config(config, checked.benchmark, checked.base_fingerprint))
+        _accept(run, config, checked, _identity(config, checked))
         if stage is not None:
             redo(run, stage)
     elif stage is not None:
@@ -65,16 +67,21 @@ def open_run(
         if source is not None:
             _fits_parent(source, config, checked, after)
             _inherit_definitions(checked.benchmark, source.ledger.domains[:after])
-        identity = Identity.of_config(config, checked.benchmark, checked.base_fingerprint)
+        identity = _identity(config, checked)
         ledger = _first_ledger(config, checked, identity, source, after or 0)
         if source is not None:
             names = Identity.of_ledger(source.ledger).graded_like(Identity.of_ledger(ledger))
             ledger.stages, ledger.artefacts = _inherit_state(source, run, after, names)
         run.create(ledger)
+        _keep_digests(run, ledger, checked)
     if distributed.is_main():
         files.write_text(run.config_file, as_yaml(config.resolved()))
         files.remove_leftovers(run.path)
     return run
+
+
+def _identity(config: RunConfig, checked: Checked) -> Identity:
+    return Identity.of_config(config, checked.benchmark, checked.base_fingerprint, checked.shown)
 
 
 def _first_ledger(config: RunConfig, checked: Checked, identity: Identity, source: RunDir | None, after: int) -> Ledger:
@@ -106,6 +113,7 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
     ledger, origin = run.ledger, str(run.path)
     inherited = ledger.parent["after"] if ledger.parent is not None else 0
     lines = Identity.of_ledger(ledger).differences(identity, origin, inherited)
+    lines += _named_pictures(run, checked, identity, inherited)
     old, new = [each["name"] for each in ledger.domains], list(checked.benchmark.domains)
     if new[: len(old)] == old != new and checked.strategy.stream == "union":
         lines.append(f"domains: {config.strategy.name} learns all domains at once, so none can be appended")
@@ -123,6 +131,8 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
         run.note(f"plugin changed: {line}")
         log.warning("plugin changed: %s", line)
     ledger.plugins = plugins
+    _enter_pictures(run, identity)
+    _keep_digests(run, ledger, checked)
     _forget_lost_answers(run)
     run.adopt()
     run.save()
@@ -137,6 +147,48 @@ def _accept(run: RunDir, config: RunConfig, checked: Checked, identity: Identity
         if line.split(":")[0] not in defining and not line.startswith(("domains", "benchmark", "per_domain")):
             run.note(f"runtime key changed: {line}")
             log.info("runtime key changed: %s", line)
+
+
+def _named_pictures(run: RunDir, checked: Checked, identity: Identity, inherited: int) -> Iterator[str]:
+    """Name a picture of each file of records whose pictures are other ones now, if the run's folder tells which."""
+    benchmark = checked.benchmark
+    for entry in (*run.ledger.domains[inherited:], *run.ledger.suites):
+        name = entry["name"]
+        for file in other_pictures(entry, identity.sets[name]) if name in identity.sets else ():
+            path, now = run.shown(name, file), checked.shown[name][file]
+            before = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
+            if digest_of_lines(before) != entry["pictures"][file] or len(before) != len(now):
+                continue
+            records = benchmark.train_records(name) if file == "train" else benchmark.test_records(name)
+            others = [place for place, line in enumerate(now) if line != before[place]]
+            record, was, is_now = records[others[0]], before[others[0]], now[others[0]]
+            starts = range(0, len(is_now), DIGITS)
+            picture = next(start for start in starts if not was.startswith(is_now[: start + DIGITS])) // DIGITS
+            more = f", and those of {len(others) - 1} more records" if len(others) > 1 else ""
+            yield f"{name}: another picture is {record.media[picture].path} of {record.origin}{more}"
+
+
+def _enter_pictures(run: RunDir, identity: Identity) -> None:
+    """Let a run of an older version know its pictures from now on."""
+    late = []
+    for entry in (*run.ledger.domains, *run.ledger.suites):
+        pictures = identity.sets.get(entry["name"], {}).get("pictures", {})
+        if pictures and "pictures" not in entry:
+            entry["pictures"] = pictures
+            late.append(entry["name"])
+    if late:
+        told = "were not recorded when it was started; those that are here now are the run's from now on"
+        run.note(f"pictures of {', '.join(late)} {told}")
+        log.warning("%s: the pictures of %s %s", run.path, ", ".join(late), told)
+
+
+def _keep_digests(run: RunDir, ledger: Ledger, checked: Checked) -> None:
+    """Keep the digest of every picture, so that one which is replaced can be named."""
+    for entry in (*ledger.domains, *ledger.suites) if distributed.is_main() else ():
+        for file, digest in entry.get("pictures", {}).items():
+            path, lines = run.shown(entry["name"], file), checked.shown.get(entry["name"], {}).get(file, [])
+            if not path.is_file() and digest_of_lines(lines) == digest:
+                files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _forget_lost_answers(run: RunDir) -> None:

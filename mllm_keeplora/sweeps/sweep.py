@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.checks.run import check_run
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.eval.results import Results
-from mllm_keeplora.identity import Identity
+from mllm_keeplora.identity import Identity, other_pictures
 from mllm_keeplora.report.compared import Choice, write_comparison
+from mllm_keeplora.runs import RunDir
 from mllm_keeplora.strategies import summary_of
 from mllm_keeplora.sweeps.cells import Runner, log_of, visible_devices
 from mllm_keeplora.sweeps.plan import (
@@ -96,34 +98,44 @@ def tune(sweep: SweepConfig, runner: Runner) -> dict[str, Tuning]:
 
 
 def check_sweep(sweep: SweepConfig) -> None:
-    """Find the faults of every strategy's config before the first run, and finished runs of other data or base.
+    """Find the faults of data and every strategy's config before the first run, and finished runs of others.
 
     Raises:
         UserError: with all faults of configs at once, or with the first run of other data or base.
     """
     faults: list[str] = []
-    now: dict[str, dict[str, str | None]] = {}  # split -> what results of it have to say of their data and base
+    looked_into: set[str] = set()  # splits: all runs read the same records, so one looks into them for all
+    now: dict[str, Identity] = {}  # by split
     for label in sweep.strategies:
         first = sweep.tune.grid[0]
         for cell in (tune_cell(sweep, label, first), final_cell(sweep, label, first, sweep.final.seeds[0])):
             config = cell.config()
+            split = config.eval.split
             try:
-                checked = check_run(config, look_inside=False)
+                checked = check_run(config, look_inside=split not in looked_into)
             except UserError as error:
                 faults.append(f"{label}: {error}")
-                continue
-            if checked.benchmark.split not in now:
-                identity = Identity.of_config(config, checked.benchmark, checked.base_fingerprint)
-                now[checked.benchmark.split] = identity.told()
+            else:
+                if split not in now:
+                    now[split] = Identity.of_config(config, checked.benchmark, checked.base_fingerprint, checked.shown)
+            looked_into.add(split)
     if faults:
         raise several(list(dict.fromkeys(faults)))
     for path in sorted(sweep.folder.glob("*/*/results.json")):
         told = Results.load(path).identity
-        wanted = now.get(told.get("split"), {})
-        if any(value != told.get(key) for key, value in wanted.items() if key != "base" or value is not None):
+        if (wanted := now.get(told.get("split"))) is not None and _is_of_other_data(path.parent, told, wanted):
             raise UserError(
                 f"{path.parent} was made with other data or another base than are here now; choose another `output`"
             )
+
+
+def _is_of_other_data(folder: Path, told: Mapping[str, str | None], wanted: Identity) -> bool:
+    """Tell whether a finished run's results, or the pictures that it recorded, are not of the data or base of now."""
+    if any(value != told.get(key) for key, value in wanted.told().items() if key != "base" or value is not None):
+        return True
+    run = RunDir(folder)
+    recorded = run.load().ledger.sets if run.exists() else {}
+    return any(other_pictures(recorded[name], entry) for name, entry in wanted.sets.items() if name in recorded)
 
 
 def _report(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -191,6 +191,14 @@ def interleaved(rows: Any) -> Any:
     """Join rows (n, ...) of all processes in the order of items, dealt out one to each in turn."""
     shares = gather(rows)
     whole = rows.new_zeros(sum(map(len, shares)), *rows.shape[1:])
+    for place, share in enumerate(shares):
+        whole[place :: len(shares)] = share
+    return whole
+
+
+def dealt_back(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Join what was dealt out, one item to each process in turn."""
+    whole: list[Any] = [None] * sum(map(len, shares))
     for place, share in enumerate(shares):
         whole[place :: len(shares)] = share
     return whole

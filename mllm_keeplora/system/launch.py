@@ -58,7 +58,7 @@ def _pass_on(number: int, _: FrameType | None) -> None:
 
 def _as_shell_code(code: int) -> int:
     """A worker's exit code as a shell has it; one that a signal to stop ended before it could answer was stopped."""
-    if code in (-signal.SIGUSR1, -signal.SIGTERM):
+    if code in (-signal.SIGUSR1, -signal.SIGTERM, -signal.SIGHUP):
         return STOPPED
     return 128 - code if code < 0 else code
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.saved import load_run
 from mllm_keeplora.exports.checkpoint import export
 from mllm_keeplora.system.files import read_tensors
-from tests.integration.processes import run_in_child
+from tests.integration.processes import command_in_child, run_in_child
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +200,16 @@ def test_ask_takes_an_exported_adapter_and_tells_what_is_wrong(two, tmp_path, co
     assert said.code == 2 and "2 image marks, but 1 pictures" in said.err
     said = command("ask", tmp_path / "adapter", "--after", 1, question)
     assert said.code == 2 and "no --after" in said.err
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(two, tmp_path):
+    kill = ("mllm_keeplora.exports.checkpoint:_describe", 1)
+    assert command_in_child("export", two, tmp_path / "out", "--to", "adapter", kill=kill).code == -9
+    (tmp_path / f"out.{os.getpid()}@{socket.gethostname()}.part").mkdir()  # somebody is at work
+    (tmp_path / "out.1@elsewhere.part").mkdir()  # nobody here can know
+    assert len(list(tmp_path.iterdir())) == 3
+    export(two, "adapter", tmp_path / "other")
+    assert len(list(tmp_path.iterdir())) == 4
+    (tmp_path / f"out.{os.getpid()}@{socket.gethostname()}.part").rename(tmp_path / "out.999999999.part")
+    export(two, "adapter", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "out", "out.1@elsewhere.part"}

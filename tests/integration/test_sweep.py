@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
 
+from mllm_keeplora.runs import RunDir
 from tests.integration.commands import content, shell
 
 pytestmark = pytest.mark.slow
@@ -94,3 +100,55 @@ def test_a_run_that_fails_is_told_with_its_log(swept, tmp_path):
     said = shell("sweep", tmp_path / "sweep.yaml")
     assert said.code == 2 and f"no run gave a result; see {tmp_path / 'out'}/tune/*.log" in said.err
     assert "loss is" in (tmp_path / "out" / "tune" / "finetune-1e+30.log").read_text()
+
+
+@pytest.fixture
+def begun(swept, tmp_path):
+    """A sweep of one strategy whose first run has just begun to train: its process, YAML and the run's folder."""
+    root, _ = swept
+    values = yaml.safe_load((root / "sweep.yaml").read_text())
+    values |= {"output": str(tmp_path / "out"), "strategies": {"finetune": ["strategy.name=finetune"]}}
+    values["tune"] |= {"grid": [1e-2], "overrides": ["eval.split=validation", "train.epochs=40"]}
+    values["final"] = {"seeds": [1]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values))
+    run = tmp_path / "out" / "tune" / "finetune-0.01"
+    process = subprocess.Popen([sys.executable, "-m", "mllm_keeplora", "sweep", str(tmp_path / "sweep.yaml")])
+    until = time.monotonic() + 600
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    yield process, tmp_path / "sweep.yaml", run
+    process.kill()
+
+
+def steps(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["domain_index"], row["optimizer_step"]) for row in rows]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_a_sweep_that_is_ended_and_started_at_once_goes_on(begun, number):
+    """Killed, it leaves a run that works on; told to stop, it lets that save what it has done."""
+    process, sweep, run = begun
+    process.send_signal(number)
+    assert process.wait(300) == (-9 if number == signal.SIGKILL else 75)
+    if number == signal.SIGKILL:
+        assert RunDir(run).user() is not None
+    else:
+        assert RunDir(run).user() is None and list(run.glob("domains/*/checkpoints/*/complete.json"))
+    said = shell("sweep", sweep)
+    assert said.code == 0, said.err
+    assert ("waiting for pid" in said.err) == (number == signal.SIGKILL) and "failed" not in said.err
+    assert steps(run) == [(domain, step) for domain in (0, 1) for step in range(1, 121)], "nothing was done twice"
+
+
+def test_a_finished_run_over_other_pictures_is_not_taken_for_this_sweep_s(swept, world, tmp_path):
+    root, _ = swept
+    shutil.copytree(root / "out", tmp_path / "out")
+    picture = world / "data" / "Alpha" / "images" / "train_0.png"
+    before = picture.read_bytes()
+    try:
+        picture.write_bytes((picture.with_name("train_1.png")).read_bytes())
+        said = shell("sweep", root / "sweep.yaml", f"output={tmp_path}/out")
+    finally:
+        picture.write_bytes(before)
+    assert said.code == 2 and "was made with other data or another base" in said.err

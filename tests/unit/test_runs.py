@@ -6,6 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import re
+import socket
+import subprocess
+import threading
 
 import pytest
 
@@ -139,11 +143,47 @@ def test_a_folder_without_ledger_is_no_run(tmp_path):
 
 def test_a_run_is_held_once(run):
     with run.locked():
-        assert (run.path / ".lock").read_text() == str(os.getpid())
-        with pytest.raises(UserError, match=rf"in use by another process \(pid {os.getpid()}\)"):
+        assert (run.path / ".lock").read_text() == f"{os.getpid()}@{socket.gethostname()}"
+        assert run.user() == f"pid {os.getpid()} on {socket.gethostname()}"
+        told = f"in use by another process (pid {os.getpid()} on {socket.gethostname()})"
+        with pytest.raises(UserError, match=re.escape(told)):
             RunDir(run.path).locked().__enter__()
+    assert run.user() is None
     with run.locked():
         pass
+
+
+def test_a_lock_that_another_machine_holds_is_told_with_machine_and_process(run, monkeypatch):
+    with run.locked():
+        (run.path / ".lock").write_text("77@node-of-others")
+        with pytest.raises(UserError, match=r"in use by another process \(pid 77 on node-of-others\)$"):
+            RunDir(run.path).locked().__enter__()
+        (run.path / ".lock").write_text("77")  # as an older version writes it
+        with pytest.raises(UserError, match=r"in use by another process \(pid 77\)$"):
+            RunDir(run.path).locked().__enter__()
+
+
+def test_what_a_dead_process_of_this_machine_left_is_taken_over(run):
+    """At once, and where something that it had started holds the lock a little longer."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (run.path / ".lock").write_text(f"{ended.pid}@{socket.gethostname()}")
+    holder = open(run.path / ".lock")  # noqa: SIM115
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    threading.Timer(0.5, holder.close).start()
+    with run.locked():
+        assert holder.closed and run.user() == f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def test_what_outlives_a_dead_process_for_long_is_told(run, monkeypatch):
+    monkeypatch.setattr("mllm_keeplora.runs.GONE_S", 0.2)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (run.path / ".lock").write_text(f"{ended.pid}@{socket.gethostname()}")
+    with open(run.path / ".lock") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=rf"\(pid {ended.pid} on "):
+            run.locked().__enter__()
 
 
 def test_a_file_system_without_locks_is_told_and_not_taken_for_another_process(run, monkeypatch):

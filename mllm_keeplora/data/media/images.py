@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from mllm_keeplora.data.media.shown import as_shown, shown_size
 from mllm_keeplora.data.schema import Media, Record
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.system.known import Known, digest_file, key_of
 
 WINDOW = 64  # pictures that are looked at together
+RULES = (
+    1  # of decoding, refusing and showing pictures: raised when they change, so that every picture is looked at anew
+)
+DIGITS = 16  # of a picture's digest, by which others are told from it
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -82,12 +90,25 @@ def padded_to_square(picture, background: tuple[int, int, int]):
     return square
 
 
-class Looks:
-    """Remembers what was seen of pictures that were decoded once: their sizes, and how many needed which treatment."""
+class Look(NamedTuple):
+    """What was seen of a picture: its content's digest, in `DIGITS`, its size as shown, and how it was treated."""
 
-    def __init__(self) -> None:
+    digest: str
+    size: Size
+    done: tuple[str, ...]
+
+
+class Looks:
+    """Remembers what was seen of pictures that were decoded once: their sizes, and how many needed which treatment.
+
+    Args:
+        known: keeps what is seen for later processes; a picture that is refused is looked at each time.
+    """
+
+    def __init__(self, known: Known | None = None) -> None:
         self.treated: Counter[str] = Counter()  # what was done, as `data.media.shown` names it -> pictures
-        self._sizes: dict[int, Size] = {}
+        self._known = known or Known()
+        self._seen: dict[int, Look] = {}
 
     def size(self, media: Media) -> Size:
         """Give the size of a picture as the processor gets it; reads its header if it was not looked at.
@@ -95,75 +116,132 @@ class Looks:
         Raises:
             UserError: it cannot be read.
         """
-        seen = self._sizes.get(_key(media))
-        return image_size(media) if seen is None else _put(media, seen)
+        seen = self._seen.get(_key(media))
+        return image_size(media) if seen is None else _put(media, seen.size)
 
-    def faults(self, records: Iterable[Record], advance: Callable[[int], None] = lambda n: None) -> Iterator[str]:
-        """Decode every image once, on several threads, and tell each that fails with the record that names it.
+    def faults(
+        self,
+        records: Iterable[Record],
+        advance: Callable[[int], None] = lambda n: None,
+        digests: list[str] | None = None,
+    ) -> Iterator[str]:
+        """Look at every image once, on several threads, and tell each that fails with the record that names it.
 
         Args:
             records: any number of them; only a few are held at once.
             advance: told after every record.
+            digests: gets, at the end, a text for each record: the digests of its pictures, one after the other.
         """
-        uses = self._first_uses(records, advance)
+        shown: list[tuple[int, ...]] = []
+        uses = self._first_uses(records, advance, shown)
         with ThreadPoolExecutor(4) as pool:
             while window := list(islice(uses, WINDOW)):
-                for (origin, media), found in zip(window, pool.map(_look, (media for _, media in window)), strict=True):
+                looks = pool.map(partial(_look, known=self._known), (media for _, media in window))
+                for (origin, media), found in zip(window, looks, strict=True):
                     if isinstance(found, str):
                         yield f"{origin}: {found}"
                     else:
-                        self._sizes[_key(media)], done = found
-                        self.treated.update(done)
+                        self._seen[_key(media)] = found
+                        self.treated.update(found.done)
+        if digests is not None:
+            digests += ["".join(self._seen[key].digest for key in keys if key in self._seen) for keys in shown]
 
-    def _first_uses(self, records: Iterable[Record], advance: Callable[[int], None]) -> Iterator[tuple[str, Media]]:
-        seen = set(self._sizes)
+    def _first_uses(
+        self, records: Iterable[Record], advance: Callable[[int], None], shown: list[tuple[int, ...]]
+    ) -> Iterator[tuple[str, Media]]:
+        seen = set(self._seen)
         for record in records:
-            for media in record.media:
-                if (key := _key(media)) not in seen:
+            keys = tuple(map(_key, record.media))
+            for key, media in zip(keys, record.media, strict=True):
+                if key not in seen:
                     seen.add(key)
                     yield record.origin, media
+            shown.append(keys)
             advance(1)
+
+
+def digests_of(records: Iterable[Record]) -> list[str]:
+    """Give for each record what `Looks.faults` does as its digests, without a picture being decoded.
+
+    Raises:
+        UserError: a picture is missing or cannot be read.
+    """
+    with Known.of_user() as known:
+        return ["".join(_digest(media, known)[:DIGITS] for media in record.media) for record in records]
 
 
 def _key(media: Media) -> int:
     return hash((media.path, media.folder, media.data))
 
 
-def _look(media: Media) -> tuple[Size, tuple[str, ...]] | str:
-    """Give a picture's size and how it was treated, or what is wrong with it."""
+def _look(media: Media, known: Known) -> Look | str:
+    """Give what is to be seen of a picture, or what is wrong with it."""
+    from PIL import __version__
+
     try:
+        digest = _digest(media, known)
+        key = key_of("picture", RULES, __version__, digest)
+        if (told := known.get(key)) is not None:
+            width, height, *done = json.loads(told)
+            return Look(digest[:DIGITS], (width, height), tuple(done))
         with _opened(media) as picture:
             shown, done = as_shown(picture)
-            return shown.size, done
+            look = Look(digest[:DIGITS], shown.size, done)
     except UserError as error:
         return str(error)
+    known.put(key, json.dumps([*look.size, *look.done]))
+    return look
+
+
+def _digest(media: Media, known: Known) -> str:
+    if media.data is not None:
+        return hashlib.sha256(media.data).hexdigest()
+    with _named(media):
+        _refuse_misplaced(media)
+        return digest_file(media.path, known)
 
 
 @contextmanager
 def _opened(media: Media) -> Iterator:
-    """Open a picture (PIL), read as far as the caller needs it; what is wrong with it is told with its name."""
+    """Open a picture (PIL), read as far as the caller needs it."""
     from PIL import Image
 
-    path, folder = media.path, media.folder
-    try:
+    with _named(media):
         if media.data is None:
-            name = path.relative_to(folder) if folder is not None and path.is_relative_to(folder) else path
-            # The name may not lead out of the data folder; links inside it are followed.
-            if folder is not None and not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
-                raise UserError(f"image {str(name)!r} leaves the data folder {folder}; `images` may name one above it")
-            if not path.is_file():
-                what = "is no file" if path.exists() else "does not exist"
-                near = _near(path, folder or path.parent)
-                hint = f"; there is {str(near)!r}" if near is not None else ""
-                if near is not None and _composed(near) == _composed(name):
-                    hint += ", whose accents are written in another Unicode normal form"
-                raise UserError(f"image {str(name)!r} {what} in {folder or path.parent}{hint}")
-        with Image.open(path if media.data is None else io.BytesIO(media.data)) as picture:
+            _refuse_misplaced(media)
+        with Image.open(media.path if media.data is None else io.BytesIO(media.data)) as picture:
             yield picture
+
+
+@contextmanager
+def _named(media: Media) -> Iterator[None]:
+    """Tell what is wrong with a picture with its name."""
+    try:
+        yield
     except (UserError, MemoryError):  # too little memory is no fault of the picture
         raise
     except Exception as error:  # of whatever kind a decoder raises
-        raise UserError(f"image {path} cannot be read: {error}") from None
+        raise UserError(f"image {media.path} cannot be read: {error}") from None
+
+
+def _refuse_misplaced(media: Media) -> None:
+    """Raise a UserError if a picture's file is not there, or not in its folder; a name that is near is told."""
+    path, folder = media.path, media.folder
+    # The name may not lead out of the data folder; links inside it are followed.
+    if folder is not None and not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
+        name = _name(path, folder)
+        raise UserError(f"image {str(name)!r} leaves the data folder {folder}; `images` may name one above it")
+    if not path.is_file():
+        name, what = _name(path, folder), "is no file" if path.exists() else "does not exist"
+        near = _near(path, folder or path.parent)
+        hint = f"; there is {str(near)!r}" if near is not None else ""
+        if near is not None and _composed(near) == _composed(name):
+            hint += ", whose accents are written in another Unicode normal form"
+        raise UserError(f"image {str(name)!r} {what} in {folder or path.parent}{hint}")
+
+
+def _name(path: Path, folder: Path | None) -> Path:
+    return path.relative_to(folder) if folder is not None and path.is_relative_to(folder) else path
 
 
 @lru_cache(64)
@@ -188,8 +266,7 @@ def _near(path: Path, folder: Path) -> Path | None:
     Returns:
         Its path below `folder`.
     """
-    named = path.relative_to(folder) if path.is_relative_to(folder) else path
-    parts = unquote(str(named)).replace("\\", "/").split("/")
+    parts = unquote(str(_name(path, folder))).replace("\\", "/").split("/")
     for start in range(len(parts)):
         place: Path | None = folder
         for part in parts[start:]:

@@ -1,8 +1,8 @@
 """Ends a run in good order: when a signal says so, and when one of its processes has failed.
 
-SIGTERM and SIGUSR1 end all processes with code 75 where nothing is lost: a training at the end of an optimizer step,
-after a checkpoint; every other stage at the next `stop_here`, or wherever it is ten seconds later, since files are
-whole at any moment and such a stage is repeated. A failure ends the other processes at once; one sentence names it.
+SIGTERM, SIGUSR1 and SIGHUP end all processes with code 75 where nothing is lost: a training at the end of an optimizer
+step, after a checkpoint; every other stage at the next `stop_here`, or wherever it is ten seconds later, since files
+are whole at any moment and such a stage is repeated. A failure ends the other processes at once; one sentence names it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 from mllm_keeplora.errors import INTERRUPTED, STOPPED
 
-ENDING = (signal.SIGTERM, signal.SIGUSR1)
+ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
@@ -32,7 +32,8 @@ class Signals:
         self._sent.setblocking(False)
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread catch signals
-            self._before = {number: signal.signal(number, lambda *_: None) for number in ENDING}
+            caught = (number for number in ENDING if number != signal.SIGHUP or not is_ignored(number))
+            self._before = {number: signal.signal(number, lambda *_: None) for number in caught}
             self._descriptor_before = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
             os.register_at_fork(after_in_child=self.release)
 
@@ -44,6 +45,11 @@ class Signals:
             number, handler = self._before.popitem()
             signal.signal(number, handler or signal.SIG_DFL)
         self._sent.close()
+
+
+def is_ignored(number: int) -> bool:
+    """Tell whether this process was started to ignore a signal, as `nohup` does with SIGHUP."""
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def ignore_endings() -> None:

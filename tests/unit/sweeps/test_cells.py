@@ -8,11 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from mllm_keeplora.runs import RunDir
 from mllm_keeplora.sweeps import cells
-from mllm_keeplora.sweeps.cells import Cell, Runner
+from mllm_keeplora.sweeps.cells import Cell, Runner, Told, ending_as_a_run
+
+POPEN = subprocess.Popen
+DONE = SimpleNamespace(metrics={})
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ def test_a_run_that_failed_is_no_result_and_the_others_go_on(sleeping, code, cap
     assert f"cell0: failed with code {code}, see {cells.log_of(todo[0].folder)}: error: no room" in caplog.text
 
 
-@pytest.mark.parametrize("code", [75, 130, 143])
+@pytest.mark.parametrize("code", [75, 129, 130, 138, 143])
 def test_a_run_that_a_signal_ended_stops_the_others_to_be_continued(sleeping, code):
     """At once, and not when the runs before it are over."""
     runner, began = Runner(2), time.monotonic()
@@ -107,3 +112,154 @@ def test_termination_ends_what_runs_like_an_interrupt(sleeping):
         runner.run(sleeping(60, 2), "test")
     assert len(sleeping.started) == 1 and not runner.processes
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# -- signals, and what a sweep that was killed has left --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+)
+def test_a_sweep_that_is_told_to_stop_ends_with_a_run_s_code(sleeping, number, code):
+    runner, before = Runner(1), signal.getsignal(number)
+
+    def tell():
+        while not runner.processes:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=tell).start()
+    with pytest.raises(SystemExit) as stop, ending_as_a_run():
+        runner.run(sleeping(60, 2), "test")
+    assert stop.value.code == code and len(sleeping.started) == 1 and not runner.processes
+    assert signal.getsignal(number) is before
+
+
+def test_a_sweep_started_to_outlive_its_terminal_does(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_as_a_run():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_signals_that_follow_do_not_let_a_sweep_leave_runs_that_still_save(monkeypatch, tmp_path):
+    """A run that saves takes its time; a scheduler and a terminal tell more than once."""
+    saving = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(2), sys.exit(75))); time.sleep(60)"
+    monkeypatch.setattr(cells.subprocess, "Popen", lambda _, **more: POPEN([sys.executable, "-c", saving], **more))
+    monkeypatch.setattr(Cell, "results", lambda self: None)
+    runner, processes = Runner(1), []
+
+    def tell():
+        while not runner.processes:
+            time.sleep(0.01)
+        processes.extend(runner.processes)
+        time.sleep(1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
+
+    threading.Thread(target=tell).start()
+    with pytest.raises(Told):
+        runner.run([Cell("x", (), tmp_path / "cell")], "test")
+    assert [process.returncode for process in processes] == [75]
+
+
+def test_a_terminal_s_signals_reach_the_sweep_alone(sleeping, monkeypatch):
+    groups, real = [], cells.subprocess.Popen
+
+    def popen(command, **options):
+        process = real(command, **options)
+        groups.append(os.getpgid(process.pid))
+        return process
+
+    monkeypatch.setattr(cells.subprocess, "Popen", popen)
+    Runner(1).run(sleeping(0.5, 1), "test")
+    assert groups and os.getpgid(0) not in groups
+
+
+@pytest.fixture
+def orphan(tmp_path, monkeypatch):
+    """Function (seconds) -> a process that works on cell0 for so long and then leaves its results."""
+    monkeypatch.setattr(cells, "POLL_S", 0.05)
+    monkeypatch.setattr(Cell, "results", lambda self: DONE if (self.folder / "done").exists() else None)
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom mllm_keeplora.runs import RunDir\n"
+        "run = RunDir(sys.argv[1])\nwith run.locked():\n    (run.path / 'run.json').write_text('{}')\n"
+        "    time.sleep(float(sys.argv[2]))\n    (run.path / sys.argv[3]).write_text('')\n"
+    )
+    started = []
+
+    def start(seconds, leaves="done"):
+        process = POPEN([sys.executable, "-c", code, str(tmp_path / "cell0"), str(seconds), leaves])
+        started.append(process)
+        until = time.monotonic() + 60
+        while RunDir(tmp_path / "cell0").user() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_run_that_another_process_works_on_is_waited_for_and_its_results_are_taken(sleeping, orphan, caplog):
+    """As a killed sweep leaves it."""
+    cell = sleeping("0:2", 1)[0]  # a second process on the same run would be refused
+    process = orphan(1.5)
+    with caplog.at_level("INFO", logger="mllm_keeplora"):
+        (results,) = _results_of(cell)
+    assert results is DONE and sleeping.started == []
+    assert caplog.text.count(f"waiting for pid {process.pid} on") == 1
+
+
+def test_a_run_that_another_process_leaves_unfinished_is_continued(sleeping, orphan):
+    orphan(0.5, leaves="half")
+    (results,) = _results_of(sleeping(0, 1)[0])
+    assert results is None and len(sleeping.started) == 1
+
+
+def test_a_run_that_another_process_takes_in_the_meantime_is_waited_for(sleeping, orphan, monkeypatch):
+    """Both look into the data first; then one of them is refused."""
+    cell = sleeping("0:2", 1)[0]
+    monkeypatch.setattr(Runner, "_wait_for_others", _once_late(Runner._wait_for_others))
+    orphan(2)
+    (results,) = _results_of(cell)
+    assert results is DONE and len(sleeping.started) == 1
+
+
+def test_a_sweep_that_waits_for_another_process_can_be_told_to_stop(sleeping, orphan):
+    process = orphan(30)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Told):
+        Runner(1).run(sleeping(0, 1), "test")
+    assert process.poll() is None and sleeping.started == []
+
+
+def test_a_run_that_was_killed_is_continued_once(monkeypatch, tmp_path):
+    started = []
+
+    def popen(command, **options):
+        started.append(command)
+        return POPEN([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **options)
+
+    monkeypatch.setattr(cells.subprocess, "Popen", popen)
+    monkeypatch.setattr(Cell, "results", lambda self: None)
+    assert Runner(1).run([Cell("x", (), tmp_path / "cell")], "test") == [None]
+    assert len(started) == 2
+
+
+def _results_of(cell):
+    return Runner(1).run([cell], "test")
+
+
+def _once_late(real):
+    calls = []
+
+    def wait(runner, cell):
+        calls.append(cell)
+        return real(runner, cell) if len(calls) > 1 else None
+
+    return wait
