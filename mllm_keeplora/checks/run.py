@@ -46,6 +46,12 @@ class Checked:
     notes: list[str] = field(default_factory=list)  # what is no fault, but may not be what was meant
     unseen: list[str] = field(default_factory=list)  # what could not be looked at
 
+    def base_like(self, recorded: str | None) -> str | None:
+        """Give the base's fingerprint in the form of a recorded one, for older runs knew less of a base."""
+        if self.base_fingerprint is None:
+            return None
+        return fingerprint(Path(self.base_location), like=recorded)
+
 
 def check_everywhere(config: RunConfig, seen: Collection[str] = ()) -> Checked:
     """Check a run by all its processes: the main one reads the data first, then each looks into its share.

@@ -45,7 +45,8 @@ def open_run(config: RunConfig, checked: Checked, parent: Path | None = None, af
             )
         if inherited is not None:
             _inherit_definitions(checked.benchmark, run.ledger.domains[: inherited["after"]])
-        _accept(run, config, checked, Identity.of_config(config, checked.benchmark, checked.base_fingerprint))
+        base = checked.base_like(run.ledger.base["fingerprint"])
+        _accept(run, config, checked, Identity.of_config(config, checked.benchmark, base))
     else:  # new: the ledger is written last, so that a start which is killed leaves no run
         if source is not None:
             _fits_parent(source, config, checked, after)
@@ -137,7 +138,8 @@ def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int
         raise UserError(f"--after must be between 1 and {len(names)} for {source.path}, got {after}")
     if after > len(source.finished_units):
         raise UserError(f"--from {source.path}: domain {names[after - 1]} (--after {after}) is not finished there")
-    if checked.base_fingerprint not in (None, source.ledger.base["fingerprint"]):
+    recorded = source.ledger.base["fingerprint"]
+    if checked.base_like(recorded) not in (None, recorded):
         raise UserError(f"--from {source.path}: its base model is not {config.base.model} as it is now")
     told = differences(Identity.of_ledger(source.ledger).config, comparable(config), str(source.path))
     lines = [line for line in told if not line.startswith(MAY_DIFFER_FROM_PARENT)]

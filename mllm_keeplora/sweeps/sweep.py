@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllm_keeplora.checks.run import check_run
+from mllm_keeplora.checks.run import Checked, check_run
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.identity import Identity
@@ -102,7 +102,7 @@ def check_sweep(sweep: SweepConfig) -> None:
         UserError: with all faults of configs at once, or with the first run of other data or base.
     """
     faults: list[str] = []
-    now: dict[str, dict[str, str | None]] = {}  # split -> what results of it have to say of their data and base
+    now: dict[str, tuple[Checked, dict[str, str | None]]] = {}  # split -> what results of it have to say of their data
     for label in sweep.strategies:
         first = sweep.tune.grid[0]
         for cell in (tune_cell(sweep, label, first), final_cell(sweep, label, first, sweep.final.seeds[0])):
@@ -114,12 +114,15 @@ def check_sweep(sweep: SweepConfig) -> None:
                 continue
             if checked.benchmark.split not in now:
                 identity = Identity.of_config(config, checked.benchmark, checked.base_fingerprint)
-                now[checked.benchmark.split] = identity.told()
+                now[checked.benchmark.split] = checked, identity.told()
     if faults:
         raise several(list(dict.fromkeys(faults)))
     for path in sorted(sweep.folder.glob("*/*/results.json")):
         told = Results.load(path).identity
-        wanted = now.get(told.get("split"), {})
+        if told.get("split") not in now:
+            continue
+        checked, wanted = now[told["split"]]
+        wanted = {**wanted, "base": checked.base_like(told.get("base"))}
         if any(value != told.get(key) for key, value in wanted.items() if key != "base" or value is not None):
             raise UserError(
                 f"{path.parent} was made with other data or another base than are here now; choose another `output`"
