@@ -12,7 +12,7 @@ from typing import Any
 from mllm_keeplora.errors import UserError
 
 EDGE = 1 << 20  # bytes of either end of a file that `digest_ends` reads
-NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
+NO_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
