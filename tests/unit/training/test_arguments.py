@@ -20,9 +20,9 @@ PASSED = """
     include_for_metrics include_num_input_tokens_seen length_column_name liger_kernel_config log_level
     log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy lr_scheduler_kwargs
     max_steps metric_for_best_model neftune_noise_alpha optim optim_args optim_target_modules prediction_loss_only
-    project report_to run_name skip_memory_metrics tf32 torch_compile torch_compile_backend torch_compile_mode
-    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_liger_kernel
-    warmup_steps
+    project report_to run_name save_strategy skip_memory_metrics tf32 torch_compile torch_compile_backend
+    torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id
+    use_cache use_liger_kernel warmup_steps
 """.split()  # noqa: SIM905
 FIELDS = sorted(field.name for field in dataclasses.fields(TrainingArguments))
 OWN = sorted(name for name in FIELDS if any(fnmatchcase(name, pattern) for pattern in OWNED))
