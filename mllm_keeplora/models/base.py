@@ -66,9 +66,7 @@ def load_base(
     """
     import torch
     from transformers.integrations import is_deepspeed_zero3_enabled
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     location, dtype, kind = resolve(config), compute_dtype(config.dtype), _family_of(config)
     refuse_original_llava(config.model, location)
     identity, pinned = identity_of(config.model, location, known_as)

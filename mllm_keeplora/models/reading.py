@@ -82,6 +82,7 @@ def read_model(location: str, trusted: bool = False, **settings: Any) -> tuple[A
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     told = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would tell in a table, callers tell in a sentence
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import shutil
 import struct
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mllm_keeplora
 from mllm_keeplora.checks.records import load_prompt
 from mllm_keeplora.config import BaseConfig, parse_config
 from mllm_keeplora.errors import UserError
@@ -109,6 +111,15 @@ def test_who_does_not_trust_a_base_is_identified_as_before():
     trusting = {**values, "base": {"model": "x", "trust_remote_code": True}}
     untrusting, trusting = (parse_config(each, "test").result_defining() for each in (values, trusting))
     assert trusting.pop("base.trust_remote_code") is True and trusting == untrusting
+
+
+def test_one_module_reads_what_comes_with_a_base():
+    root = Path(mllm_keeplora.__file__).parent
+    reads = re.compile(r"(?<!Peft)(Auto\w+|Config|Model)\.from_(pretrained|config)\(|torch\.load\(|import pickle")
+    code = [path for path in (*root.rglob("*.py"), *(root.parent / "eval").glob("*.py")) if path.name != "card.py"]
+    assert len(code) > 150
+    found = [path.name for path in code if reads.search(re.sub(r'"[^"\n]*"', "", path.read_text()))]
+    assert {*found} == {"reading.py"}
 
 
 class Marks:
