@@ -14,15 +14,17 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.training.arguments import OWNED, training_arguments
 
 PASSED = """
-    adam_beta1 adam_beta2 adam_epsilon ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
-    ddp_static_graph dataloader_multiprocessing_context dataloader_persistent_workers dataloader_pin_memory
-    dataloader_prefetch_factor debug disable_tqdm do_predict do_train full_determinism greater_is_better
-    include_for_metrics include_num_input_tokens_seen length_column_name liger_kernel_config log_level
-    log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy lr_scheduler_kwargs
-    max_steps metric_for_best_model neftune_noise_alpha optim optim_args optim_target_modules prediction_loss_only
-    project report_to run_name save_strategy skip_memory_metrics tf32 torch_compile torch_compile_backend
-    torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id
-    use_cache use_liger_kernel warmup_steps
+    adam_beta1 adam_beta2 adam_epsilon batch_eval_metrics bf16_full_eval dataloader_multiprocessing_context
+    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_broadcast_buffers
+    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph debug disable_tqdm do_eval do_predict do_train
+    eval_accumulation_steps eval_delay eval_do_concat_batches eval_steps eval_strategy eval_use_gather_object
+    fp16_full_eval full_determinism greater_is_better include_for_metrics include_num_input_tokens_seen
+    length_column_name liger_kernel_config load_best_model_at_end log_level log_level_replica log_on_each_node
+    logging_first_step logging_nan_inf_filter logging_strategy lr_scheduler_kwargs max_steps metric_for_best_model
+    neftune_noise_alpha optim optim_args optim_target_modules per_device_eval_batch_size prediction_loss_only project
+    report_to run_name save_strategy skip_memory_metrics tf32 torch_compile torch_compile_backend torch_compile_mode
+    torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_liger_kernel
+    warmup_steps
 """.split()  # noqa: SIM905
 FIELDS = sorted(field.name for field in dataclasses.fields(TrainingArguments))
 OWN = sorted(name for name in FIELDS if any(fnmatchcase(name, pattern) for pattern in OWNED))
