@@ -11,8 +11,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.checkpoints import Checkpoint
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.saved import load_run
-from mllm_keeplora.models.shipped import NOTES
-from mllm_keeplora.system import files
+from mllm_keeplora.models.shipped import notes_of
 
 
 def ask(
@@ -48,11 +47,11 @@ def ask(
         if given is not None:
             raise UserError(f"{target} is {'a run' if is_run else 'not a run'}, for which there is no {option}")
     # Pictures are shown as in training, where the target tells; they are looked at before a model is loaded.
-    saved, notes = load_run(target) if is_run else None, Path(target) / NOTES
+    saved = load_run(target) if is_run else None
     if saved is not None:
         modes = {part.image_mode for part in saved.benchmark.domains.values()}
     else:
-        modes = files.read_json(notes)["image_modes"] if notes.is_file() else ()
+        modes = notes_of(target).get("image_modes", ())
     media = tuple(Media("image", Path(image), pad="pad" in modes) for image in images)
     for each in media:
         read_image(each)

@@ -11,13 +11,14 @@ from mllm_keeplora.config import RunConfig, apply_override, parse_config, read_y
 from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.media.images import digests_of
 from mllm_keeplora.data.readers import digest
-from mllm_keeplora.errors import UserError, first_line
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import chosen_sets, evaluate_named
 from mllm_keeplora.identity import digest_of_lines, environment
 from mllm_keeplora.models import Base, load_base
-from mllm_keeplora.models.shipped import NOTES
+from mllm_keeplora.models.reading import reading
+from mllm_keeplora.models.shipped import notes_of
 from mllm_keeplora.runs import DomainDir, RunDir
 from mllm_keeplora.system import distributed, files
 
@@ -49,8 +50,9 @@ class Checkpoint:
                 f"{folder} is one domain's part of a run, without the domains before it; "
                 f"use: mllm-keeplora eval {folder.parent.parent.parent} --after N"
             )
-        own = files.read_json(folder / ADAPTER).get("base_model_name_or_path")
-        if not (base or own):
+        settings = files.read_json(folder / ADAPTER)
+        own = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        if not (base or (isinstance(own, str) and own)):
             raise UserError(f"{folder / ADAPTER} names no base model; say which with --base")
         return cls(base or own, folder)
 
@@ -68,8 +70,8 @@ class Checkpoint:
             if "strategy" in values:
                 asked = {key: values[key] for key in ASKED if key in values}
         base = {"model": self.base}
-        if self.adapter is not None and (self.adapter / NOTES).is_file():  # of an exported one: how it was prompted
-            base["prompt"] = files.read_json(self.adapter / NOTES)["prompt"]
+        if self.adapter is not None and (told := notes_of(self.adapter)):  # of an exported one: how it was prompted
+            base["prompt"] = told["prompt"]
         values = {"name": "checkpoint", "base": base, **asked, "strategy": {"name": "finetune"}, "output": str(output)}
         for override in overrides:
             apply_override(values, override)
@@ -85,15 +87,15 @@ class Checkpoint:
         if self.adapter is None:
             return base, base.model
         from peft import PeftModel, get_peft_model_state_dict
-        from safetensors import safe_open
 
-        try:
+        # peft would read a pickle where there is no such file, and only warns where it has other tensors than its
+        # branches; an empty branch must not pass.
+        tensors = files.read_tensors(self.adapter / "adapter_model.safetensors")
+        given = set(tensors)
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise UserError(f"adapter {self.adapter}: {broken[0]} holds nan or inf")
+        with reading(f"adapter {self.adapter} does not fit {self.base}: it", trusted=False):
             model = PeftModel.from_pretrained(base.model, str(self.adapter))
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"adapter {self.adapter} does not fit {self.base}: {first_line(error)}") from None
-        # peft only warns where a file has other tensors than its branches; an empty branch must not pass.
-        with safe_open(self.adapter / "adapter_model.safetensors", "pt") as stored:
-            given = set(stored.keys())
         wanted = set(get_peft_model_state_dict(model))
         if given != wanted:
             raise UserError(

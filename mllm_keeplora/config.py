@@ -34,9 +34,15 @@ def later(default: Any, **constraints: Any) -> Any:
 
 
 def later_defaults(model: BaseModel) -> set[str]:
-    """Name the keys of a model that came later and have their default."""
-    fields = type(model).model_fields.items()
-    return {key for key, each in fields if each.json_schema_extra == LATER and getattr(model, key) == each.default}
+    """Name the keys of a model that came later and have their default; those of its sections by dotted name."""
+    found = set()
+    for key, each in type(model).model_fields.items():
+        value = getattr(model, key)
+        if isinstance(value, Section):
+            found |= {f"{key}.{name}" for name in later_defaults(value)}
+        elif each.json_schema_extra == LATER and value == each.default:
+            found.add(key)
+    return found
 
 
 class Section(BaseModel):
@@ -45,7 +51,7 @@ class Section(BaseModel):
     def result_defining(self) -> dict[str, Any]:
         """Flatten the keys that can change results to dotted names, for comparison with a run's own."""
         values = self.model_dump(mode="json", exclude=_runtime_keys(type(self)))
-        return flatten({key: value for key, value in values.items() if key not in later_defaults(self)})
+        return {key: value for key, value in flatten(values).items() if key not in later_defaults(self)}
 
 
 class BaseConfig(Section):
@@ -56,6 +62,7 @@ class BaseConfig(Section):
     quantization: Literal["nf4", "int8"] | None = None  # of the frozen weights; needs bitsandbytes
     prompt: str = "auto"  # chat_template, or a style; auto = as the base's YAML says
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # the attention kernel
+    trust_remote_code: bool = later(False, description="whether code that comes with the base is run on this machine")
     tower_cache_mb: int | None = runtime(None, ge=0, description="kept tower outputs; null = 512 on a CPU, 0 on a GPU")
 
 

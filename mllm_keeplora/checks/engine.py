@@ -65,4 +65,4 @@ def settings_faults(config: RunConfig, stage: int | None) -> Iterator[str]:
             if settings.args or settings.schedule not in ("cosine", "linear", "constant"):  # they need nothing more
                 rehearse(settings)
     except UserError as error:
-        yield str(error)
+        yield from error.sentences

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.data.media.images import Looks, Size, images_of
-from mllm_keeplora.errors import UserError, first_line
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import IGNORED, ChatPrompt
 from mllm_keeplora.models.base import prompt_of
+from mllm_keeplora.models.reading import read_generation, read_processor
 from mllm_keeplora.system.known import Known, key_of
 
 if TYPE_CHECKING:
@@ -25,21 +25,16 @@ RULES = 1  # of trying records: raised when they change, so that every record is
 ALIKE_ONLY = {"MllamaProcessor"}  # fail on batches of which only some records have pictures
 
 
-def load_prompt(location: str, style: str) -> ChatPrompt | None:
+def load_prompt(location: str, style: str, trusted: bool = False) -> ChatPrompt | None:
     """Load the prompt of a base whose processor is on this machine; None where it would have to be downloaded."""
-    from transformers import AutoProcessor, GenerationConfig
-
     from_hub = not Path(location).is_dir()
     try:
-        processor = AutoProcessor.from_pretrained(location, local_files_only=from_hub)
-    except (OSError, ValueError, ImportError) as error:
-        if from_hub and not isinstance(error, ImportError):
+        processor = read_processor(location, trusted, local_files_only=from_hub)
+    except UserError as error:
+        if from_hub and isinstance(error.__cause__, (OSError, ValueError)):
             return None
-        raise UserError(f"base {location}: its processor cannot be loaded: {first_line(error)}") from None
-    generation = None
-    with contextlib.suppress(OSError):  # a folder may have none
-        generation = GenerationConfig.from_pretrained(location, local_files_only=from_hub)
-    return prompt_of(processor, style, generation)
+        raise
+    return prompt_of(processor, style, read_generation(location, local_files_only=from_hub))
 
 
 def gold_faults(part: TestSet, records: Sequence[Record]) -> Iterator[str]:

@@ -16,11 +16,13 @@ from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.media.images import Looks, image_size
 from mllm_keeplora.errors import UserError, first_line, several
 from mllm_keeplora.models import ChatPrompt
-from mllm_keeplora.models.base import compute_dtype, refuse_original_llava, skeleton
+from mllm_keeplora.models.base import compute_dtype, refuse_original_llava
 from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.causal.parts import name_parts, summary_of
 from mllm_keeplora.models.fingerprint import fingerprint
+from mllm_keeplora.models.reading import skeleton
 from mllm_keeplora.models.shipped import prompt_style, resolve
+from mllm_keeplora.models.weights import refuse_small_vocabulary, refuse_unfit
 from mllm_keeplora.strategies import Strategy, build_strategy
 from mllm_keeplora.system import distributed
 from mllm_keeplora.system.known import Known
@@ -47,6 +49,12 @@ class Checked:
     unseen: list[str] = field(default_factory=list)  # what could not be looked at
     # Of a domain or suite the digests of its pictures by file (train, test, validation), a text for each record.
     shown: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    def base_like(self, recorded: str | None) -> str | None:
+        """Give the base's fingerprint in the form of a recorded one, for older runs knew less of a base."""
+        if self.base_fingerprint is None:
+            return None
+        return fingerprint(Path(self.base_location), like=recorded)
 
 
 def check_everywhere(config: RunConfig) -> Checked:
@@ -93,10 +101,10 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
     location = faults.of(resolve, config.base)
     base_fingerprint, anatomy, unseen = None, Anatomy(), []
     if location is not None:
-        if Path(location).is_dir():
+        if is_folder := Path(location).is_dir():
             base_fingerprint = faults.of(fingerprint, Path(location))
-            faults.of(refuse_original_llava, config.base.model, location)
-        anatomy = faults.of(_anatomy, config, location, unseen) or anatomy
+        if base_fingerprint is not None or not is_folder:
+            anatomy = faults.of(_anatomy, config, location, unseen) or anatomy
     stage = faults.of(zero_stage, config.deepspeed)
     faults += settings_faults(config, stage)
     benchmark = faults.of(load_benchmark, config, _drawing())
@@ -116,7 +124,7 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
             records = faults.of(benchmark.anchor_records, name) or ()
             trained[f"anchors of {name}"] = [record.first_exchange() for record in records]
         if look_inside:
-            prompt = faults.of(_prompt, config, location, unseen) if location is not None else None
+            prompt = faults.of(_prompt, config, location, unseen, anatomy) if location is not None else None
             rank, world = share
             if rank == 0:  # over all sets, whole: engines change, domains are appended, a share may be of one kind
                 faults += mixed_faults(trained, graded, prompt, stage, strategy is not None and strategy.joins_domains)
@@ -159,36 +167,43 @@ class _Faults(list[str]):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a base's config tells of it: a line for each part, and how many tokens it has places for."""
+    """What a base's config tells: a line for each part, how many tokens it has places for, and how many it knows."""
 
     parts: list[str] = field(default_factory=list)
     positions: int | None = None
+    vocabulary: int | None = None
 
 
 def _anatomy(config: RunConfig, location: str, unseen: list[str]) -> Anatomy:
-    """Look at a base by its config alone; `unseen` is told if it is not on this machine."""
+    """Look at a base by its config and the names of its weights; `unseen` is told if it is not on this machine."""
+    trusted = config.base.trust_remote_code
+    if Path(location).is_dir():
+        refuse_original_llava(config.base.model, location)
+        refuse_unfit(Path(location), trusted)
     try:
-        model = skeleton(location)
-    except ImportError as error:
-        raise UserError(f"base {location}: {first_line(error)}") from None
-    except (OSError, ValueError) as error:
-        unseen.append(f"the base's layers ({first_line(error)})")
+        model = skeleton(location, trusted=trusted)
+    except UserError as error:
+        if Path(location).is_dir() or not isinstance(error.__cause__, (OSError, ValueError)):
+            raise
+        unseen.append(f"the base's layers ({error})")
         return Anatomy()
     parts = summary_of(model, name_parts(model, config.adapters.projector, config.adapters.target))
-    return Anatomy(parts, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Anatomy(parts, positions, getattr(model.get_input_embeddings(), "num_embeddings", None))
 
 
 def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
     """Estimate a faultless run's memory on this machine; None where the base cannot be looked at beforehand."""
     import torch
 
-    prompt = load_prompt(checked.base_location, prompt_style(config.base))
+    trusted = config.base.trust_remote_code
+    prompt = load_prompt(checked.base_location, prompt_style(config.base), trusted)
     dtype = compute_dtype(config.base.dtype)
     if prompt is None:
         log.info("memory is not estimated: the processor of %s is not on this machine", checked.base_location)
         return None
     try:
-        model = skeleton(checked.base_location, dtype)
+        model = skeleton(checked.base_location, dtype, trusted)
         parts = name_parts(model, config.adapters.projector, config.adapters.target)
         # The longest of some records of every domain, and the one with the most tokens that carry loss.
         sets = map(checked.benchmark.train_records, checked.benchmark.domains)
@@ -211,9 +226,11 @@ def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
         return None
 
 
-def _prompt(config: RunConfig, location: str, unseen: list[str]) -> ChatPrompt | None:
-    prompt = load_prompt(location, prompt_style(config.base))
-    if prompt is None:
+def _prompt(config: RunConfig, location: str, unseen: list[str], anatomy: Anatomy) -> ChatPrompt | None:
+    prompt = load_prompt(location, prompt_style(config.base), config.base.trust_remote_code)
+    if prompt is not None:
+        refuse_small_vocabulary(location, prompt.processor, anatomy.vocabulary)
+    else:
         unseen.append(f"records as its processor sees them (that of {location} is not on this machine)")
     return prompt
 

@@ -236,7 +236,7 @@ def _show_record(config: RunConfig, which: str) -> None:
     records = benchmark.train_records(domain)
     if int(number) >= len(records):
         raise UserError(f"--show {which}: {domain} has {len(records)} training records, numbered from 0")
-    prompt = load_prompt(resolve(config.base), prompt_style(config.base))
+    prompt = load_prompt(resolve(config.base), prompt_style(config.base), config.base.trust_remote_code)
     if prompt is None:
         raise UserError(f"--show needs the processor of {config.base.model}, which is not on this machine")
     _show(as_seen(prompt, records[int(number)]))

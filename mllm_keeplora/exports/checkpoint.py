@@ -13,6 +13,7 @@ from mllm_keeplora.eval.saved import SavedRun, load_run
 from mllm_keeplora.exports.card import model_card
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.causal.parts import projector_names
+from mllm_keeplora.models.reading import read_config
 from mllm_keeplora.models.shipped import NOTES, hub_id, prompt_style, resolve
 from mllm_keeplora.system import files, owners
 
@@ -108,9 +109,7 @@ def _describe(saved: SavedRun, after: int, folder: Path, content: str, library: 
 
 def _stored_base(saved: SavedRun) -> Base:
     """Load the run's base, not quantised, in the dtype that its checkpoint is stored in."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(resolve(saved.config.base))
+    config = read_config(resolve(saved.config.base), saved.config.base.trust_remote_code)
     dtype = config.dtype or config.get_text_config().dtype or "float32"
     changes = {"quantization": None, "dtype": str(dtype).removeprefix("torch.")}
     return saved.load_base(saved.config.base.model_copy(update=changes))

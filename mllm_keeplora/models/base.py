@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.config import BaseConfig
-from mllm_keeplora.errors import UserError, first_line, known
+from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.causal.parts import ALL_LINEARS, Parts, expert_weights
 from mllm_keeplora.models.causal.prompt import ChatPrompt, PrefixPrompt
 from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.fingerprint import identity_of
+from mllm_keeplora.models.reading import read_model, read_processor, skeleton
 from mllm_keeplora.models.shipped import prompt_style, resolve, settings_of
+from mllm_keeplora.models.weights import refuse_not_finite, refuse_small_vocabulary, refuse_unfilled, refuse_unfit
 from mllm_keeplora.system import distributed
 from mllm_keeplora.system.log import log
 
@@ -59,33 +61,32 @@ def load_base(
         known_as: fingerprint of the weights that a run was started with: of a hub's base that revision is loaded.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, has other weights, has no part that must be named, or belongs to a
-            family that is not known.
+        UserError: the checkpoint cannot be loaded, does not fill the model, holds nan or inf, needs code of its own
+            that is not trusted, has other weights, has no part that must be named, or belongs to no known family.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging as transformers_logging
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
-    transformers_logging.disable_progress_bar()
     location, dtype, kind = resolve(config), compute_dtype(config.dtype), _family_of(config)
     refuse_original_llava(config.model, location)
     identity, pinned = identity_of(config.model, location, known_as)
+    trusted = config.trust_remote_code
+    if Path(location).is_dir() and not is_deepspeed_zero3_enabled():  # which divides a model that is not there, too
+        refuse_unfit(Path(location), trusted)
 
-    def load(attention: str) -> Any:
+    def load(attention: str) -> tuple[Any, dict[str, Any]]:
         settings = {"dtype": dtype, "attn_implementation": attention, **pinned, **_quantisation(config, location)}
-        return AutoModelForImageTextToText.from_pretrained(location, **settings)
+        return read_model(location, trusted, **settings)
 
+    processor = read_processor(location, trusted, **pinned)
     try:
-        processor = AutoProcessor.from_pretrained(location, **pinned)
-        try:
-            model = load(config.attn)
-        except ValueError as error:
-            if config.attn != "sdpa" or "scaled_dot_product_attention" not in str(error):
-                raise
-            log.info("%s has no sdpa attention: taking eager", config.model)
-            model = load("eager")
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"base.model {config.model!r} cannot be loaded: {first_line(error)}") from error
+        model, told = load(config.attn)
+    except UserError as error:
+        if config.attn != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        log.info("%s has no sdpa attention: taking eager", config.model)
+        model, told = load("eager")
+    refuse_unfilled(location, told)
     if config.quantization is not None:
         from peft import prepare_model_for_kbit_training
 
@@ -101,6 +102,8 @@ def load_base(
             torch.set_float32_matmul_precision("high")
         if config.quantization is None:
             model.to(distributed.device())
+    refuse_not_finite(config.model, location, model)
+    refuse_small_vocabulary(config.model, processor, getattr(model.get_input_embeddings(), "num_embeddings", None))
     family = kind(prompt_of(processor, prompt_style(config), model.generation_config))
     return Base(config.model, model, processor, family, family.name_parts(model, projector, target), identity)
 
@@ -112,30 +115,13 @@ def _family_of(config: BaseConfig) -> type[Family]:
     return FAMILIES[name]
 
 
-def skeleton(location: str, dtype: Any = None) -> Any:
-    """Build the model without its weights: every module in place, on the meta device. Needs the config alone.
-
-    Args:
-        location, dtype: folder or hub id; torch dtype of its parameters, None for the checkpoint's.
-
-    Raises:
-        OSError: the config is not on this machine.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    settings = AutoConfig.from_pretrained(location, local_files_only=not Path(location).is_dir())
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(settings, dtype=dtype or settings.dtype)
-
-
 def _quantisation(config: BaseConfig, location: str) -> dict[str, Any]:
     """Arguments that make `from_pretrained` quantise the language model; tower, projector and head stay as they are."""
     if config.quantization is None:
         return {}
     from transformers import BitsAndBytesConfig
 
-    empty = skeleton(location)
+    empty = skeleton(location, trusted=config.trust_remote_code)
     parts = CausalFamily.name_parts(empty, "frozen", ())
     if experts := expert_weights(empty, parts.language_model):
         raise UserError(
@@ -162,8 +148,8 @@ def refuse_original_llava(model: str, location: str) -> None:
 
     try:
         settings = PretrainedConfig.get_config_dict(location)[0]
-    except (OSError, ValueError):
-        return  # loading tells what is wrong
+    except Exception:  # of whatever kind: loading tells what is wrong
+        return
     if "mm_vision_tower" in settings:
         raise UserError(
             f"base.model {model!r} is a checkpoint of the original LLaVA code; convert it with transformers' "

@@ -6,6 +6,7 @@ from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
 from mllm_keeplora.errors import UserError, known
@@ -75,10 +76,26 @@ def prompt_style(config: BaseConfig) -> str:
     """Say how a base is prompted: as asked for, as its folder or its YAML says, else by its own template."""
     if config.prompt != "auto":
         return config.prompt
-    told = Path(config.model) / NOTES
-    if told.is_file():
-        return files.read_json(told)["prompt"]
-    return settings_of(config.model).get("prompt", "chat_template")
+    return notes_of(config.model).get("prompt") or settings_of(config.model).get("prompt", "chat_template")
+
+
+def notes_of(folder: str | Path) -> dict[str, Any]:
+    """Read how an exported model was prompted: `prompt` and `image_modes`; nothing of any other folder.
+
+    Raises:
+        UserError: the file says something else.
+    """
+    path = Path(folder) / NOTES
+    if not path.is_file():
+        return {}
+    told = files.read_json(path)
+    if (
+        not isinstance(told, dict)
+        or not isinstance(told.get("prompt"), str)
+        or type(told.get("image_modes")) is not list
+    ):
+        raise UserError(f"{path} must hold prompt and image_modes, as an export writes them")
+    return told
 
 
 def settings_of(model: str) -> dict[str, str]:

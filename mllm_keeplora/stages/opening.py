@@ -58,7 +58,8 @@ def open_run(
             )
         if inherited is not None:
             _inherit_definitions(checked.benchmark, run.ledger.domains[: inherited["after"]])
-        _accept(run, config, checked, _identity(config, checked))
+        base = checked.base_like(run.ledger.base["fingerprint"])
+        _accept(run, config, checked, _identity(config, checked, base))
         if stage is not None:
             redo(run, stage)
     elif stage is not None:
@@ -67,7 +68,7 @@ def open_run(
         if source is not None:
             _fits_parent(source, config, checked, after)
             _inherit_definitions(checked.benchmark, source.ledger.domains[:after])
-        identity = _identity(config, checked)
+        identity = _identity(config, checked, checked.base_fingerprint)
         ledger = _first_ledger(config, checked, identity, source, after or 0)
         if source is not None:
             names = Identity.of_ledger(source.ledger).graded_like(Identity.of_ledger(ledger))
@@ -80,8 +81,8 @@ def open_run(
     return run
 
 
-def _identity(config: RunConfig, checked: Checked) -> Identity:
-    return Identity.of_config(config, checked.benchmark, checked.base_fingerprint, checked.shown)
+def _identity(config: RunConfig, checked: Checked, base: str | None) -> Identity:
+    return Identity.of_config(config, checked.benchmark, base, checked.shown)
 
 
 def _first_ledger(config: RunConfig, checked: Checked, identity: Identity, source: RunDir | None, after: int) -> Ledger:
@@ -212,7 +213,8 @@ def _fits_parent(source: RunDir, config: RunConfig, checked: Checked, after: int
         raise UserError(f"--after must be between 1 and {len(names)} for {source.path}, got {after}")
     if after > len(source.finished_units):
         raise UserError(f"--from {source.path}: domain {names[after - 1]} (--after {after}) is not finished there")
-    if checked.base_fingerprint not in (None, source.ledger.base["fingerprint"]):
+    recorded = source.ledger.base["fingerprint"]
+    if checked.base_like(recorded) not in (None, recorded):
         raise UserError(f"--from {source.path}: its base model is not {config.base.model} as it is now")
     told = differences(Identity.of_ledger(source.ledger).config, comparable(config), str(source.path))
     lines = [line for line in told if not line.startswith(MAY_DIFFER_FROM_PARENT)]

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.checks.run import check_run
+from mllm_keeplora.checks.run import Checked, check_run
 from mllm_keeplora.errors import UserError, several
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.identity import Identity, other_pictures
@@ -105,7 +105,7 @@ def check_sweep(sweep: SweepConfig) -> None:
     """
     faults: list[str] = []
     looked_into: set[str] = set()  # splits: all runs read the same records, so one looks into them for all
-    now: dict[str, Identity] = {}  # by split
+    now: dict[str, tuple[Checked, Identity]] = {}  # by split
     for label in sweep.strategies:
         first = sweep.tune.grid[0]
         for cell in (tune_cell(sweep, label, first), final_cell(sweep, label, first, sweep.final.seeds[0])):
@@ -117,21 +117,23 @@ def check_sweep(sweep: SweepConfig) -> None:
                 faults.append(f"{label}: {error}")
             else:
                 if split not in now:
-                    now[split] = Identity.of_config(config, checked.benchmark, checked.base_fingerprint, checked.shown)
+                    identity = Identity.of_config(config, checked.benchmark, checked.base_fingerprint, checked.shown)
+                    now[split] = checked, identity
             looked_into.add(split)
     if faults:
         raise several(list(dict.fromkeys(faults)))
     for path in sorted(sweep.folder.glob("*/*/results.json")):
         told = Results.load(path).identity
-        if (wanted := now.get(told.get("split"))) is not None and _is_of_other_data(path.parent, told, wanted):
+        if told.get("split") in now and _is_of_other_data(path.parent, told, *now[told["split"]]):
             raise UserError(
                 f"{path.parent} was made with other data or another base than are here now; choose another `output`"
             )
 
 
-def _is_of_other_data(folder: Path, told: Mapping[str, str | None], wanted: Identity) -> bool:
+def _is_of_other_data(folder: Path, told: Mapping[str, str | None], checked: Checked, wanted: Identity) -> bool:
     """Tell whether a finished run's results, or the pictures that it recorded, are not of the data or base of now."""
-    if any(value != told.get(key) for key, value in wanted.told().items() if key != "base" or value is not None):
+    now = {**wanted.told(), "base": checked.base_like(told.get("base"))}
+    if any(value != told.get(key) for key, value in now.items() if key != "base" or value is not None):
         return True
     run = RunDir(folder)
     recorded = run.load().ledger.sets if run.exists() else {}

@@ -16,7 +16,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.system.proofs import proofs_of, prove
 
 EDGE = 1 << 20  # bytes of either end of a file that `digest_ends` reads
-NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
+NO_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -30,7 +30,7 @@ def is_gone(owner: str) -> bool:
 def spelled(owner: str) -> str:
     """Say in words who an owner is; an older version named no machine."""
     pid, _, host = owner.partition("@")
-    return f"pid {pid} on {host}" if host else f"pid {pid}"
+    return f"(pid {pid}) on {host}" if host else f"(pid {pid})"
 
 
 def staged(folder: Path, ending: str) -> Path:

@@ -144,8 +144,8 @@ def test_a_folder_without_ledger_is_no_run(tmp_path):
 def test_a_run_is_held_once(run):
     with run.locked():
         assert (run.path / ".lock").read_text() == f"{os.getpid()}@{socket.gethostname()}"
-        assert run.user() == f"pid {os.getpid()} on {socket.gethostname()}"
-        told = f"in use by another process (pid {os.getpid()} on {socket.gethostname()})"
+        assert run.user() == f"(pid {os.getpid()}) on {socket.gethostname()}"
+        told = f"in use by another process (pid {os.getpid()}) on {socket.gethostname()}"
         with pytest.raises(UserError, match=re.escape(told)):
             RunDir(run.path).locked().__enter__()
     assert run.user() is None
@@ -156,7 +156,7 @@ def test_a_run_is_held_once(run):
 def test_a_lock_that_another_machine_holds_is_told_with_machine_and_process(run, monkeypatch):
     with run.locked():
         (run.path / ".lock").write_text("77@node-of-others")
-        with pytest.raises(UserError, match=r"in use by another process \(pid 77 on node-of-others\)$"):
+        with pytest.raises(UserError, match=r"in use by another process \(pid 77\) on node-of-others$"):
             RunDir(run.path).locked().__enter__()
         (run.path / ".lock").write_text("77")  # as an older version writes it
         with pytest.raises(UserError, match=r"in use by another process \(pid 77\)$"):
@@ -172,7 +172,7 @@ def test_what_a_dead_process_of_this_machine_left_is_taken_over(run):
     fcntl.flock(holder, fcntl.LOCK_EX)
     threading.Timer(0.5, holder.close).start()
     with run.locked():
-        assert holder.closed and run.user() == f"pid {os.getpid()} on {socket.gethostname()}"
+        assert holder.closed and run.user() == f"(pid {os.getpid()}) on {socket.gethostname()}"
 
 
 def test_what_outlives_a_dead_process_for_long_is_told(run, monkeypatch):
@@ -182,7 +182,7 @@ def test_what_outlives_a_dead_process_for_long_is_told(run, monkeypatch):
     (run.path / ".lock").write_text(f"{ended.pid}@{socket.gethostname()}")
     with open(run.path / ".lock") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=rf"\(pid {ended.pid} on "):
+        with pytest.raises(UserError, match=rf"\(pid {ended.pid}\) on "):
             run.locked().__enter__()
 
 

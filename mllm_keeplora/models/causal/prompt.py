@@ -6,6 +6,8 @@ The mask comes from where rendered prefixes end in the tokens' bounds, never fro
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ DATE = (
     "{% macro strftime_now(form) %}{{ '26 Jul 2024' if form == '%d %b %Y' else '26 July 2024' if form == '%d %B %Y' "
     "else '2024-07-26' }}{% endmacro %}"
 )
+PATIENCE_S, LONGEST = 20, 1 << 20  # of a template: seconds, and characters that it makes of a question mark
 REMEMBERED = 1 << 15  # renderings; conversations of a domain share their first turns, and passes share conversations
 
 
@@ -47,6 +50,7 @@ class ChatPrompt:
         self._widenings: dict[tuple[tuple[int, int], ...], int] = {}
         if not getattr(processor, "chat_template", None):
             raise UserError("the base's processor has no chat template, so its prompt is not known")
+        _try_template(processor)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -258,6 +262,35 @@ def _refused(record: Record, sizes: Sequence[tuple[int, int]]) -> Iterator[None]
         pictures = ", ".join(f"{media.path.name} of {width} x {height} pixels" for media, (width, height) in shown)
         told = f" ({pictures})" if pictures else ""
         raise UserError(f"{record.origin}: the base's processor refuses it{told}: {first_line(error)}") from error
+
+
+def _try_template(processor: Any) -> None:
+    """Render one question: a template is a program, which comes with the base and may be broken or never end.
+
+    transformers runs it where it sees nothing but the messages: no file, no import, no attribute of Python's own.
+
+    Raises:
+        UserError: it does not end, makes a text without measure, or is broken.
+    """
+    from jinja2 import TemplateError
+
+    def give_up(*_: Any) -> None:
+        raise TimeoutError(f"it has not ended after {PATIENCE_S} s")
+
+    is_timed = threading.current_thread() is threading.main_thread()  # signals reach no other
+    before = signal.signal(signal.SIGALRM, give_up) if is_timed else None
+    try:
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE_S if is_timed else 0)
+        text = _rendered(processor, (Turn("user", "?"),), 0, "", True)
+        if len(text) > LONGEST:
+            raise ValueError(f"it makes {len(text):,} characters of one question mark")
+    except Exception as error:  # of whatever kind: it computes what it likes
+        if type(error) is not TemplateError:  # which a template raises itself, of a question that it does not take
+            raise UserError(f"the base's chat template cannot be used: {first_line(error)}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if is_timed:
+            signal.signal(signal.SIGALRM, before)
 
 
 def _control_tokens(processor: Any) -> list[str]:
