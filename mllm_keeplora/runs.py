@@ -329,7 +329,7 @@ class RunDir:
                         self.path.rmdir()
 
     def user(self) -> str | None:
-        """Name the process that works on the run, as "(pid 12) on host"; None where there is none, or it is not known."""
+        """Name the process that works on the run, "(pid 12) on host"; None where there is none, or it is not known."""
         with contextlib.suppress(OSError), open(self.path / ".lock", encoding="utf-8") as handle:
             owner = handle.read().strip()
             if owner and not owners.is_gone(owner) and not _try_lock(handle, shared=True):
