@@ -22,7 +22,8 @@ from mllm_keeplora.report.render.view import score_text
 from mllm_keeplora.system.log import log
 
 # A run that a signal ended, before or after it could see to it: it is not at fault, and goes on later.
-INTERRUPTED = {STOPPED, *(code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number))}
+ENDED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = {STOPPED, *(code for number in ENDED_BY for code in (-number, 128 + number))}
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,15 @@ class Runner:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 end the runs as Ctrl-C does; a sweep that just died would leave them running."""
+    """Let other signals end the runs as Ctrl-C does; a sweep that just died would leave them running."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     like_ctrl_c = signal.default_int_handler
-    before = {number: signal.signal(number, like_ctrl_c) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    ending = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as under `nohup`
+        ending.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, like_ctrl_c) for number in ending}
     try:
         yield
     finally:
