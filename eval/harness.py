@@ -148,8 +148,7 @@ class Journal:
 
     def add(self, number: int, answers: dict[int, Answer]) -> None:
         self.answers[number] = {str(index): [answer.text, answer.is_cut] for index, answer in answers.items()}
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(self._line(number) + "\n")
+        files.append_line(self.path, self._line(number))
 
     def by_index(self) -> dict[int, Answer]:
         return {int(index): Answer(*told) for answers in self.answers.values() for index, told in answers.items()}

@@ -215,8 +215,10 @@ class RunDir:
             return
         import fcntl
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+", encoding="utf-8") as handle:
+        with files.written(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
+        with lock as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -226,9 +228,10 @@ class RunDir:
                 handle.seek(0)
                 owner = handle.read().strip() or "unknown"
                 raise UserError(f"run {self.path} is in use by another process (pid {owner})") from None
-            handle.truncate(0)
-            handle.write(str(os.getpid()))
-            handle.flush()
+            with files.written(self.path):
+                handle.truncate(0)
+                handle.write(str(os.getpid()))
+                handle.flush()
             try:
                 yield
             finally:

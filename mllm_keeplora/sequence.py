@@ -33,7 +33,7 @@ from mllm_keeplora.stages.opening import open_run
 from mllm_keeplora.stages.prepare import prepare
 from mllm_keeplora.stages.report import report
 from mllm_keeplora.stages.train import discard_checkpoints, train
-from mllm_keeplora.system import distributed, watch
+from mllm_keeplora.system import distributed, files, watch
 from mllm_keeplora.system.log import log, start_logging
 from mllm_keeplora.training.deepspeed import deepspeed_file
 
@@ -47,12 +47,15 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
 
     Raises:
         UserError: a fault of config, data, base, or of the run directory; nothing was started or changed.
-        Stopped: SIGTERM or SIGUSR1 ended the run; it is a SystemExit with code 75.
+        Diverged: a training came to numbers that are not finite.
+        Unwritable: the run directory cannot be written.
+        Stopped: a signal ended the run; it is a SystemExit with code 75, or 130 after Ctrl-C.
     """
     start_logging()
     _limit_threads(config)
     deepspeed_file(config.deepspeed)  # refused here if it is not installed: the process group needs it
-    with distributed.process_group(config.distributed_timeout_s, config.deepspeed is not None), watch.watched():
+    group = distributed.process_group(config.distributed_timeout_s, config.deepspeed is not None)
+    with group, watch.watched(), files.written(config.output_dir):
         checked = check_everywhere(config, seen=_looked_into(RunDir(config.output_dir)))
         for note in checked.notes:
             log.warning("%s", note)

@@ -53,12 +53,13 @@ def export(
     past = past_of(saved.run, saved.first(after), domain)
     learnt = past.merged("a merged checkpoint" if form == "merged" else "an adapter for plain peft")
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # renamed when all is there
-    part.mkdir(parents=True)
-    try:
-        (_merged if form == "merged" else _adapter)(saved, after, *learnt, part)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with files.written(folder.parent):
+        part.mkdir(parents=True)
+        try:
+            (_merged if form == "merged" else _adapter)(saved, after, *learnt, part)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _merged(saved: SavedRun, after: int, past: list[Factors], full: list[dict[str, Tensor]], folder: Path) -> None:

@@ -126,5 +126,4 @@ class Reporter(TrainerCallback):
         self.advance(0, note=f"loss {logs['loss']:.3f}")
         row = {"domain_index": self.context.domain.index, "stage": "train", "optimizer_step": state.global_step, **logs}
         row.pop("epoch", None)
-        with open(self.metrics_file, "a", encoding="utf-8") as handle:
-            handle.write(files.one_line(row))
+        files.append_line(self.metrics_file, files.one_line(row).rstrip())

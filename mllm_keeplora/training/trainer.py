@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.models import IGNORED
 from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.partition import assign, copy_of, is_partitioned
@@ -168,10 +170,16 @@ class DomainTrainer(Trainer):
             write_training_state(self.strategy, Path(output_dir) / STATE)
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with files.written(folder):
+                super()._save_checkpoint(model, trial)
+        except UserError:
+            if self.args.should_save:  # half of it would go on taking room
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         distributed.barrier()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             files.write_json(folder / COMPLETE, self.identity)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
