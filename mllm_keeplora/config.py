@@ -127,6 +127,9 @@ class EvalConfig(Section):
     limit: int | None = Field(None, ge=1, description="most questions of a domain; null = all")
     suite_limit: int | None = Field(None, ge=1, description="most questions of a suite; null = all")
     weights: Literal["auto", "gathered", "divided"] = runtime("auto")  # under ZeRO-3: whole, or fetched block by block
+    collapse_alarm: float | None = runtime(
+        50.0, gt=0.0, description="points that a set may fall from one row to the next; null = any number"
+    )
     settle_ties: bool = True  # ask again alone where an answer hangs on rounding, so that batches do not tip it
     zero_shot: bool = True  # ask the untouched base, too
     base_answers: str | None = runtime(None, description="folder of answers of the untouched base, shared by runs")

@@ -33,6 +33,7 @@ from mllm_keeplora.stages.opening import open_run
 from mllm_keeplora.stages.prepare import prepare
 from mllm_keeplora.stages.report import report
 from mllm_keeplora.stages.train import discard_checkpoints, train
+from mllm_keeplora.stages.trouble import trouble_told
 from mllm_keeplora.system import distributed, files, watch
 from mllm_keeplora.system.log import log, start_logging
 from mllm_keeplora.training.deepspeed import deepspeed_file
@@ -64,7 +65,9 @@ def run_sequence(config: RunConfig, from_run: str | Path | None = None, after: i
             run = distributed.main_first(lambda: open_run(config, checked, parent, after))
             start_logging(run.log_file)
             # The ledger has compared what was asked; published epochs are filled in for the stages alone.
-            return _run_stages(with_published_epochs(config, checked.benchmark), run, checked)
+            asked = with_published_epochs(config, checked.benchmark)
+            with trouble_told(asked, checked):
+                return _run_stages(asked, run, checked)
 
 
 def _looked_into(run: RunDir) -> set[str]:

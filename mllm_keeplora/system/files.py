@@ -19,7 +19,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM}  # to write, or to read: what was done tells
 IN_TEXT = re.compile(r"(?:\(os error |\[Errno )(\d+)")  # of safetensors, and of copies of many files
 OF_TORCH = re.compile(
-    r"inline_container\.cc:\d+\] \. (?:unexpected pos|open file failed with strerror: (?P<reason>.*))"
+    r"basic_ios::clear: iostream error|inline_container\.cc:\d+\] \. (?:unexpected pos|open .* strerror: (?P<why>.*))"
 )
 
 

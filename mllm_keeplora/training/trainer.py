@@ -123,7 +123,10 @@ class DomainTrainer(Trainer):
         # A run that goes on from the checkpoint of its last step would do one more, if that lies within an epoch.
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        taken, self.tokens = list(itertools.islice(epoch_iterator, num_batches)), None
+        try:
+            taken, self.tokens = list(itertools.islice(epoch_iterator, num_batches)), None
+        except UserError as error:  # of a process that reads records, in the middle of a traceback
+            raise UserError(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
         for number, batch in enumerate(taken):
             batch = self.strategy.batch(self.context, batch, self.step(number, len(taken)))
             if self.args.deepspeed is not None and "pixel_values" not in batch and self.idle_picture is not None:

@@ -59,6 +59,11 @@ def enter(stage: str) -> None:
     stop_here()
 
 
+def stage() -> str:
+    """Name what is done now, as `enter` was told."""
+    return _watcher.stage
+
+
 def stop_here() -> None:
     """End the run here if a signal has said so, but not inside of `until_saved`.
 
