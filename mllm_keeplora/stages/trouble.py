@@ -18,7 +18,7 @@ OF_READERS = "DataLoader worker"
 
 @contextmanager
 def trouble_told(config: RunConfig, checked: Checked) -> Iterator[None]:
-    """Say in one sentence what ends a stage for want of memory, of a process that reads, or of finite numbers.
+    """Say in one sentence what ends a stage: too little memory, killed readers, numbers that are not finite.
 
     Raises:
         UserError: it names the stage and what to change.

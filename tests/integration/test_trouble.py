@@ -76,7 +76,7 @@ def test_a_picture_that_has_vanished_since_the_check_is_named(workers, reading, 
     said = command_in_child("run", reading, f"train.workers={workers}", "base.tower_cache_mb=0", kill=place, act=gone)
     assert said.code == 2 and "Traceback" not in said.err, said
     [sentence] = [line for line in said.err.splitlines() if "error: " in line.lower()]
-    assert sentence.startswith("error: image ") and " does not exist in " in sentence
+    assert sentence.startswith("error: ") and "train.json record " in sentence and " does not exist in " in sentence
 
 
 def test_a_process_that_reads_and_is_killed_is_told_in_a_sentence(reading):
