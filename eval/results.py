@@ -67,7 +67,8 @@ class Results:
     origin: Path | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "origin"}
+        left_out = {"origin"} if self.alarms else {"origin", "alarms"}  # results without any are as they always were
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
     def save(self, path: str | Path | None = None) -> None:
         """Write the results as JSON, by default to the run's own results.json.

@@ -81,8 +81,10 @@ def fit_domain(
             outcome = trainer.train(resume_from_checkpoint=checkpoint)
             if not reporter.stopped:
                 trainer.check_trained({name: copy_of(each) for name, each in branches.trainable().items()})
-        except RolledBack:
-            _release(trainer, branches)
+        except BaseException as error:
+            trainer.end_readers(error)
+            if isinstance(error, RolledBack):
+                _release(trainer, branches)
             raise
     if reporter.stopped:
         distributed.barrier()  # no process leaves before the checkpoint is whole

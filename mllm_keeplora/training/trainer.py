@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-from collections.abc import Mapping
+import traceback
+from collections.abc import Generator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class DomainTrainer(Trainer):
         self.supervised = 1  # micro-batches of this step with anything that carries loss, of all processes
         self.tokens: torch.Tensor | None = None  # mean number of supervised tokens of this step's micro-batches
         self.before = parameters_of(context.branches)
+        self.readers: Generator | None = None  # what gives micro-batches, read by processes of its own or not
         self.looked_at = 0  # micro-batches of this optimizer step whose loss is computed
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -123,6 +125,7 @@ class DomainTrainer(Trainer):
         # A run that goes on from the checkpoint of its last step would do one more, if that lies within an epoch.
         if self.state.global_step >= self.state.max_steps:
             return [], None
+        self.readers = epoch_iterator
         try:
             taken, self.tokens = list(itertools.islice(epoch_iterator, num_batches)), None
         except UserError as error:  # of a process that reads records, in the middle of a traceback
@@ -142,6 +145,14 @@ class DomainTrainer(Trainer):
             self.supervised = sum(distributed.gather(own))
         self.tokens = count / (len(taken) * distributed.world_size()) if taken else None
         return taken, count
+
+    def end_readers(self, error: BaseException | None) -> None:
+        """End the processes that read records, which wait for more: a signal would not end them (`Collator`)."""
+        while error is not None:  # its frames hold them, too
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+        if self.readers is not None:
+            self.readers.close()
 
     @cached_property
     def idle_picture(self) -> dict[str, torch.Tensor] | None:

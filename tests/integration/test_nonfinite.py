@@ -74,7 +74,9 @@ def test_a_training_that_diverges_says_where_and_is_not_stored_as_done(by, at, w
 
 
 def test_a_rate_that_is_too_high_is_told_like_any_other_divergence(settings, tmp_path):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(tmp_path / "run", ("Alpha",), train={"lr": 1e30})))
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump(settings(tmp_path / "run", ("Alpha",), train={"lr": 1e30, "workers": 1}))
+    )
     said = command_in_child("run", tmp_path / "run.yaml")
     assert said.code == 3 and "Traceback" not in said.err, said
     assert "in domain Alpha, optimizer step " in said.err and "1e+30" in said.err
