@@ -10,20 +10,25 @@ import glob
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.adapters.mixers.mixing import keep_rows, look_at
 from mllm_keeplora.config import EvalConfig
 from mllm_keeplora.data import Record, TestSet
+from mllm_keeplora.errors import UserError, first_line, is_out_of_memory
 from mllm_keeplora.eval.grading import SUBMISSION, write_graded
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.family import Answer
 from mllm_keeplora.models.partition import keeps_step
 from mllm_keeplora.runs import DomainDir
 from mllm_keeplora.system import distributed, files
+from mllm_keeplora.system.distributed import free_cached_memory
+from mllm_keeplora.system.log import log
 from mllm_keeplora.system.progress import progress_bar
+
+SMALLER = "give a smaller eval.max_new_tokens, smaller pictures, or base.quantization"
 
 
 def evaluate_set(
@@ -60,13 +65,20 @@ def evaluate_set(
     left = [number for number in own if number not in journal.answers]
     # Where processes answer in step, all run as many batches as the one with most left; the added ones are not kept.
     idle = max(distributed.gather(len(left))) - len(left) if keeps_step(model) else 0
-    title = f"{predictions.parent.parent.name}: {predictions.stem}"
+    title, most = f"{predictions.parent.parent.name}: {predictions.stem}", settings.batch_size
     with progress_bar(title, sum(len(plan[number]) for number in own)) as advance:
         advance(sum(len(plan[number]) for number in own if number not in left))
         for number in left + [None] * idle:
             batch = [records[index] for index in plan[number or 0]]
             suffixes = [part.suffix_for(record) for record in batch]
-            answers = generate(base, model, batch, suffixes, tokens, settings.settle_ties)
+
+            def ask(some: slice, batch=batch, suffixes=suffixes) -> list[Answer]:
+                return generate(base, model, batch[some], suffixes[some], tokens, settings.settle_ties)
+
+            if keeps_step(model):  # what one process divided, the others would have to divide, too
+                answers = ask(slice(None))
+            else:
+                answers, most = asked_in_parts(ask, len(batch), most, title)
             if number is not None:
                 journal.add(number, dict(zip(plan[number], answers, strict=True)))
                 advance(len(plan[number]))
@@ -86,6 +98,42 @@ def evaluate_set(
     if not keep_journal:
         journal.path.unlink()
     return percent
+
+
+def asked_in_parts(ask: Callable[[slice], list[Answer]], count: int, most: int, title: str) -> tuple[list[Answer], int]:
+    """Ask a batch of questions in as many parts as memory makes necessary; answers do not depend on them.
+
+    Args:
+        ask: gives the answers to some of the batch.
+        count: questions of the batch.
+        most: questions at once that are known to fit, or hoped to.
+        title: of the set, for the warning.
+
+    Returns:
+        The answers, and how many questions to ask at once from here on: half as many whenever they did not fit.
+
+    Raises:
+        UserError: one question alone does not fit.
+    """
+    answers: list[Answer] = []
+    halved = False
+    while len(answers) < count:
+        size = min(most, count - len(answers))
+        said = ""
+        try:
+            answers += ask(slice(len(answers), len(answers) + size))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = first_line(error)  # the error itself holds what is to be freed
+        if said and size == 1:
+            raise UserError(f"{title}: one question alone does not fit into memory ({said}); {SMALLER}")
+        if said:
+            most, halved = size // 2, True
+            free_cached_memory()
+    if halved:
+        log.warning("%s: out of memory; from here on at most %d questions are asked at once", title, most)
+    return answers, most
 
 
 def forget_journals(folder: DomainDir, names: Sequence[str]) -> None:
@@ -148,8 +196,7 @@ class Journal:
 
     def add(self, number: int, answers: dict[int, Answer]) -> None:
         self.answers[number] = {str(index): [answer.text, answer.is_cut] for index, answer in answers.items()}
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(self._line(number) + "\n")
+        files.append_line(self.path, self._line(number))
 
     def by_index(self) -> dict[int, Answer]:
         return {int(index): Answer(*told) for answers in self.answers.values() for index, told in answers.items()}

@@ -11,7 +11,7 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.grading import errors_of, stored_figures, stored_percent, strict_percent
-from mllm_keeplora.eval.rows import blind_graded, by_type, sets_after
+from mllm_keeplora.eval.rows import blind_graded, by_type, collapses, sets_after
 from mllm_keeplora.identity import Identity, environment, settings_of
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
 from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
@@ -30,6 +30,7 @@ class Results:
         errors: set -> form of error -> how many wrong answers of the last unit have it; see `metrics.mistake`.
         strict: set -> share of the last unit's answers that are the gold one word by word, in percent.
         grading: set -> how it was asked and graded: scorer, prompt suffix, picture mode, answer length, batch, dtype.
+        alarms: sentences that tell which sets have collapsed between two rows; see `rows.collapses`.
         complete: every unit is learnt, and everything is measured that the config asks for.
         settings: every key that defines results, but name and seed, by dotted name; `parent` where there is one.
         identity: what was measured on: `split`, `data` (digest of its JSON files and grading rules), `generator` (of
@@ -58,6 +59,7 @@ class Results:
     grading: dict[str, dict[str, Any]] = field(default_factory=dict)
     trained_parameters: list[int] = field(default_factory=list)
     stored_bytes: dict[str, int] = field(default_factory=dict)
+    alarms: list[str] = field(default_factory=list)
     complete: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, str | None] = field(default_factory=dict)
@@ -66,7 +68,8 @@ class Results:
     origin: Path | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "origin"}
+        left_out = {"origin"} if self.alarms else {"origin", "alarms"}  # results without any are as they always were
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
     def save(self, path: str | Path | None = None) -> None:
         """Write the results as JSON, by default to the run's own results.json.
@@ -107,13 +110,18 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         return [stored_percent(folder.predictions(name), benchmark.graded(name)) for name in names]
 
     matrix: list[list[float | None]] = [[None] * len(domains) for _ in domains]
-    learnt = 0
+    learnt, trained_rows = 0, {}
     for unit in run.units:
         learnt += len(unit.domains)
-        matrix[learnt - 1] = scores(unit, domains)
+        matrix[learnt - 1] = trained_rows[unit.key] = scores(unit, domains)
     zero_shot = scores(BASE_UNIT, domains)
     units = [BASE_UNIT, *run.units]
     general = {suite: [percent for unit in units for percent in scores(unit, [suite])] for suite in suites}
+    by_unit = {BASE_UNIT.key: zero_shot, **trained_rows}
+    rows = {
+        key: {**dict(zip(domains, row, strict=True)), **{suite: general[suite][number] for suite in suites}}
+        for number, (key, row) in enumerate(by_unit.items())
+    }
     metrics = dict(ScoreMatrix(matrix, zero_shot=zero_shot).metrics())
     metrics["general_retention"] = general_retention(general[suites[0]]) if suites else None
 
@@ -153,6 +161,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         grading={name: _grading(benchmark, run, name) for name in [*domains, *suites]},
         trained_parameters=trained,
         stored_bytes={use: sum(path.stat().st_size for path in paths) for use, paths in needed.items()},
+        alarms=collapses(rows, config.eval.collapse_alarm),
         complete=is_graded and len(run.finished_units) == len(run.units),
         settings=settings_of(ledger),
         identity=Identity.of_ledger(ledger).told(),

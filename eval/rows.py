@@ -43,6 +43,25 @@ def evaluate_named(
     return {"score": percent, "questions": len(records)}
 
 
+def collapses(rows: Mapping[str, Mapping[str, float | None]], points: float | None) -> list[str]:
+    """Say in a sentence each which sets have fallen further than they may since they were last asked.
+
+    Args:
+        rows: after what -> set -> score in percent, in the order of the sequence; None where it was not measured.
+        points: how far a set may fall; None for any number.
+    """
+    told, last = [], {}
+    for after, scores in rows.items():
+        for name, score in scores.items():
+            if score is None:
+                continue
+            before, earlier = last.get(name, (None, None))
+            if points is not None and before is not None and before - score > points:
+                told.append(f"{name} has collapsed: {before:.1f} after {earlier}, {score:.1f} after {after}")
+            last[name] = score, after
+    return told
+
+
 def chosen_sets(benchmark: Benchmark, names: Sequence[str] | None, whose: str, more: str = "") -> list[str]:
     """List the domains and suites that are asked for: those named, or all of them.
 

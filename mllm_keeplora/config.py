@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mllm_keeplora.errors import UserError, known, several, validation_faults
 from mllm_keeplora.system.plugins import load_plugins
@@ -20,7 +20,14 @@ from mllm_keeplora.system.plugins import load_plugins
 SHARED_OPTIONS = {"name", "rank", "alpha"}  # of every strategy: they stay when an override names another one
 RUNTIME = {"runtime": True}  # a key that cannot change results: it may differ when a run is continued
 LATER = {"later": True}  # a key that older runs did not have
+NONFINITE = re.compile(r"stop|rollback|skip\([1-9]\d*\)")
 ModuleName = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$")]
+
+
+def _reaction(value: str) -> str:
+    if not NONFINITE.fullmatch(value):
+        raise ValueError("must be stop, rollback, or skip(K) with a whole number K of at least 1")
+    return value
 
 
 def runtime(default: Any, **constraints: Any) -> Any:
@@ -102,6 +109,9 @@ class TrainConfig(Section):
     loss_mean: Literal["tokens", "micro_batches"] = later(
         "tokens", description="of a step: over all its answers' tokens, or of the means of its micro-batches"
     )
+    on_nonfinite: Annotated[str, AfterValidator(_reaction)] = later(
+        "stop", description="at a loss or gradient that is not finite: stop, skip(K) steps of a domain, or rollback"
+    )
     max_length: int | None = Field(None, ge=8, description="most tokens of a record; null = no limit")
     gradient_checkpointing: bool = runtime(False)  # less memory, more time
     workers: int | None = runtime(None, ge=0, description="processes that read records; null = 4 beside a GPU, else 0")
@@ -124,6 +134,9 @@ class EvalConfig(Section):
     limit: int | None = Field(None, ge=1, description="most questions of a domain; null = all")
     suite_limit: int | None = Field(None, ge=1, description="most questions of a suite; null = all")
     weights: Literal["auto", "gathered", "divided"] = runtime("auto")  # under ZeRO-3: whole, or fetched block by block
+    collapse_alarm: float | None = runtime(
+        50.0, gt=0.0, description="points that a set may fall from one row to the next; null = any number"
+    )
     settle_ties: bool = True  # ask again alone where an answer hangs on rounding, so that batches do not tip it
     zero_shot: bool = True  # ask the untouched base, too
     base_answers: str | None = runtime(None, description="folder of answers of the untouched base, shared by runs")

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this. The command line prints it as a sentence and exits with 2.
+"""The exceptions that mean: the user can mend this. The command line prints them as a sentence, without a traceback.
 
 And the exit codes of a run that did not come to its end.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-FAILED = 1  # by a fault, such as a loss that is not finite
+FAILED = 1  # by a fault of ours, or of a process that was killed
+REFUSED = 2  # by a mistake in what was given
+DIVERGED = 3  # by a training whose loss, gradient or factors are not finite
+UNWRITABLE = os.EX_IOERR  # 74: its output cannot be written; the same command continues once it can
 STOPPED = os.EX_TEMPFAIL  # 75: by a signal; the same command continues
 INTERRUPTED = 130  # by Ctrl-C; the same command continues
 
@@ -21,10 +24,12 @@ class UserError(ValueError):
     """Something given from outside is wrong; the message names the thing, the value, what is allowed and its origin.
 
     Attributes:
+        code: with which the command line exits.
         faults: the single sentences, where the error tells of several.
         more: how many faults there are beyond those.
     """
 
+    code: ClassVar[int] = REFUSED
     faults: tuple[str, ...] = ()
     more: int = 0
 
@@ -32,6 +37,27 @@ class UserError(ValueError):
     def sentences(self) -> tuple[str, ...]:
         """The sentences, one for each fault that is spelled out."""
         return self.faults or (str(self),)
+
+
+class Diverged(UserError, RuntimeError):
+    """A training came to numbers that are not finite; nothing of them is stored as done."""
+
+    code = DIVERGED
+
+
+class Unwritable(UserError, OSError):
+    """There is no room to write, or no right to; what was written before is whole."""
+
+    code = UNWRITABLE
+
+
+MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # torch's words, of any device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the memory of a device or of the host did not suffice."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in said for word in MEMORY))
 
 
 def first_line(error: Exception) -> str:

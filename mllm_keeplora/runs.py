@@ -316,10 +316,13 @@ class RunDir:
         if not distributed.is_main():
             yield
             return
-        with self._taken() as handle:
-            handle.truncate(0)
-            handle.write(owners.this_process())
-            handle.flush()
+        with files.written(self.path):
+            lock = self._taken()
+        with lock as handle:
+            with files.written(self.path):
+                handle.truncate(0)
+                handle.write(owners.this_process())
+                handle.flush()
             try:
                 yield
             finally:

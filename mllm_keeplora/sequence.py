@@ -33,7 +33,8 @@ from mllm_keeplora.stages.opening import open_run
 from mllm_keeplora.stages.prepare import prepare
 from mllm_keeplora.stages.report import report
 from mllm_keeplora.stages.train import train
-from mllm_keeplora.system import distributed, watch
+from mllm_keeplora.stages.trouble import trouble_told
+from mllm_keeplora.system import distributed, files, watch
 from mllm_keeplora.system.log import log, start_logging
 from mllm_keeplora.training.deepspeed import deepspeed_file
 
@@ -50,12 +51,15 @@ def run_sequence(
 
     Raises:
         UserError: a fault of config, data, base, or of the run directory; nothing was started or changed.
-        Stopped: SIGTERM, SIGUSR1 or SIGHUP ended the run; it is a SystemExit with code 75.
+        Diverged: a training came to numbers that are not finite.
+        Unwritable: the run directory cannot be written.
+        Stopped: a signal ended the run; it is a SystemExit with code 75, or 130 after Ctrl-C.
     """
     start_logging()
     _limit_threads(config)
     deepspeed_file(config.deepspeed)  # refused here if it is not installed: the process group needs it
-    with distributed.process_group(config.distributed_timeout_s, config.deepspeed is not None), watch.watched():
+    group = distributed.process_group(config.distributed_timeout_s, config.deepspeed is not None)
+    with group, watch.watched(), files.written(config.output_dir):
         checked = check_everywhere(config)
         for note in checked.notes:
             log.warning("%s", note)
@@ -64,7 +68,9 @@ def run_sequence(
             run = distributed.main_first(lambda: open_run(config, checked, parent, after, redo))
             start_logging(run.log_file)
             # The ledger has compared what was asked; published epochs are filled in for the stages alone.
-            return _run_stages(with_published_epochs(config, checked.benchmark), run, checked)
+            asked = with_published_epochs(config, checked.benchmark)
+            with trouble_told(asked, checked):
+                return _run_stages(asked, run, checked)
 
 
 def _run_stages(config: RunConfig, run: RunDir, checked: Checked) -> Results:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from mllm_keeplora.adapters.stored import LIVE
 from mllm_keeplora.config import RunConfig
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.models.base import compute_dtype
 from mllm_keeplora.strategies import Strategy
+from mllm_keeplora.system import files
+from mllm_keeplora.training.deepspeed import deepspeed_file
 
 IN_ZERO3 = {  # what a strategy may need that it does not have there
     "parameters": "needs its trained parameters whole, which ZeRO-3 divides",
@@ -59,6 +61,14 @@ def settings_faults(config: RunConfig, stage: int | None) -> Iterator[str]:
             f"base.quantization {quantization!r}: ZeRO-3 (deepspeed {config.deepspeed!r}) does not divide "
             "quantised weights; deepspeed may be null, zero1 or zero2"
         )
+    reactions = {config.train.on_nonfinite, *(config.train_of(name).on_nonfinite for name in config.per_domain)}
+    if config.deepspeed is not None and stage is not None and reactions != {"stop"}:
+        settings = files.read_json(Path(deepspeed_file(config.deepspeed)))
+        if stage == 0 or not settings.get("bf16", {}).get("check_grad_overflow", True):
+            yield (
+                f"train.on_nonfinite {known(reactions - {'stop'})}: DeepSpeed {config.deepspeed!r} takes a step whose "
+                "gradient is not finite; allowed: stop, or ZeRO stages 1 to 3 without bf16.check_grad_overflow false"
+            )
     try:
         for settings in [config.train, *map(config.train_of, config.per_domain)]:
             training_arguments(settings, settings.epochs or 1.0, Path(config.output_dir), 0, None, bf16=False)

@@ -14,7 +14,7 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.media.images import Looks, image_size
-from mllm_keeplora.errors import UserError, first_line, several
+from mllm_keeplora.errors import REFUSED, UserError, first_line, several
 from mllm_keeplora.models import ChatPrompt
 from mllm_keeplora.models.base import compute_dtype, refuse_original_llava
 from mllm_keeplora.models.causal import CausalFamily
@@ -160,6 +160,8 @@ class _Faults(list[str]):
         try:
             return work(*given)
         except UserError as error:
+            if error.code != REFUSED:  # no fault of what was asked for: it ends the check
+                raise
             self.extend(error.sentences)
             self.more += error.more
             return None

@@ -77,18 +77,27 @@ def report(
 
     Example: mllm-keeplora report runs/mini_dcl --export tables
     """
+    from mllm_keeplora.errors import Unwritable
+    from mllm_keeplora.eval.results import collect_results
     from mllm_keeplora.eval.saved import load_run
     from mllm_keeplora.report.page import refresh_results
     from mllm_keeplora.report.render.export import exported, run_tables
     from mllm_keeplora.report.render.tables import results_table
     from mllm_keeplora.system import files
 
-    results = refresh_results(load_run(run)).to_dict()
+    saved, refused = load_run(run), None
+    try:
+        results = refresh_results(saved).to_dict()
+    except Unwritable as error:  # as in an archive, whose tables can be shown nevertheless
+        results, refused = collect_results(saved.run, saved.benchmark, saved.config).to_dict(), error
     _show(results_table(results))
-    typer.echo(f"\nreport   {run}/report.html")
+    if refused is None:
+        typer.echo(f"\nreport   {run}/report.html")
     for name, text in exported(run_tables(results)).items() if export is not None else ():
         files.write_text(export / name, text)
         typer.echo(f"table    {export / name}")
+    if refused is not None:
+        raise refused
 
 
 @app.command()

@@ -53,12 +53,13 @@ def export(
     past = past_of(saved.run, saved.first(after), domain)
     learnt = past.merged("a merged checkpoint" if form == "merged" else "an adapter for plain peft")
     part = owners.staged(folder, "part")  # renamed when all is there
-    files.make_folder(part)
-    try:
-        (_merged if form == "merged" else _adapter)(saved, after, *learnt, part)
-        files.put_in_place(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with files.written(folder.parent):
+        files.make_folder(part)
+        try:
+            (_merged if form == "merged" else _adapter)(saved, after, *learnt, part)
+            files.put_in_place(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _merged(saved: SavedRun, after: int, past: list[Factors], full: list[dict[str, Tensor]], folder: Path) -> None:

@@ -15,6 +15,10 @@ from torch import Tensor
 Device = torch.device | str
 
 
+class NotFinite(ValueError):
+    """A tensor holds NaN or infinity."""
+
+
 def as_float(tensor: Tensor, name: str) -> Tensor:
     """Promote a tensor to the precision used inside: float64 stays, every other float becomes float32.
 
@@ -38,9 +42,7 @@ def as_float(tensor: Tensor, name: str) -> Tensor:
     if not math.isfinite(tensor.sum()):  # one pass; a NaN or infinity always shows in a sum, but so does an overflow
         count = int((~tensor.isfinite()).sum())
         if count:
-            raise ValueError(
-                f"{name} must be finite, got {count} NaN or infinite values in shape {tuple(tensor.shape)}"
-            )
+            raise NotFinite(f"{name} must be finite, got {count} NaN or infinite values in shape {tuple(tensor.shape)}")
     return tensor
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .accumulators import GradientSketch, drawn
-from .checks import Device, full_precision
+from .checks import Device, NotFinite, full_precision
 
 RENEWED_AFTER = 6  # times the width, in rows since the last time: renewing costs as much as summing about so many
 FRESH = 3  # one of so many directions is given up for a new one at every update
@@ -115,7 +115,7 @@ class GradientRange(GradientSketch):
 def _refuse_non_finite(product: Tensor) -> None:
     """What is wrong with the rows shows in every product of them, which is smaller."""
     if not math.isfinite(product.sum()):
-        raise ValueError("grad_output and inputs must be finite, got NaN or infinite values")
+        raise NotFinite("grad_output and inputs must be finite, got NaN or infinite values")
 
 
 def _rounded(columns: Tensor) -> Tensor:

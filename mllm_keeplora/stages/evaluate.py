@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.eval.base_answers import asked_once
-from mllm_keeplora.eval.rows import evaluate_named, sets_after
-from mllm_keeplora.runs import BASE_UNIT, Unit
+from mllm_keeplora.eval.rows import collapses, evaluate_named, sets_after
+from mllm_keeplora.runs import BASE_UNIT, RunDir, Unit
 from mllm_keeplora.stages.learner import Learner
 from mllm_keeplora.system.log import log
 
@@ -33,3 +33,14 @@ def evaluate(learner: Learner, unit: Unit) -> None:
         scores = {name: run.ledger.stages[f"{unit.key}/evaluate/{name}"]["score"] for name in names}
         told = (f"{name} " + ("not graded" if score is None else f"{score:.1f}") for name, score in scores.items())
         log.info("after %s: %s", unit.name, ", ".join(told))
+        units = [each for each in [BASE_UNIT, *run.units] if each.index <= unit.index]
+        now = collapses({each.key: _scores(run, each) for each in units}, config.eval.collapse_alarm)
+        before = collapses({each.key: _scores(run, each) for each in units[:-1]}, config.eval.collapse_alarm)
+        for alarm in now[len(before) :]:
+            log.warning("ALARM in stage %s/evaluate: %s", unit.key, alarm)
+
+
+def _scores(run: RunDir, unit: Unit) -> dict[str, float | None]:
+    """What the ledger has of a unit's row: set -> score in percent."""
+    stages, start = run.ledger.stages, f"{unit.key}/evaluate/"
+    return {stage.removeprefix(start): stages[stage]["score"] for stage in stages if stage.startswith(start)}

@@ -18,6 +18,16 @@ from mllm_keeplora.training.state import write_training_state
 
 def train(learner: Learner, unit: Unit) -> dict[str, Any]:
     """Train the open branch; leave its factors in peft's format."""
+    from mllm_keeplora.training.nonfinite import RolledBack
+
+    while True:
+        try:
+            return _train(learner, unit)
+        except RolledBack:  # the files are where the training goes on, as after an interruption
+            learner.invalidate()
+
+
+def _train(learner: Learner, unit: Unit) -> dict[str, Any]:
     from mllm_keeplora.training.arguments import training_arguments
     from mllm_keeplora.training.fit import fit_domain
 
@@ -60,7 +70,8 @@ def train(learner: Learner, unit: Unit) -> dict[str, Any]:
             if learner.adapters.mixer is not None:
                 save_mixer(folder.trained_mixer, learner.adapters.mixer)
             write_training_state(learner.strategy, folder.training_state)
-            add_facts(folder, context.facts)
+            events = facts.get("nonfinite")
+            add_facts(folder, context.facts | ({"nonfinite": events} if events else {}))
     if engine and bf16:  # it rounded all parameters, those of the past too: the next stage reads the files
         distributed.barrier()
         learner.invalidate()

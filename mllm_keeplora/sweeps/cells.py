@@ -21,10 +21,10 @@ from mllm_keeplora.eval.results import Results
 from mllm_keeplora.report.render.view import score_text
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.system.log import log
-from mllm_keeplora.system.watch.signals import ENDING, Stopped, is_ignored
+from mllm_keeplora.system.watch.signals import ENDING, OF_TERMINALS, Stopped, is_ignored
 
 # Exit codes of a run that a signal ended, before or after it could see to it: it is not at fault, and goes on later.
-ENDED = {code: number for number in (*ENDING, signal.SIGINT) for code in (-number, 128 + number)}
+ENDED = {code: number for number in ENDING for code in (-number, 128 + number)}
 ENDED |= {STOPPED: signal.SIGTERM, INTERRUPTED: signal.SIGINT}
 MISTAKE, KILLED = 2, -signal.SIGKILL
 POLL_S = 1.0
@@ -205,8 +205,7 @@ def _signals_to(handle: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread catch signals
         yield
         return
-    of_terminals = {signal.SIGHUP, signal.SIGINT}
-    caught = [each for each in {*ENDING, *of_terminals} if each not in of_terminals or not is_ignored(each)]
+    caught = [each for each in ENDING if each not in OF_TERMINALS or not is_ignored(each)]
     before = {each: signal.signal(each, lambda number, _: handle(number)) for each in caught}
     try:
         yield

@@ -52,6 +52,14 @@ def free_bytes() -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def free_cached_memory() -> None:
+    """Give back what torch holds of a device's memory without using it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def process_group(timeout_s: int = 600, deepspeed: bool = False) -> Iterator[None]:
     """Open the process group for the time of a run; a single process without DeepSpeed needs none.

@@ -5,37 +5,110 @@ A name outlives a power cut once its folder is flushed, and the folder's own nam
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import Unwritable, UserError
 from mllm_keeplora.system.proofs import proofs_of, prove
 
 EDGE = 1 << 20  # bytes of either end of a file that `digest_ends` reads
 NO_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_RIGHT = {errno.EACCES, errno.EPERM}  # to write, or to read: what was done tells
+IN_TEXT = re.compile(r"(?:\(os error |\[Errno )(\d+)")  # of safetensors, and of copies of many files
+OF_TORCH = re.compile(
+    r"basic_ios::clear: iostream error|inline_container\.cc:\d+\] \. (?:unexpected pos|open .* strerror: (?P<why>.*))"
+)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Say in one sentence that a file, or what lies below a folder, cannot be written by the block.
+
+    Raises:
+        Unwritable: for want of room, or of the right to.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own
+        refused = unwritable(error, path)
+        if refused is None:
+            raise
+        raise refused from error
+
+
+def unwritable(error: Exception, path: Path | None = None) -> Unwritable | None:
+    """Make the sentence of an error that says that something cannot be written; None for any other error.
+
+    Args:
+        error: of Python, safetensors or torch.
+        path: what was to be written. Without it a missing right is not taken for one to write.
+    """
+    said, file = str(error), getattr(error, "filename", None)
+    number = getattr(error, "errno", None) or next(map(int, IN_TEXT.findall(said)), None)
+    is_ours = path is not None and (file is None or _are_nested(path, Path(os.fsdecode(file))))
+    if of_torch := OF_TORCH.search(said):
+        reason = of_torch["why"] or "there seems to be no room left"
+    elif number in NO_ROOM or number == errno.EROFS or (number in NO_RIGHT and is_ours):
+        reason = os.strerror(number)
+    else:
+        return None
+    what = path if file is None or (path is not None and not is_ours) else os.fsdecode(file)
+    return Unwritable(f"{what or 'output'} cannot be written: {reason}; the same command continues once it can be")
+
+
+def _are_nested(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it into place."""
-    make_folder(path.parent)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        flush(temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it into place.
+
+    Raises:
+        Unwritable: for want of room, or of the right to; what was there before is still there.
+    """
     proofs, name = proofs_of(path)
-    if proofs is not None:
-        proofs.replacing(name)
-    os.replace(temporary, path)
-    flush(path.parent)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with written(path.parent):
+        make_folder(path.parent)
+        try:
+            write(temporary)
+            flush(temporary)
+            if proofs is not None:
+                proofs.replacing(name)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # the first error counts
+                temporary.unlink(missing_ok=True)
+            raise
+        flush(path.parent)
     if proofs is not None:
         proofs.written(name)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, whole or not at all.
+
+    Raises:
+        Unwritable: for want of room, or of the right to.
+    """
+    rest = memoryview(f"{line}\n".encode())
+    with written(path), open(path, "ab", buffering=0) as handle:
+        end = handle.seek(0, os.SEEK_END)
+        try:
+            while rest:
+                rest = rest[handle.write(rest) :]
+        except BaseException:
+            handle.truncate(end)
+            raise
 
 
 def make_folder(path: Path) -> None:

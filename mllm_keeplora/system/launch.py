@@ -1,9 +1,9 @@
-"""`torchrun` that ends with the exit code of its workers and passes SIGUSR1 on to them; it takes torchrun's arguments.
+"""`torchrun` that ends with the exit code of its workers and passes signals on to them; it takes torchrun's arguments.
 
 Torchrun itself ends with 1 whatever its workers ended with. A shell or a scheduler could not tell a user's mistake (2)
 from a run that was stopped and goes on when it is started again (75). SIGUSR1 would end torchrun, not reach the
-workers; SIGTERM reaches them, but they are killed 30 seconds later, too soon for a large checkpoint. After a SIGUSR1
-they have all the time they need. Knows of the rest of the package the exit codes only.
+workers; SIGTERM reaches them, but they are killed 30 seconds later, too soon for a large checkpoint. After a SIGUSR1,
+a Ctrl-C or the end of the terminal they have all the time they need. Knows of the package the exit codes only.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from mllm_keeplora.errors import STOPPED
+from mllm_keeplora.errors import INTERRUPTED, STOPPED
 
 
 def main(arguments: Sequence[str]) -> int:
     """Launch and wait for the workers; returns the exit code of the worker that failed first on this node, else 0."""
     signal.signal(signal.SIGUSR1, _pass_on)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under `nohup`
+            signal.signal(number, _pass_on)
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGQUIT")  # those that torchrun answers itself
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -53,7 +57,7 @@ def _pass_on(number: int, _: FrameType | None) -> None:
                 child.send_signal(number)
                 workers.append(child)
     if not workers:
-        raise SystemExit(STOPPED)
+        raise SystemExit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
 
 def _as_shell_code(code: int) -> int:

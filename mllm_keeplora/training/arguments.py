@@ -99,7 +99,7 @@ def training_arguments(
         "save_steps": settings.checkpoint_steps,
         "save_total_limit": 2,
         "logging_steps": settings.log_steps,
-        "logging_nan_inf_filter": False,
+        "logging_nan_inf_filter": settings.on_nonfinite != "stop",  # a step that is left out has no part in the mean
         "seed": seed,
         "data_seed": seed,
         "bf16": bf16,

@@ -9,16 +9,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.config import TrainConfig
+from mllm_keeplora.models.partition import copy_of
 from mllm_keeplora.strategies import Strategy
-from mllm_keeplora.strategies.context import Context, Step
+from mllm_keeplora.strategies.context import Context
 from mllm_keeplora.system import distributed, files, watch
 from mllm_keeplora.system.progress import progress_bar
 from mllm_keeplora.training.deepspeed import exact_afterwards, release_from_engine
+from mllm_keeplora.training.nonfinite import Guard, RolledBack
 from mllm_keeplora.training.order import TrainingRecords
 from mllm_keeplora.training.state import STATE, last_checkpoint, read_training_state
 from mllm_keeplora.training.trainer import DomainTrainer
@@ -40,13 +43,18 @@ def fit_domain(
         identity: facts that a checkpoint must share to be continued.
 
     Returns:
-        Facts for the ledger: steps, mean loss, trained parameters.
+        Facts for the ledger: steps, mean loss, trained parameters, and what was done about numbers that are not finite.
 
     Raises:
-        RuntimeError: the loss is not finite.
+        Diverged: loss, gradient or trained factors are not finite.
+        RolledBack: the training is to be begun again; it then goes on from a checkpoint that was written for it.
         Stopped: the run is to end; a checkpoint of the last optimizer step is there.
     """
-    branches = context.branches
+    branches, folder = context.branches, Path(arguments.output_dir)
+    row = {"domain_index": context.domain.index, "stage": "train"}
+    per_epoch = math.ceil(len(context.data.records) / settings.batch_size)
+    told = (metrics_file, row, settings.lr)
+    guard = Guard(settings.on_nonfinite, context.domain.name, per_epoch, folder, identity, *told)
     trainer = DomainTrainer(
         strategy=strategy,
         context=context,
@@ -57,17 +65,27 @@ def fit_domain(
         data_collator=context.data.collate,
         batch_size=settings.batch_size,
         lr_full=settings.lr_projector,
+        guard=guard,
         loss_mean=settings.loss_mean,
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = distributed.from_main(last_checkpoint(Path(arguments.output_dir), identity))
+    checkpoint = distributed.from_main(last_checkpoint(folder, identity))
+    guard.resume(checkpoint)
     read_training_state(strategy, Path(checkpoint) / STATE if checkpoint else None)
     steps = math.ceil(len(context.data.records) / settings.batch_size * epochs)
     steps = arguments.max_steps if arguments.max_steps > 0 else steps
     with progress_bar(f"{context.domain.name}: train", steps) as advance, branches.plan_kept():
-        reporter = Reporter(context, strategy, trainer.step, metrics_file, advance)
+        reporter = Reporter(context, strategy, trainer, metrics_file, advance)
         trainer.add_callback(reporter)
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            outcome = trainer.train(resume_from_checkpoint=checkpoint)
+            if not reporter.stopped:
+                trainer.check_trained({name: copy_of(each) for name, each in branches.trainable().items()})
+        except BaseException as error:
+            trainer.end_readers(error)
+            if isinstance(error, RolledBack):
+                _release(trainer, branches)
+            raise
     if reporter.stopped:
         distributed.barrier()  # no process leaves before the checkpoint is whole
         watch.stop_saved()
@@ -76,14 +94,20 @@ def fit_domain(
         "loss": outcome.training_loss,
         "trained_parameters": sum(parameter.numel() for parameter in branches.trainable().values()),
     }
-    # Nothing of the engine or the Trainer stays on the model.
-    with exact_afterwards(branches, trainer.before):
-        trainer.accelerator.free_memory()
-        release_from_engine(branches.model)
+    if guard.events:
+        facts["nonfinite"] = guard.events
+    _release(trainer, branches)
     if settings.gradient_checkpointing:
         branches.base.gradient_checkpointing_disable()
     branches.base.eval()
     return facts
+
+
+def _release(trainer: DomainTrainer, branches: Adapters) -> None:
+    """Let nothing of the engine or the Trainer stay on the model."""
+    with exact_afterwards(branches, trainer.before):
+        trainer.accelerator.free_memory()
+        release_from_engine(branches.model)
 
 
 @dataclass(eq=False)
@@ -92,7 +116,7 @@ class Reporter(TrainerCallback):
 
     Attributes:
         context, strategy: of the domain.
-        step: gives the optimizer step that is under way.
+        trainer: of the domain.
         metrics_file: gets JSON lines.
         advance: of the progress bar.
         stopped: whether the training was ended before its end.
@@ -100,23 +124,31 @@ class Reporter(TrainerCallback):
 
     context: Context
     strategy: Strategy
-    step: Callable[[], Step]
+    trainer: DomainTrainer
     metrics_file: Path
     advance: Callable[..., None]
     stopped: bool = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.advance(state.global_step)
+        self.trainer.keep_schedule()
+        if self.trainer.guard.mode == "rollback" and state.global_step == 0:  # there is always one to go back to
+            self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not args.max_grad_norm:  # otherwise the strategy was asked before clipping
-            self.strategy.around_step(self.context, "grad", self.step())
+            self._ask("grad")
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.strategy.around_step(self.context, "post", self.step())
+        self._ask("post")
+
+    def _ask(self, phase: Literal["grad", "post"]) -> None:
+        if not self.trainer.guard.left_out:
+            self.strategy.around_step(self.context, phase, self.trainer.step())
 
     def on_step_end(self, args, state, control, **kwargs):
         self.advance()
+        self.trainer.keep_schedule()
         if watch.stop_agreed():
             self.stopped = control.should_save = control.should_training_stop = True
 
@@ -126,5 +158,4 @@ class Reporter(TrainerCallback):
         self.advance(0, note=f"loss {logs['loss']:.3f}")
         row = {"domain_index": self.context.domain.index, "stage": "train", "optimizer_step": state.global_step, **logs}
         row.pop("epoch", None)
-        with open(self.metrics_file, "a", encoding="utf-8") as handle:
-            handle.write(files.one_line(row))
+        files.append_line(self.metrics_file, files.one_line(row).rstrip())

@@ -43,7 +43,8 @@ def steps(run: Path, domain_index: int = 0) -> list[int]:
 
 def _stopped_and_continued(settings, two, output: Path, number: int, where: tuple[str, int], undone: str) -> None:
     values = settings(output)
-    assert run_in_child(values, kill=where, act=partial(told, number)) == 75
+    code = 130 if number == signal.SIGINT else 75
+    assert run_in_child(values, kill=where, act=partial(told, number)) == code
     order = stages(two)
     assert stages(output) == order[: order.index(undone)]
     assert list(output.rglob("*.tmp")) == []
@@ -54,7 +55,10 @@ def _stopped_and_continued(settings, two, output: Path, number: int, where: tupl
     assert leftovers(output) == []
 
 
-@pytest.mark.parametrize(("place", "number"), [("train", signal.SIGTERM), ("evaluate", signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [("train", signal.SIGTERM), ("train", signal.SIGINT), ("evaluate", signal.SIGUSR1), ("evaluate", signal.SIGHUP)],
+)
 def test_a_stopped_run_ends_as_if_uninterrupted(place, number, settings, two, tmp_path):
     _stopped_and_continued(settings, two, tmp_path / "run", number, *PLACES[place])
     if place == "train":
@@ -112,7 +116,7 @@ def test_one_of_two_processes_told_to_stop_stops_both_with_a_checkpoint(deepspee
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_launch_told_to_stop_ends_with_75_and_continues(number, settings, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(tmp_path / "run", ("Alpha",), train={"epochs": 60})))
     words = ["-m", "mllm_keeplora.system.launch", "--standalone", "--nproc_per_node", "2", "-m", "mllm_keeplora", "run"]
@@ -123,8 +127,9 @@ def test_a_launch_told_to_stop_ends_with_75_and_continues(number, settings, tmp_
         while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < until:
             time.sleep(0.1)
         launch.send_signal(number)
-        assert launch.wait(60) == 75
-    assert (tmp_path / "said").read_text().count(SENTENCE.format(signal.Signals(number).name)) == 1
+        assert launch.wait(60) == (130 if number == signal.SIGINT else 75)
+    sentence = SENTENCE.format(signal.Signals(number).name).replace(" on SIGINT", "")
+    assert (tmp_path / "said").read_text().count(sentence) == 1
     done = steps(tmp_path / "run")
     assert 0 < len(done) < 180
     assert subprocess.run(command, capture_output=True, timeout=900).returncode == 0

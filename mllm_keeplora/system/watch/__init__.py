@@ -1,8 +1,9 @@
 """Ends a run in good order: when a signal says so, and when one of its processes has failed.
 
-SIGTERM, SIGUSR1 and SIGHUP end all processes with code 75 where nothing is lost: a training at the end of an optimizer
-step, after a checkpoint; every other stage at the next `stop_here`, or wherever it is ten seconds later, since files
-are whole at any moment and such a stage is repeated. A failure ends the other processes at once; one sentence names it.
+SIGTERM, SIGUSR1, a closed terminal (SIGHUP) and Ctrl-C end all processes where nothing is lost: a training at the end
+of an optimizer step, after a checkpoint; every other stage at the next `stop_here`, or wherever it is ten seconds later
+(after Ctrl-C at once), since files are whole at any moment and such a stage is repeated. A second signal does not wait
+for the checkpoint. The exit code is 75, after Ctrl-C 130. A failure ends the other processes; one sentence names it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def watched() -> Iterator[None]:
         yield
         distributed.barrier()
     except (Stopped, KeyboardInterrupt) as stop:
-        watcher.leave(stop.number if isinstance(stop, Stopped) else signal.SIGINT)
-        raise
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        watcher.leave(number)
+        raise Stopped(number) from None
     except BaseException:
         over = watcher.store is None
         raise
@@ -55,6 +57,11 @@ def enter(stage: str) -> None:
     """Say what is done next, for messages; a run that is to end does so here."""
     _watcher.stage = stage
     stop_here()
+
+
+def stage() -> str:
+    """Name what is done now, as `enter` was told."""
+    return _watcher.stage
 
 
 def stop_here() -> None:

@@ -67,7 +67,8 @@ class Watcher:
         self._polling = threading.Thread(target=self._poll, name="poll", daemon=True)
 
     def start(self) -> None:
-        self._signals = Signals()
+        self._signals = Signals(lambda: self.keeping)
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         if self.store is not None:
             self._polling.start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -122,7 +123,7 @@ class Watcher:
             who = f"{self._who()}: "
             # The main process may find the same; outside of a watch, a launcher then ends this process.
             _until(lambda: self._first is not None, MISTAKE_S)
-        first = self._settle(Failure(distributed.rank(), f"error: {who}{error}", 2))
+        first = self._settle(Failure(distributed.rank(), f"error: {who}{error}", error.code))
         self._say(first)
         self._part()
         return first.code
@@ -198,12 +199,20 @@ class Watcher:
             self._end_if_due()
 
     def _on_signal(self, number: int) -> None:
-        if number not in ENDING and (number != signal.SIGINT or self.store is None):
-            return  # Python's own handler is enough for Ctrl-C in a single process
+        if number not in ENDING:
+            return
+        if number == signal.SIGHUP:  # to write to a terminal that is gone is an error
+            for terminal in self._terminals:
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), terminal)
+        # What a person presses twice is meant twice, unless a launcher passes on the first.
+        soonest = 0 if number == signal.SIGINT and "RANK" not in os.environ else AGAIN_S
         if self._own_signal_at is None:
             self._own_signal_at = time.monotonic()
             self.tell(number)
-        elif time.monotonic() - self._own_signal_at > AGAIN_S:
+            if number == signal.SIGINT and self.keeping and distributed.is_main():
+                print("\nstopping after this optimizer step; Ctrl-C again ends at once", file=sys.stderr)
+        elif time.monotonic() - self._own_signal_at > soonest:
             self._told_again = True
 
     def _end_if_due(self) -> None:
@@ -254,8 +263,9 @@ class Watcher:
             print(f"{failure.sentence}{end}", file=sys.stderr)
 
     def _say_stopped(self, number: int) -> None:
-        if distributed.is_main() and number != signal.SIGINT:  # Ctrl-C has a sentence already
-            print(f"stopped on {signal.Signals(number).name}; the same command continues the run", file=sys.stderr)
+        if distributed.is_main():
+            why = "" if number == signal.SIGINT else f" on {signal.Signals(number).name}"
+            print(f"stopped{why}; the same command continues the run", file=sys.stderr)
 
 
 def _name_of(rank: int, host: str) -> str:

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mllm_keeplora.config import EvalConfig
 from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.readers import read_test
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval import harness
 from mllm_keeplora.eval.harness import Answer, Journal, evaluate_set, forget_journals, generate
+from mllm_keeplora.eval.rows import collapses
 from mllm_keeplora.models import causal
 from mllm_keeplora.models.causal.decoding import Decoded
 from mllm_keeplora.runs import DomainDir
@@ -221,3 +224,58 @@ def test_a_limit_thins_evenly_and_suites_have_their_own(tmp_path):
     benchmark = load_benchmark(config)
     assert [record.id for record in asked_records(benchmark, "Beta", config)] == ["test0", "test3", "test6", "test9"]
     assert [record.id for record in asked_records(benchmark, "general", config)] == ["test0", "test4", "test8"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: not enough memory: you tried to allocate"
+        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError(),
+    ],
+)
+def test_a_batch_that_does_not_fit_into_memory_is_halved_once_and_answers_are_the_same(
+    error, base, records, tmp_path, monkeypatch
+):
+    whole, sizes, warned = answers(base, records, tmp_path, 12), [], []
+
+    def at_most_three(*given):
+        sizes.append(len(given[2]))
+        if sizes[-1] > 3:
+            raise error
+        return generate(*given)
+
+    monkeypatch.setattr(harness, "generate", at_most_three)
+    monkeypatch.setattr(harness.log, "warning", lambda *told: warned.append(told[0] % told[1:]))
+    (tmp_path / "again").mkdir()
+    assert answers(base, records, tmp_path / "again", 10) == whole
+    assert sizes == [10, 5, 2, 2, 2, 2, 2, 2], "a smaller size is remembered"
+    assert len(warned) == 1 and "at most 2 questions" in warned[0]
+
+
+def test_a_question_that_alone_does_not_fit_is_told_in_a_sentence(base, records, tmp_path, monkeypatch):
+    def none(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(harness, "generate", none)
+    with pytest.raises(UserError, match=r"one question alone does not fit into memory .* eval.max_new_tokens"):
+        answers(base, records, tmp_path, 4)
+
+
+def test_other_errors_are_no_reason_to_halve_a_batch(base, records, tmp_path, monkeypatch):
+    def broken(*given):
+        raise RuntimeError("made up")
+
+    monkeypatch.setattr(harness, "generate", broken)
+    with pytest.raises(RuntimeError, match="made up"):
+        answers(base, records, tmp_path, 4)
+
+
+def test_a_set_that_falls_by_more_than_it_may_is_named_with_both_scores():
+    rows = {"base": {"A": 80.0, "B": None}, "A": {"A": 90.0, "B": 10.0}, "B": {"B": 70.0}, "C": {"A": 30.0, "B": 20.0}}
+    assert collapses(rows, 50.0) == ["A has collapsed: 90.0 after A, 30.0 after C"]
+    assert collapses(rows, 49.0)[1] == "B has collapsed: 70.0 after B, 20.0 after C"
+    assert collapses(rows, 60.0) == collapses(rows, None) == []

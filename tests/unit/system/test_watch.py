@@ -116,3 +116,81 @@ def test_only_errors_of_connections_may_be_echoes_of_a_failure_elsewhere():
     assert watcher._may_be_an_echo(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
     assert not watcher._may_be_an_echo(RuntimeError("the loss is nan"))
     assert not watcher._may_be_an_echo(ValueError("gloo"))
+
+
+KEPT_FROM_CTRL_C = """
+watcher.GRACE_S, watcher.AGAIN_S = 600, 600
+with watch.watched():
+    with watch.until_saved():
+        print("ready", flush=True)
+        while not watch.stop_agreed():
+            time.sleep(0.01)
+        time.sleep({saving})  # writes a checkpoint
+        print("saved", flush=True)
+        watch.stop_saved()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 75)])
+def test_ctrl_c_and_a_closed_terminal_wait_for_the_checkpoint(number, code, program):
+    process = program(KEPT_FROM_CTRL_C.format(saving=0.5))
+    process.send_signal(number)
+    assert process.wait(20) == code
+    assert process.stdout.read() == "saved\n"
+    said = process.stderr.read()
+    assert said.endswith("the same command continues the run\n") and "Traceback" not in said
+
+
+def test_a_second_ctrl_c_ends_at_once(program):
+    process = program(KEPT_FROM_CTRL_C.format(saving=60))
+    process.send_signal(signal.SIGINT)
+    assert "Ctrl-C again ends at once" in process.stderr.readline() + process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert process.stdout.read() == ""
+    assert process.stderr.read() == "stopped; the same command continues the run\n"
+
+
+def test_ctrl_c_interrupts_at_once_what_has_no_checkpoint(program):
+    process = program("watcher.GRACE_S = 600" + STUCK)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert process.stderr.read() == "stopped; the same command continues the run\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_is_ignored_from_the_start_stays_ignored(number):
+    """As the end of a terminal is under `nohup`, and Ctrl-C in the background of a script."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with watch.watched():
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
+            watch.stop_here()
+    finally:
+        signal.signal(number, before)
+
+
+TERMINAL = """
+import sys, time
+from mllm_keeplora.system import watch
+with watch.watched(), watch.until_saved():
+    print("ready", flush=True)
+    while not watch.stop_agreed():
+        time.sleep(0.01)
+    print("told to nobody", flush=True)  # an error on a terminal that is gone
+    open(sys.argv[1], "w").write("saved")
+    watch.stop_saved()
+"""
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_says_nothing(tmp_path):
+    pid, terminal = os.forkpty()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", TERMINAL, str(tmp_path / "file")])
+    said = b""
+    while b"ready" not in said:
+        said += os.read(terminal, 100)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert (tmp_path / "file").read_text() == "saved"
