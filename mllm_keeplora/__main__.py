@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
 # What a path that somebody gave can run into.
-PLACES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+PLACES = {
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 def main() -> None:
@@ -37,8 +47,9 @@ def _run() -> int:
         code = INTERRUPTED
     except UserError as error:
         code = tell_mistake(error)
-    except PLACES as error:
-        code = tell_mistake(UserError(f"{error.filename}: {error.strerror}")) if error.filename else tell_failure(error)
+    except OSError as error:
+        is_place = error.filename and error.errno in PLACES
+        code = tell_mistake(UserError(f"{error.filename}: {error.strerror}")) if is_place else tell_failure(error)
     except Exception as error:  # a fault of ours: show where, and let no launcher take it for a user's mistake
         code = tell_failure(error)
     else:
