@@ -9,16 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
 from mllm_keeplora.data.media.shown import as_shown, shown_size
 from mllm_keeplora.data.schema import Media, Record
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, first_line, shortened
+from mllm_keeplora.system import given
 
 WINDOW = 64  # pictures that are looked at together
+# No other decoder is tried: some call other programs, and few people look at the rare ones.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MOST_PIXELS = 80_000_000  # of a picture; told by its header, before anything is decoded
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -142,7 +146,7 @@ def _look(media: Media) -> tuple[Size, tuple[str, ...]] | str:
 @contextmanager
 def _opened(media: Media) -> Iterator:
     """Open a picture (PIL), read as far as the caller needs it; what is wrong with it is told with its name."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     path, folder = media.path, media.folder
     try:
@@ -158,12 +162,32 @@ def _opened(media: Media) -> Iterator:
                 if near is not None and _composed(near) == _composed(name):
                     hint += ", whose accents are written in another Unicode normal form"
                 raise UserError(f"image {str(name)!r} {what} in {folder or path.parent}{hint}")
-        with Image.open(path if media.data is None else io.BytesIO(media.data)) as picture:
+        source = given.opened(path) if media.data is None else io.BytesIO(media.data)
+        with source, Image.open(source, formats=_formats()) as picture:
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                told = f"{width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are decoded, so make it smaller"
+                raise UserError(f"image {path} has {told}")
             yield picture
     except (UserError, MemoryError):  # too little memory is no fault of the picture
         raise
+    except Image.DecompressionBombError as error:
+        told = f"more pixels than the {MOST_PIXELS:,} that are decoded, so make it smaller"
+        raise UserError(f"image {path} has {told} ({first_line(error)})") from None
+    except UnidentifiedImageError:
+        told = f"it is damaged, or none of {', '.join(_formats())}"
+        raise UserError(f"image {path} cannot be read: {told}") from None
     except Exception as error:  # of whatever kind a decoder raises
-        raise UserError(f"image {path} cannot be read: {error}") from None
+        raise UserError(f"image {path} cannot be read: {shortened(first_line(error))}") from None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Name the formats that are decoded here; older Pillows lack AVIF."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(each for each in FORMATS if each in Image.OPEN)
 
 
 @lru_cache(64)
