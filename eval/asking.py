@@ -11,7 +11,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.checkpoints import Checkpoint
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.saved import load_run
-from mllm_keeplora.models.shipped import NOTES
+from mllm_keeplora.models.shipped import NOTES, Notes
 from mllm_keeplora.system import files
 
 
@@ -52,7 +52,7 @@ def ask(
     if saved is not None:
         modes = {part.image_mode for part in saved.benchmark.domains.values()}
     else:
-        modes = files.read_json(notes)["image_modes"] if notes.is_file() else ()
+        modes = files.read_json(notes, Notes).get("image_modes", ()) if notes.is_file() else ()
     media = tuple(Media("image", Path(image), pad="pad" in modes) for image in images)
     for each in media:
         read_image(each)

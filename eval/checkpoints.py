@@ -7,21 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from mllm_keeplora.config import RunConfig, apply_override, parse_config, read_yaml
 from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError, first_line
-from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
+from mllm_keeplora.eval.grading import errors_of, stored_figures, stored_rows, strict_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import chosen_sets, evaluate_named
 from mllm_keeplora.identity import environment
 from mllm_keeplora.models import Base, load_base
-from mllm_keeplora.models.shipped import NOTES
+from mllm_keeplora.models.shipped import NOTES, Notes
 from mllm_keeplora.runs import DomainDir, RunDir
 from mllm_keeplora.system import distributed, files
 
 ADAPTER = "adapter_config.json"
 ASKED = ("benchmark", "data_root", "domains", "eval", "plugins")  # keys of a run's YAML
+
+
+class NamesBase(TypedDict, total=False):
+    """What is read here of an adapter's settings."""
+
+    base_model_name_or_path: str | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Checkpoint:
                 f"{folder} is one domain's part of a run, without the domains before it; "
                 f"use: mllm-keeplora eval {folder.parent.parent.parent} --after N"
             )
-        own = files.read_json(folder / ADAPTER).get("base_model_name_or_path")
+        own = files.read_json(folder / ADAPTER, NamesBase).get("base_model_name_or_path")
         if not (base or own):
             raise UserError(f"{folder / ADAPTER} names no base model; say which with --base")
         return cls(base or own, folder)
@@ -68,7 +76,7 @@ class Checkpoint:
                 asked = {key: values[key] for key in ASKED if key in values}
         base = {"model": self.base}
         if self.adapter is not None and (self.adapter / NOTES).is_file():  # of an exported one: how it was prompted
-            base["prompt"] = files.read_json(self.adapter / NOTES)["prompt"]
+            base["prompt"] = files.read_json(self.adapter / NOTES, Notes)["prompt"]
         values = {"name": "checkpoint", "base": base, **asked, "strategy": {"name": "finetune"}, "output": str(output)}
         for override in overrides:
             apply_override(values, override)
@@ -142,7 +150,7 @@ def evaluate_checkpoint(
         for name in names:
             asked_of = f"{base.fingerprint} {adapter_digest}"
             facts = evaluate_named(base, model, loaded, name, config, folder, asked_of=asked_of, keep_journal=True)
-            rows = files.read_json_lines(folder.predictions(name))
+            rows = stored_rows(folder.predictions(name))
             opinions = {"strict": strict_percent(rows), "errors": errors_of(rows, loaded.graded(name))}
             sets[name] = {**stored_figures(folder.predictions(name)), **facts, **opinions}
         if distributed.is_main():

@@ -15,15 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
-from mllm_keeplora.errors import UserError, several, validation_faults
-from mllm_keeplora.system import distributed, files, watch
+from mllm_keeplora.errors import UserError, several, shortened, validation_faults
+from mllm_keeplora.system import distributed, files, given, watch
 
 FORMAT = 1
+Name = Annotated[str, Field(pattern=given.NAME)]  # of what has files of its name
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Unit:
     """What is trained at once: a place in the sequence (from 1) and the domains trained there together."""
 
     index: int
-    name: str
+    name: Name
     domains: tuple[str, ...]
 
     @property
@@ -54,11 +55,12 @@ class StageEntry(TypedDict):
 class SetEntry(TypedDict):
     """A domain or suite as a run knows it: absolute paths and rules, digests of its files, how it is trained."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # `train`: settings of a domain alone
+    __pydantic_config__ = ConfigDict(extra="allow")
 
-    name: str
+    name: Name
     files: dict[str, Any]
     sha256: dict[str, str]
+    train: NotRequired[dict[str, Any]]
 
 
 class BaseEntry(TypedDict):
@@ -179,7 +181,8 @@ class RunDir:
             raise UserError(f"{self.path} is not a run directory: it has no run.json")
         entered = files.read_json(self.ledger_file)
         if entered.get("format") != FORMAT:
-            raise UserError(f"{self.ledger_file} has format {entered.get('format')!r}; this version reads {FORMAT}")
+            told = shortened(repr(entered.get("format")))
+            raise UserError(f"{self.ledger_file} has format {told}; this version reads {FORMAT}")
         try:
             self.ledger = Ledger.model_validate(entered)
         except ValidationError as error:

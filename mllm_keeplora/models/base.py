@@ -162,7 +162,7 @@ def refuse_original_llava(model: str, location: str) -> None:
 
     try:
         settings = PretrainedConfig.get_config_dict(location)[0]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return  # loading tells what is wrong
     if "mm_vision_tower" in settings:
         raise UserError(
