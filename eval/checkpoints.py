@@ -143,7 +143,7 @@ def evaluate_checkpoint(
     told |= {"adapter_digest": adapter_digest, "benchmark": loaded.name}
     with RunDir(output).locked():
         # The folder may hold scores of other sets already, of the very same model.
-        before = files.read_json(path) if path.is_file() else {**told, "sets": {}}
+        before = files.read_json(path, files.OBJECT) if path.is_file() else {**told, "sets": {}}
         if any(before.get(key) != value for key, value in told.items()):
             raise UserError(f"{output} holds the answers of another model or benchmark; choose another --output")
         sets = before["sets"]

@@ -88,7 +88,7 @@ class Results:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path} does not exist: the run has no results yet")
-        values = files.read_json(path)
+        values = files.read_json(path, files.OBJECT)
         if values.get("format") != FORMAT:
             told = shortened(repr(values.get("format")))
             raise UserError(f"{path} has format {told}; this version reads {FORMAT}")
@@ -184,7 +184,7 @@ def _blind(
     run: RunDir, benchmark: Benchmark, config: RunConfig, domains: list[str]
 ) -> tuple[list[float | None], dict[str, dict[str, float]]]:
     """Grade blind answers, also by question type; scores stay as they were where training records are gone."""
-    before = files.read_json(run.results_file) if run.results_file.is_file() else {}
+    before = files.read_json(run.results_file, files.OBJECT) if run.results_file.is_file() else {}
     percents = dict(zip(before.get("domains", ()), before.get("blind", ()), strict=False))
     typed = dict(before.get("blind_per_type", {}))
     for name in filter(benchmark.has_training, domains):

@@ -179,7 +179,7 @@ class RunDir:
         """
         if not self.exists():
             raise UserError(f"{self.path} is not a run directory: it has no run.json")
-        entered = files.read_json(self.ledger_file)
+        entered = files.read_json(self.ledger_file, files.OBJECT)
         if entered.get("format") != FORMAT:
             told = shortened(repr(entered.get("format")))
             raise UserError(f"{self.ledger_file} has format {told}; this version reads {FORMAT}")

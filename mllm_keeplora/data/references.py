@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mllm_keeplora.data.schema import Record
-from mllm_keeplora.errors import UserError, several
+from mllm_keeplora.errors import UserError, several, shortened
 from mllm_keeplora.system import given
 
 
@@ -44,7 +44,7 @@ def with_references(records: Iterable[Record], path: Path) -> list[Record]:
         else:
             raise UserError(
                 f"reference file {path}: a row has `image_id` and `caption`, or `question_id` and `answers`; "
-                f"got keys {sorted(row)}"
+                f"got keys {shortened(sorted(row))}"
             )
     # Answers that are numbered belong to the lines of the question file.
     answered, faults = [], []

@@ -13,6 +13,7 @@ from typing import Any
 from mllm_keeplora.errors import UserError, several, shortened, validation_faults
 from mllm_keeplora.system import given
 
+OBJECT = dict[str, Any]
 EDGE = 1 << 20  # bytes of either end of a file that `digest_ends` reads
 
 
@@ -57,12 +58,12 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(map(one_line, rows)))
 
 
-def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
-    """Read a JSON object; here, as in all that read, a UserError names a file that is missing or not readable.
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Read JSON; here, as in all that read, a UserError names a file that is missing or not readable.
 
     Args:
         path: of the file.
-        kind: of the object, as pydantic understands types; its keys and values are checked.
+        kind: of what it holds, as pydantic understands types (`OBJECT`: keys and values); that is checked.
     """
     data = given.read_bytes(path)
     try:
@@ -72,7 +73,7 @@ def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
     return checked(path, kind, value)
 
 
-def read_json_lines(path: Path, kind: Any = dict[str, Any]) -> list[Any]:
+def read_json_lines(path: Path, kind: Any = OBJECT) -> list[Any]:
     """Read one JSON object a line, each of a kind as in `read_json`."""
     rows = []
     for number, line in enumerate(read_lines(path), start=1):
@@ -137,7 +138,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         return stored.metadata() or {}
 
 
-def read_facts(path: Path, key: str, kind: Any = dict[str, Any]) -> Any:
+def read_facts(path: Path, key: str, kind: Any = OBJECT) -> Any:
     """Read JSON that `write_tensors` was given under a key beside the tensors, of a kind as in `read_json`."""
     try:
         value = given.from_json(read_metadata(path).get(key, ""))

@@ -70,7 +70,7 @@ def divided_loading(name: str | None, bf16: bool) -> Iterator[None]:
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    settings = files.read_json(Path(deepspeed_file(name)))
+    settings = files.read_json(Path(deepspeed_file(name)), files.OBJECT)
     settings |= {"train_batch_size": distributed.world_size(), "train_micro_batch_size_per_gpu": 1}
     settings |= {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "bf16": {"enabled": bf16}}
     held = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference alone

@@ -80,7 +80,7 @@ def test_a_number_of_thousands_of_digits_is_refused():
 def test_a_file_of_ours_that_holds_no_keys_is_damaged(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=r"the whole must hold keys and values, got .*a.json"):
-        files.read_json(tmp_path / "a.json")
+        files.read_json(tmp_path / "a.json", files.OBJECT)
 
 
 @pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"\\udfff": 1}'])
