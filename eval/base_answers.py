@@ -52,7 +52,7 @@ def asked_once(
         if not distributed.is_main() or not kept.is_dir():
             return None
         try:
-            facts = files.read_json(kept / "facts.json")
+            facts = files.read_json(kept / "facts.json", files.OBJECT)
             for path in answer_files(kept / predictions.name):
                 files.write_atomically(predictions.with_name(path.name), partial(shutil.copyfile, path))
             facts["score"] = regrade(predictions, benchmark.graded(name), asked_records(benchmark, name, config))

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from mllm_keeplora.config import RunConfig, apply_override, parse_config, read_yaml
 from mllm_keeplora.data import load_benchmark
 from mllm_keeplora.data.media.images import digests_of
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.grading import errors_of, stored_figures, strict_percent
+from mllm_keeplora.eval.grading import errors_of, stored_figures, stored_rows, strict_percent
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import chosen_sets, evaluate_named
 from mllm_keeplora.identity import digest_of_lines, environment
@@ -24,6 +26,12 @@ from mllm_keeplora.system import distributed, files
 
 ADAPTER = "adapter_config.json"
 ASKED = ("benchmark", "data_root", "domains", "eval", "plugins")  # keys of a run's YAML
+
+
+class NamesBase(TypedDict, total=False):
+    """What is read here of an adapter's settings."""
+
+    base_model_name_or_path: str | None
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,8 @@ class Checkpoint:
                 f"{folder} is one domain's part of a run, without the domains before it; "
                 f"use: mllm-keeplora eval {folder.parent.parent.parent} --after N"
             )
-        settings = files.read_json(folder / ADAPTER)
-        own = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-        if not (base or (isinstance(own, str) and own)):
+        own = files.read_json(folder / ADAPTER, NamesBase).get("base_model_name_or_path")
+        if not (base or own):
             raise UserError(f"{folder / ADAPTER} names no base model; say which with --base")
         return cls(base or own, folder)
 
@@ -138,7 +145,7 @@ def evaluate_checkpoint(
     told |= {"adapter_digest": adapter_digest, "benchmark": loaded.name}
     with RunDir(output).locked():
         # The folder may hold scores of other sets already, of the very same model.
-        before = files.read_json(path) if path.is_file() else {**told, "sets": {}}
+        before = files.read_json(path, files.OBJECT) if path.is_file() else {**told, "sets": {}}
         if any(before.get(key) != value for key, value in told.items()):
             raise UserError(f"{output} holds the answers of another model or benchmark; choose another --output")
         sets = before["sets"]
@@ -146,7 +153,7 @@ def evaluate_checkpoint(
             shown = digest_of_lines(digests_of(loaded.test_records(name)))
             asked_of = f"{base.fingerprint} {adapter_digest} {shown}"
             facts = evaluate_named(base, model, loaded, name, config, folder, asked_of=asked_of, keep_journal=True)
-            rows = files.read_json_lines(folder.predictions(name))
+            rows = stored_rows(folder.predictions(name))
             opinions = {"strict": strict_percent(rows), "errors": errors_of(rows, loaded.graded(name))}
             sets[name] = {**stored_figures(folder.predictions(name)), **facts, **opinions}
         if distributed.is_main():

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+from typing_extensions import NotRequired, TypedDict
+
 from mllm_keeplora.data import Record, TestSet
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, Grades, grade, mistake, score
 from mllm_keeplora.models.family import Answer
@@ -15,6 +18,39 @@ from mllm_keeplora.system import distributed, files
 HOW = ("batch_size", "max_new_tokens", "dtype")  # how answers came about; grading them again does not change it
 FIGURES = ".figures.json"  # endings of what lies beside a predictions file
 SUBMISSION = ".submit.jsonl"  # answers that are graded elsewhere, in the official prediction format
+
+
+class Row(TypedDict):
+    """A row of a predictions file."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    id: str
+    question: str
+    answer: str | list[str] | None
+    prediction: str
+    score: float | None
+    cut: NotRequired[bool]
+
+
+class HowAsked(TypedDict, total=False):
+    """How a set is asked and graded."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    scorer: str
+    prompt_suffix: str | dict[str, str]
+    image_mode: str
+    batch_size: int
+    max_new_tokens: int
+    dtype: str
+
+
+class Figures(HowAsked, total=False):
+    """What lies beside a predictions file."""
+
+    percent: float | None
+    parts: dict[str, float]
 
 
 def grade_set(part: TestSet, records: Sequence[Record], predictions: Sequence[str]) -> Grades:
@@ -62,7 +98,12 @@ def write_graded(
 def stored_figures(predictions: Path) -> dict[str, Any]:
     """Read what `write_graded` left beside a predictions file; empty where nothing is there."""
     path = predictions.with_suffix(FIGURES)
-    return files.read_json(path) if files.is_there(path) else {}
+    return files.read_json(path, Figures) if files.is_there(path) else {}
+
+
+def stored_rows(predictions: Path) -> list[dict[str, Any]]:
+    """Read the rows of a predictions file; a UserError names the key of one that is not as it was written."""
+    return files.read_json_lines(predictions, Row)
 
 
 def stored_percent(predictions: Path, part: TestSet) -> float | None:
@@ -71,7 +112,7 @@ def stored_percent(predictions: Path, part: TestSet) -> float | None:
         return None
     if part.scorer in SET_SCORERS:
         return stored_figures(predictions).get("percent")
-    scores = [row["score"] for row in files.read_json_lines(predictions)]
+    scores = [row["score"] for row in stored_rows(predictions)]
     return None if not scores or None in scores else 100.0 * sum(scores) / len(scores)
 
 
@@ -120,7 +161,7 @@ def regrade(predictions: Path, part: TestSet, records: Sequence[Record]) -> floa
     Raises:
         ValueError: the stored answers are to other questions.
     """
-    rows = files.read_json_lines(predictions)
+    rows = stored_rows(predictions)
     if not answers_to(rows, records):
         raise ValueError(f"{predictions} answers other questions than the set has now")
     answers = [Answer(row["prediction"], row.get("cut", False)) for row in rows]

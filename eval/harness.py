@@ -23,7 +23,7 @@ from mllm_keeplora.models import Base
 from mllm_keeplora.models.family import Answer
 from mllm_keeplora.models.partition import keeps_step
 from mllm_keeplora.runs import DomainDir
-from mllm_keeplora.system import distributed, files
+from mllm_keeplora.system import distributed, files, given
 from mllm_keeplora.system.distributed import free_cached_memory
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.progress import progress_bar
@@ -187,10 +187,10 @@ class Journal:
         if lines and lines[0] == identity:
             for line in lines[1:]:
                 try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
+                    entry = given.from_json(line)
+                    self.answers[int(entry["batch"])] = dict(entry["answers"])
+                except (ValueError, TypeError, KeyError):
                     break  # the line that a killed process did not finish
-                self.answers[entry["batch"]] = entry["answers"]
         whole = [identity, *(self._line(number) for number in self.answers)]
         files.write_text(path, "\n".join(whole) + "\n")
 

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
 from mllm_keeplora.adapters.stored import stored_files
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark
-from mllm_keeplora.errors import UserError
-from mllm_keeplora.eval.grading import errors_of, stored_figures, stored_percent, strict_percent
+from mllm_keeplora.errors import UserError, shortened
+from mllm_keeplora.eval.grading import HowAsked, errors_of, stored_figures, stored_percent, stored_rows, strict_percent
 from mllm_keeplora.eval.rows import blind_graded, by_type, collapses, sets_after
 from mllm_keeplora.identity import Identity, environment, settings_of
 from mllm_keeplora.metrics import ScoreMatrix, general_retention
@@ -38,6 +40,8 @@ class Results:
         origin: where the run keeps them: the file that `save` writes when it is given no other.
     """
 
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+
     benchmark: str
     domains: list[str]
     strategy: str
@@ -56,7 +60,7 @@ class Results:
     blind_per_type: dict[str, dict[str, float]] = field(default_factory=dict)
     errors: dict[str, dict[str, int]] = field(default_factory=dict)
     strict: dict[str, float] = field(default_factory=dict)
-    grading: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grading: dict[str, HowAsked] = field(default_factory=dict)
     trained_parameters: list[int] = field(default_factory=list)
     stored_bytes: dict[str, int] = field(default_factory=dict)
     alarms: list[str] = field(default_factory=list)
@@ -90,10 +94,29 @@ class Results:
             raise UserError(f"{path} does not exist: the run has no results yet")
         if (path.parent / "run.json").is_file():
             RunDir(path.parent).load()  # which knows the file's digest
-        values = files.read_json(path)
+        values = files.read_json(path, files.OBJECT)
         if values.get("format") != FORMAT:
-            raise UserError(f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
-        return cls(**values, origin=path)
+            told = shortened(repr(values.get("format")))
+            raise UserError(f"{path} has format {told}; this version reads {FORMAT}")
+        results = files.read_json(path, cls)
+        results.origin = path
+        if misfit := results.misfit():
+            raise UserError(f"{path} is damaged: {misfit}")
+        return results
+
+    def misfit(self) -> str:
+        """Say which scores do not go with the domains; empty where all do."""
+        count, matrix = len(self.domains), self.score_matrix
+        series = {"zero_shot": self.zero_shot, "blind": self.blind}
+        if not count or len(matrix) != count:
+            return f"score_matrix has {len(matrix)} rows for {count} domains"
+        for name, row in (*(("score_matrix", row) for row in matrix), *series.items()):
+            if len(row) != count:
+                return f"{name} has {len(row)} scores for {count} domains"
+        for name, row in self.general.items():
+            if not 1 <= len(row) <= count + 1:
+                return f"general.{name} has {len(row)} scores for {count} domains"
+        return ""
 
 
 def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Results:
@@ -129,7 +152,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
     last: dict[str, list[dict[str, Any]]] = {}
     for name in [*domains, *suites] if run.finished_units else ():
         path = run.folder(run.finished_units[-1]).predictions(name)
-        last[name] = files.read_json_lines(path) if files.is_there(path) else []
+        last[name] = stored_rows(path) if files.is_there(path) else []
     last = {name: rows for name, rows in last.items() if rows}
     typed = {name: by_type(benchmark, name, {row["id"]: row["score"] for row in rows}) for name, rows in last.items()}
     blind, blind_typed = _blind(run, benchmark, config, domains)
@@ -152,7 +175,7 @@ def collect_results(run: RunDir, benchmark: Benchmark, config: RunConfig) -> Res
         metrics=metrics,
         wall_seconds=run.seconds_by_kind(),
         peak_memory_bytes=run.peak_memory_bytes(),
-        questions={key.split("/")[2]: each["questions"] for key, each in ledger.stages.items() if "questions" in each},
+        questions={key.split("/")[-1]: each["questions"] for key, each in ledger.stages.items() if "questions" in each},
         environment=environment(),
         per_type={name: kinds for name, kinds in typed.items() if kinds},
         blind_per_type={name: blind_typed[name] for name in domains if blind_typed.get(name)},
@@ -174,7 +197,7 @@ def _blind(
 ) -> tuple[list[float | None], dict[str, dict[str, float]]]:
     """Grade blind answers, also by question type; scores stay as they were where training records are gone."""
     try:
-        before = files.read_json(run.results_file) if run.results_file.is_file() else {}
+        before = files.read_json(run.results_file, files.OBJECT) if run.results_file.is_file() else {}
     except UserError as error:  # it is made again here
         log.warning("%s", error)
         before = {}

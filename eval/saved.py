@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mllm_keeplora.adapters import Adapters, adapters_for, merge_for_good
 from mllm_keeplora.adapters.placed import PlacedModel
 from mllm_keeplora.adapters.stored import is_oracle, past_of
@@ -15,13 +17,13 @@ from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
 from mllm_keeplora.data.media.images import digests_of
 from mllm_keeplora.data.readers import READERS, digest
-from mllm_keeplora.errors import UserError, known
-from mllm_keeplora.eval.grading import answer_files, answers_to, regrade, stored_percent
+from mllm_keeplora.errors import UserError, known, several, validation_faults
+from mllm_keeplora.eval.grading import answer_files, answers_to, regrade, stored_percent, stored_rows
 from mllm_keeplora.eval.harness import forget_journals
 from mllm_keeplora.eval.rows import asked_records, chosen_sets, evaluate_named
 from mllm_keeplora.identity import Identity, comparable, differences, digest_of_lines
 from mllm_keeplora.models import Base, load_base
-from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, Unit
+from mllm_keeplora.runs import BASE_UNIT, DomainDir, RunDir, SetEntry, Unit
 from mllm_keeplora.system import files
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.proofs import accept
@@ -52,8 +54,8 @@ class SavedRun:
     def benchmark(self) -> Benchmark:
         """The domains and suites as the run recorded them, every path absolute."""
         ledger = self.run.ledger
-        domains = {each["name"]: Domain(**each["files"]) for each in ledger.domains}
-        suites = {each["name"]: Suite(**each["files"]) for each in ledger.suites}
+        domains = {each["name"]: defined(self.run, each, Domain) for each in ledger.domains}
+        suites = {each["name"]: defined(self.run, each, Suite) for each in ledger.suites}
         split = self.config.eval.split
         return Benchmark(name=ledger.benchmark, domains=domains, suites=suites, split=split)
 
@@ -63,10 +65,10 @@ class SavedRun:
         Returns:
             Key of the set's settings -> path, and its digest now.
         """
-        recorded, changed = self.run.ledger.sets[name], {}
+        recorded, part, changed = self.run.ledger.sets[name], self.benchmark.graded(name), {}
         for key in ("test", "validation", "references"):
-            if key in recorded["sha256"]:
-                path = Path(recorded["files"][key])
+            if key in recorded["sha256"] and getattr(part, key, None) is not None:
+                path = Path(getattr(part, key))
                 if not path.exists():
                     raise UserError(f"{name}: its data file {path} does not exist any more ({self.run.path})")
                 if (now := digest(path)) != recorded["sha256"][key]:
@@ -141,6 +143,14 @@ class SavedRun:
         return finished[:after]
 
 
+def defined(run: RunDir, entry: SetEntry, kind: type[TestSet]) -> Any:
+    """Give the domain or suite that a run's ledger describes; a UserError if it describes none."""
+    try:
+        return kind.model_validate(entry["files"])
+    except ValidationError as error:
+        raise several(validation_faults(error, str(run.ledger_file), kind, prefix=f"{entry['name']}.files.")) from None
+
+
 def load_run(path: str | Path) -> SavedRun:
     """Open a run directory for reading.
 
@@ -204,7 +214,7 @@ def evaluate(
                     f"{name}: its {benchmark.file_of(name)} pictures have changed since {saved.run.path} was graded by "
                     "them; --suite asks new questions under a name of their own"
                 )
-        elif path.is_file() and not answers_to(files.read_json_lines(path), asked_records(benchmark, name, config)):
+        elif path.is_file() and not answers_to(stored_rows(path), asked_records(benchmark, name, config)):
             raise UserError(
                 f"--suite: {path} has answers to another file's questions, which would be lost; give "
                 f"{benchmark.suites[name].test} another name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -10,7 +11,16 @@ if TYPE_CHECKING:
     from mllm_keeplora.errors import UserError
 
 # What a path that somebody gave can run into.
-PLACES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+PLACES = {
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 def main() -> None:
@@ -62,7 +72,7 @@ def _mistake_of(error: Exception) -> UserError | None:
         return refused
     if is_out_of_memory(error):
         return UserError(f"there is not enough memory: {first_line(error)}")
-    if isinstance(error, PLACES) and error.filename:
+    if isinstance(error, OSError) and error.errno in PLACES and error.filename:
         return UserError(f"{error.filename}: {error.strerror}")
     return None
 

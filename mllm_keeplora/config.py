@@ -11,16 +11,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from mllm_keeplora.errors import UserError, known, several, validation_faults
+from mllm_keeplora.errors import UserError, known, several, shortened, validation_faults
+from mllm_keeplora.system import given
+from mllm_keeplora.system.plain_yaml import as_yaml as as_yaml
+from mllm_keeplora.system.plain_yaml import from_yaml, read_yaml
 from mllm_keeplora.system.plugins import load_plugins
 
 SHARED_OPTIONS = {"name", "rank", "alpha"}  # of every strategy: they stay when an override names another one
 RUNTIME = {"runtime": True}  # a key that cannot change results: it may differ when a run is continued
 LATER = {"later": True}  # a key that older runs did not have
 NONFINITE = re.compile(r"stop|rollback|skip\([1-9]\d*\)")
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+PathText = Annotated[str, AfterValidator(given.as_path)]
 ModuleName = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$")]
 
 
@@ -53,7 +57,7 @@ def later_defaults(model: BaseModel) -> set[str]:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     def result_defining(self) -> dict[str, Any]:
         """Flatten the keys that can change results to dotted names, for comparison with a run's own."""
@@ -64,7 +68,7 @@ class Section(BaseModel):
 class BaseConfig(Section):
     """The base MLLM: a name in configs/models, a folder, or a hub id."""
 
-    model: str  # a name, a folder, or a hub id
+    model: PathText  # a name, a folder, or a hub id
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights; auto = bfloat16 on a GPU
     quantization: Literal["nf4", "int8"] | None = None  # of the frozen weights; needs bitsandbytes
     prompt: str = "auto"  # chat_template, or a style; auto = as the base's YAML says
@@ -139,7 +143,7 @@ class EvalConfig(Section):
     )
     settle_ties: bool = True  # ask again alone where an answer hangs on rounding, so that batches do not tip it
     zero_shot: bool = True  # ask the untouched base, too
-    base_answers: str | None = runtime(None, description="folder of answers of the untouched base, shared by runs")
+    base_answers: PathText | None = runtime(None, description="folder of answers of the untouched base, shared by runs")
 
 
 class DiagnosticsConfig(Section):
@@ -149,22 +153,22 @@ class DiagnosticsConfig(Section):
 class RunConfig(Section):
     """A whole run. Result-defining keys are fixed once a run directory exists; the others may change."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=RUN_NAME)
     base: BaseConfig
     benchmark: str | list[dict[str, Any]] | dict[str, Any]
-    data_root: str | None = runtime(None, description="folder that the benchmark's files lie in")
+    data_root: PathText | None = runtime(None, description="folder that the benchmark's files lie in")
     domains: list[str] | str | None = None  # names, the name of one of the benchmark's orders, or its own order
     strategy: StrategyConfig
     adapters: AdaptersConfig = AdaptersConfig()
     train: TrainConfig = TrainConfig()
     per_domain: dict[str, DomainOverride] = Field(default_factory=dict)
-    deepspeed: str | None = runtime(None, description="zero1, zero2, zero3, zero3_offload, or a JSON file")
+    deepspeed: PathText | None = runtime(None, description="zero1, zero2, zero3, zero3_offload, or a JSON file")
     eval: EvalConfig = EvalConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     seed: int = Field(0, ge=0, description="of everything that is drawn")
     threads: int | None = runtime(None, ge=1, description="CPU threads of a process; null = as the libraries choose")
     distributed_timeout_s: int = runtime(600, ge=1, description="longest wait for other processes in a training")
-    output: str | None = runtime(None, description="the run directory; null = runs/NAME")
+    output: PathText | None = runtime(None, description="the run directory; null = runs/NAME")
     plugins: list[ModuleName] = runtime([], description="modules of one's own strategies, scorers, benchmarks, readers")
 
     @property
@@ -243,44 +247,6 @@ def _named(kind: str) -> dict[str, str | Path]:
     return {entry.name.removesuffix(".yaml"): str(entry) for entry in folder.iterdir() if entry.name.endswith(".yaml")}
 
 
-class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, whose first value YAML's readers drop without a word.
-
-    And reads `1e-4` as a number, as people mean it; to YAML 1.1 it is a string.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if names.count(key.value) > 1:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice,", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class StrictDumper(yaml.SafeDumper):
-    """Quotes what `StrictLoader` would read as something else."""
-
-
-EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-for _each in (StrictLoader, StrictDumper):
-    _each.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
-
-
-def as_yaml(values: Any) -> str:
-    """Write YAML that `read_yaml` reads as the same."""
-    return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, got {type(values).__name__}")
-    return values
-
-
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested dictionaries to dotted names; an empty dictionary stays a value."""
     flat: dict[str, Any] = {}
@@ -307,9 +273,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {part} is a single value and has no keys below it")
         values = values[part]
     try:
-        value = yaml.load(text, StrictLoader)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not readable YAML") from None
+        value = from_yaml(text)
+    except ValueError as error:
+        told = f"{shortened(repr(override))}: the value is not readable YAML: {shortened(error, 500)}"
+        raise UserError(f"override {told}") from None
     if key == "strategy.name" and value != values.get("name"):
         for option in values.keys() - SHARED_OPTIONS:
             del values[option]

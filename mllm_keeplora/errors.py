@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -66,6 +66,12 @@ def first_line(error: Exception) -> str:
     return said.splitlines()[0] if said else type(error).__name__
 
 
+def shortened(value: Any, most: int = 200) -> str:
+    """Write a value so that it fits into a sentence: the begin of one that is long."""
+    text = value if isinstance(value, str) else str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def several(faults: list[str], shown: int = 20, more: int = 0) -> UserError:
     """Join all faults found at once into one error, the first `shown` of them spelled out.
 
@@ -89,30 +95,31 @@ def known(names) -> str:
 
 
 def validation_faults(
-    error: ValidationError, origin: str, model: type[BaseModel], prefix: str = "", of: str = ""
+    error: ValidationError, origin: str, model: type[BaseModel] | None, prefix: str = "", of: str = ""
 ) -> list[str]:
     """Say each fault in a sentence: key, what is allowed, the value got, where it came from.
 
     Args:
         error: what `model` refused.
         origin: file or place that the values came from.
-        model: of an unknown key, its keys that read alike are told, or all of them.
+        model: of an unknown key, its keys that read alike are told, or all of them; None where any key may stand.
         prefix: of the keys, as in "strategy."
         of: what has no such key, as in " of strategy ewc".
     """
     faults = []
     for item in error.errors():
-        key = prefix + ".".join(str(part) for part in item["loc"])
+        key = shortened(prefix + ".".join(str(part) for part in item["loc"]))
+        got = shortened(repr(item["input"]))
         if item["type"] == "missing":
             faults.append(f"{key} is missing ({origin})")
         elif item["type"] == "extra_forbidden":
             allowed = _allowed(model, item["loc"])
-            faults.append(f"{key} is not a known key{of}, got {item['input']!r}{allowed} ({origin})")
-        elif item["type"] == "model_type":
-            faults.append(f"{key} must hold keys and values, got {item['input']!r} ({origin})")
+            faults.append(f"{key} is not a known key{of}, got {got}{allowed} ({origin})")
+        elif item["type"] == "model_type" or not key:
+            faults.append(f"{key or 'the whole'} must hold keys and values, got {got} ({origin})")
         else:
             said = item["msg"].removeprefix("Value error, ")
-            faults.append(f"{key}: {said[0].lower()}{said[1:]}, got {item['input']!r} ({origin})")
+            faults.append(f"{key}: {said[0].lower()}{said[1:]}, got {got} ({origin})")
     return faults
 
 

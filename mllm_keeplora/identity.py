@@ -11,10 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.config import EXPONENT, RunConfig, flatten, later_defaults
+from mllm_keeplora.config import RunConfig, flatten, later_defaults
 from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
 from mllm_keeplora.data.readers import digest
 from mllm_keeplora.runs import Ledger, SetEntry
+from mllm_keeplora.system.plain_yaml import EXPONENT
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "torchvision")
 

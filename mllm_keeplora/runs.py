@@ -20,17 +20,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Annotated, Any, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from mllm_keeplora.errors import UserError, several, validation_faults
-from mllm_keeplora.system import distributed, files, owners, watch
+from mllm_keeplora.errors import UserError, several, shortened, validation_faults
+from mllm_keeplora.system import distributed, files, given, owners, watch
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.proofs import PROOFS, Proofs, digest
 
 FORMAT = 1
+Name = Annotated[str, Field(pattern=given.NAME)]  # of what has files of its name
 GONE_S = 15  # how long what a killed process has started may outlive it: data loaders look after it every five seconds
 # Which stage leaves a file, by its path in the run directory; first in `gradient.json`, to which later ones add.
 LEAVES = {
@@ -51,7 +52,7 @@ class Unit:
     """What is trained at once: a place in the sequence (from 1) and the domains trained there together."""
 
     index: int
-    name: str
+    name: Name
     domains: tuple[str, ...]
 
     @property
@@ -74,12 +75,13 @@ class StageEntry(TypedDict):
 class SetEntry(TypedDict):
     """A domain or suite as a run knows it: absolute paths and rules, digests of its files, how it is trained."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # `train`: settings of a domain alone
+    __pydantic_config__ = ConfigDict(extra="allow")
 
-    name: str
+    name: Name
     files: dict[str, Any]
     sha256: dict[str, str]
     pictures: NotRequired[dict[str, str]]  # of a file's records, whose single digests are in `RunDir.shown`
+    train: NotRequired[dict[str, Any]]
 
 
 class BaseEntry(TypedDict):
@@ -399,9 +401,9 @@ def read_ledger(path: Path) -> tuple[Ledger, bool]:
     Raises:
         UserError: it is damaged or of another format.
     """
-    entered = files.read_json(path)
+    entered = files.read_json(path, files.OBJECT)
     if entered.get("format") != FORMAT:
-        raise UserError(f"{path} has format {entered.get('format')!r}; this version reads {FORMAT}")
+        raise UserError(f"{path} has format {shortened(repr(entered.get('format')))}; this version reads {FORMAT}")
     told = entered.pop("sha256", None)
     try:
         return Ledger.model_validate(entered), told in (None, _digest_of(entered))

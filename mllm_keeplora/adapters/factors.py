@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from mllm_keeplora.adapters.mixers import rebuilt
+from pydantic import FiniteFloat
+from typing_extensions import NotRequired, TypedDict
+
+from mllm_keeplora.adapters.mixers import read_mixer
+from mllm_keeplora.errors import UserError, shortened
 from mllm_keeplora.system import files
 
 if TYPE_CHECKING:
@@ -20,6 +24,21 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 MIXER = "mixer|"
+
+
+class Settings(TypedDict):
+    """What is read here of peft's settings."""
+
+    alpha_pattern: dict[str, FiniteFloat]
+
+
+class BranchFacts(TypedDict):
+    """What a branch's file says beside its tensors."""
+
+    alpha: dict[str, FiniteFloat]
+    train: list[Literal["A", "B"]]
+    carried: NotRequired[bool]
+    mixer: NotRequired[dict[str, Any] | None]
 
 
 @dataclass
@@ -62,13 +81,13 @@ class Branch:
 
     @classmethod
     def load(cls, path: Path) -> Branch:
-        tensors, facts = files.read_tensors(path), json.loads(files.read_metadata(path)["branch"])
-        A = {layer: tensors[f"{layer}.A"] for layer in facts["alpha"]}
+        tensors, facts = files.read_tensors(path), files.read_facts(path, "branch", BranchFacts)
+        A = {layer: _tensor(path, tensors, f"{layer}.A") for layer in facts["alpha"]}
         B = {layer: tensors[f"{layer}.B"] for layer in facts["alpha"] if f"{layer}.B" in tensors}
         mixer = None
         if facts.get("mixer") is not None:
             own = {name.removeprefix(MIXER): each for name, each in tensors.items() if name.startswith(MIXER)}
-            mixer = rebuilt(facts["mixer"], own)
+            mixer = read_mixer(path, facts["mixer"], own)
         return cls(A, facts["alpha"], tuple(facts["train"]), B, facts.get("carried", False), mixer)
 
 
@@ -120,12 +139,22 @@ class Factors:
 
     @classmethod
     def load(cls, folder: Path) -> Factors:
-        settings = files.read_json(folder / "adapter_config.json")
-        stored = files.read_tensors(folder / "adapter_model.safetensors")
-        alpha = settings["alpha_pattern"]
-        A = {layer: stored[f"{PREFIX}{layer}.lora_A.weight"] for layer in alpha}
-        B = {layer: stored[f"{PREFIX}{layer}.lora_B.weight"] for layer in alpha}
+        alpha = files.read_json(folder / "adapter_config.json", Settings)["alpha_pattern"]
+        path = folder / "adapter_model.safetensors"
+        stored = files.read_tensors(path)
+        A, B = (
+            {layer: _tensor(path, stored, f"{PREFIX}{layer}.lora_{part}.weight") for layer in alpha} for part in "AB"
+        )
+        for layer in alpha:
+            if A[layer].ndim != 2 or B[layer].ndim != 2 or A[layer].shape[0] != B[layer].shape[1]:
+                raise UserError(f"{path} is damaged: A and B of {layer} do not go together")
         return cls(A, B, alpha)
+
+
+def _tensor(path: Path, stored: dict[str, Tensor], name: str) -> Tensor:
+    if name not in stored:
+        raise UserError(f"{path} is damaged: it has no tensor {shortened(name)}")
+    return stored[name]
 
 
 def concatenate(history: list[Factors]) -> Factors:

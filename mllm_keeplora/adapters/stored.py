@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from typing_extensions import NotRequired, TypedDict
 
 from mllm_keeplora.adapters.factors import Factors, concatenate
 from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
@@ -18,9 +20,19 @@ if TYPE_CHECKING:
     from mllm_keeplora.adapters.mixers.mixing import Mixer
     from mllm_keeplora.linalg import Basis
 
-COMBINE = ("merge", "sum", "gate", "route", "oracle")
 LIVE = ("gate", "route")  # weighed by the question: such branches cannot be merged
 FORGOTTEN = "|forgotten"  # after a layer's name: which of its earlier columns were given up
+
+
+class Manifest(TypedDict):
+    """How a unit's branch combines with the earlier ones at answering time, and which files hold it."""
+
+    combine: Literal["merge", "sum", "gate", "route", "oracle"]
+    start_from: Literal["previous", "base"]
+    adapter: NotRequired[str]
+    carried: NotRequired[bool]
+    projector: NotRequired[str]
+    mixer: NotRequired[str]
 
 
 @dataclass
@@ -142,10 +154,7 @@ def _manifest(run: RunDir, unit: Unit) -> dict[str, Any]:
     path = run.folder(unit).manifest
     if not files.is_there(path):
         raise UserError(f"{run.path} has not finished {unit.name}: {path.name} is missing")
-    manifest = files.read_json(path)
-    if manifest["combine"] not in COMBINE:
-        raise UserError(f"{path}: combine {manifest['combine']!r} is not one of {', '.join(COMBINE)}")
-    return manifest
+    return files.read_json(path, Manifest)
 
 
 def save_growth(

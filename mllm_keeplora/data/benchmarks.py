@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mllm_keeplora.config import later
+from mllm_keeplora.config import PathText, later
 from mllm_keeplora.data.readers import read_test, read_train
 from mllm_keeplora.data.references import with_references
 from mllm_keeplora.data.schema import Record
@@ -24,9 +24,9 @@ class TestSet(BaseModel):
     """Graded questions: files, scorer and how the prompt is put. Paths are relative to the benchmark's root."""
 
     __test__ = False  # not a test class, whatever pytest thinks of the name
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    test: str
-    images: str | None = Field(
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    test: PathText
+    images: PathText | None = Field(
         None, description="folder that image paths are relative to; null = the test file's folder"
     )
     image_mode: Literal["processor", "pad"] = Field(
@@ -41,7 +41,7 @@ class TestSet(BaseModel):
         description="appended to the question; a mapping gives gold answers (A|B) suffixes of their own, * to others",
     )
     max_new_tokens: int = Field(16, ge=1)
-    references: str | None = Field(None, description="file with the gold answers, where they are kept apart")
+    references: PathText | None = Field(None, description="file with the gold answers, where they are kept apart")
 
     def suffix_for(self, record: Record) -> str:
         """Choose what is appended to a record's question."""
@@ -56,18 +56,18 @@ class TestSet(BaseModel):
 class Suite(TestSet):
     """A held-out set that is graded after every domain; `anchors` are training records of its kind of ability."""
 
-    anchors: str | None = None
+    anchors: PathText | None = None
 
 
 class Domain(TestSet):
     """One member of the sequence with its train and test set."""
 
-    train: str
-    train_images: str | None = Field(None, description="as `images`, where training pictures lie elsewhere")
+    train: PathText
+    train_images: PathText | None = Field(None, description="as `images`, where training pictures lie elsewhere")
     train_image_mode: Literal["processor", "pad"] | None = later(
         None, description="as `image_mode`, where training pictures are put otherwise"
     )
-    validation: str | None = None
+    validation: PathText | None = None
     epochs: float | None = Field(None, gt=0.0, description="as published; used where the run does not say")
 
     @property

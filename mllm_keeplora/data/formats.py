@@ -150,6 +150,14 @@ def question_record(row: Any, layout: Layout = BY_KEYS) -> Record:
     return test_record(row, layout, needs_answer=False)
 
 
+def unwritable_text(record: Record) -> str:
+    """Find half a character (a lone surrogate) in what a record says, which no file and no tokeniser takes."""
+    answers = (record.answer,) if isinstance(record.answer, str) else record.answer or ()
+    names = (str(media.path) for media in record.media)
+    whole = "".join((record.id, record.kind, *answers, *names, *(turn.text for turn in record.turns)))
+    return "" if whole.isascii() else next((each for each in whole if "\ud800" <= each <= "\udfff"), "")
+
+
 def _object(row: Any) -> dict:
     if not isinstance(row, dict):
         raise Fault(f"a record must be a JSON object, got {type(row).__name__}")

@@ -16,13 +16,13 @@ from pydantic import ValidationError
 
 from mllm_keeplora.config import DomainOverride, RunConfig, find_config, read_yaml
 from mllm_keeplora.data.benchmarks import Benchmark, Suite
-from mllm_keeplora.errors import UserError, known, several, validation_faults
+from mllm_keeplora.errors import UserError, known, several, shortened, validation_faults
 from mllm_keeplora.metrics import SCORERS, UNGRADED
+from mllm_keeplora.system import given
 from mllm_keeplora.system.plugins import ENTERED
 
 DATA_ROOT = "MLLM_KEEPLORA_DATA"
 SHIPPED = "mini_dcl"  # one whose folder is that of all shipped ones
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
 GENERATORS: dict[str, str] = {"mini_dcl": "mllm_keeplora.mini.write:ensure_mini_dcl"}
 
 
@@ -90,8 +90,9 @@ def _faults(config: RunConfig, benchmark: Benchmark, origin: str) -> Iterator[st
         if name in domains and domains[name].references:
             yield f"eval.split is validation, but domain {name} keeps its gold answers for the test set"
     for name in [*domains, *benchmark.suites]:
-        if not NAME.fullmatch(name):
-            yield f"{name!r} cannot name a domain or suite: letters, digits, dots, - and _ only ({origin})"
+        if not re.match(given.NAME, name) or name.endswith("\n"):
+            told = "letters, digits, dots, - and _ only, at most 100"
+            yield f"{shortened(repr(name))} cannot name a domain or suite: {told} ({origin})"
     if not wanted:
         yield f"domains is empty; {benchmark.name} has {known(domains)}"
 
@@ -125,18 +126,28 @@ def _definition(config: RunConfig) -> tuple[Benchmark, str]:
         raise UserError(
             f"benchmark: beside `from` only defaults and domains may stand, got {sorted(changed)} ({origin})"
         )
-    path = find_config("benchmarks", given["from"])
+    path = find_config("benchmarks", str(given["from"]))
     values = read_yaml(path)
-    for name, own in (changed.get("domains") or {}).items():
-        if name not in values["domains"]:
-            raise UserError(f"benchmark.domains.{name}: {given['from']} has {known(values['domains'])} ({origin})")
-        values["domains"][name] = {**values["domains"][name], **own}
-    values["defaults"] = {**(values.get("defaults") or {}), **(changed.get("defaults") or {})}
+    domains = _section(values, "domains", str(path))
+    for name in _section(changed, "domains", origin):
+        if name not in domains:
+            raise UserError(f"benchmark.domains.{name}: {given['from']} has {known(domains)} ({origin})")
+        own = _section(changed["domains"], name, origin)
+        domains[name] = {**_section(domains, name, str(path)), **own}
+    values["defaults"] = {**_section(values, "defaults", str(path)), **_section(changed, "defaults", origin)}
     return _parse(values, f"{origin}, from {given['from']}", path.parent)
 
 
+def _section(values: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
+    """Give keys and values that stand under a key; none where it is absent."""
+    found = values.get(key) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{key} must hold keys and values, got {shortened(repr(found))} ({origin})")
+    return found
+
+
 def _parse(values: dict[str, Any], origin: str, root: Path) -> tuple[Benchmark, str]:
-    defaults = values.get("defaults") or {}
+    defaults = _section(values, "defaults", origin)
     values = dict(values)
     for group in ("domains", "suites"):
         parts = values.get(group) or {}

@@ -7,28 +7,33 @@ JSON, JSON lines, parquet, what plugins read, and folders saved by Hugging Face 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from pydantic import BaseModel, ValidationError
 
-from mllm_keeplora.data.formats import Fault, Layout, question_record, test_record, train_record
+from mllm_keeplora.data.formats import Fault, Layout, question_record, test_record, train_record, unwritable_text
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import VERSION, Source, StoredRecords, write_records
-from mllm_keeplora.errors import UserError, several, validation_faults
-from mllm_keeplora.system import files
+from mllm_keeplora.errors import UserError, first_line, several, shortened, validation_faults
+from mllm_keeplora.system import files, given
 from mllm_keeplora.system.known import Known, digest_file
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.plugins import ENTERED, version_of
 
 INFO = "dataset_info.json"
-CHUNK = 1 << 16  # characters of a JSON array read at once
+CHUNK = 1 << 16  # characters of a JSON file read at once
 PARQUET = ".parquet"
 SMALL = 1 << 24  # bytes; smaller JSON files are read into memory as they are
+MOST_ROWS = 256  # of a table that are read at once
+MOST_TABLE = 1 << 28  # bytes of these, unless a single row has more
 SHOWN = 20
+MOST_TOLD = 1000  # characters of a fault
 
 
 def read_train(path: Path, images: Path, pad: bool = False, missing_marks: str = "refuse") -> Sequence[Record]:
@@ -58,6 +63,7 @@ def digest(path: Path) -> str:
         for each in sorted(each for each in path.rglob("*") if each.is_file()):
             files.digest_ends(total, each, str(each.relative_to(path)))
         return total.hexdigest()
+    given.opened(path).close()  # a pipe or a device would be read for ever
     with Known.of_user() as known:
         return digest_file(path, known)
 
@@ -65,8 +71,10 @@ def digest(path: Path) -> str:
 def _records(source: Source, parse: Callable[[Any, Layout], Record], missing_marks: str = "refuse") -> Sequence[Record]:
     """Read a small file into memory; a large one is parsed once into an Arrow file, which later reads map."""
     path = source.path
-    if not path.exists():
-        raise UserError(f"data file {path} does not exist")
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"data file {path} does not exist")
+        given.opened(path).close()
     layout = replace(_layout(path), missing_marks=missing_marks)
     if path.is_file() and path.suffix != PARQUET and path.stat().st_size < SMALL:
         found = enumerate(_understood(path, layout, parse))
@@ -103,7 +111,7 @@ def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Recor
         except Fault as fault:
             if len(faults) < SHOWN:
                 hint = f"; {layout.told}" if layout.told and str(fault).startswith("unknown shape") else ""
-                faults.append(f"{path} record {index}: {fault}{hint}")
+                faults.append(f"{path} record {index}: {shortened(fault, MOST_TOLD)}{hint}")
             else:
                 more += 1
             continue
@@ -117,53 +125,63 @@ def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Recor
 
 def _parsed(parse: Callable[[Any, Layout], Record], row: Any, layout: Layout) -> Record:
     try:
-        return parse(row, layout)
-    except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        record = parse(row, layout)
+    except (TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         raise Fault(f"a value is of a kind that nobody expected: {type(error).__name__}: {error}") from error
+    if unwritable := unwritable_text(record):
+        raise Fault(f"half a character, {unwritable!a}, stands in a text; nothing could write it")
+    return record
 
 
 def _saved_rows(path: Path) -> Iterator[dict]:
     from datasets import load_from_disk
 
-    try:
+    with _readable(f"data folder {path} was not saved by `datasets`"):
         table = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"data folder {path} was not saved by `datasets`: {error}") from None
-    if not hasattr(table, "column_names") or isinstance(table.column_names, dict):
-        raise UserError(f"data folder {path} holds several splits: name one of {', '.join(table)} as a folder below it")
-    yield from table.to_iterable_dataset().decode(False)  # encoded pictures stay as they are
+        if not hasattr(table, "column_names") or isinstance(table.column_names, dict):
+            names = ", ".join(table)
+            raise UserError(f"data folder {path} holds several splits: name one of {names} as a folder below it")
+        table.data.validate(full=True)  # offsets that lead out of a mapped file would end the process
+        yield from table.to_iterable_dataset().decode(False)  # encoded pictures stay as they are
 
 
 def _parquet_rows(path: Path) -> Iterator[dict]:
-    import pyarrow
     from pyarrow import parquet
 
+    with _readable(f"data file {path} is not readable parquet"), parquet.ParquetFile(path) as table:
+        for number in range(table.num_row_groups):
+            # A value may be as large as its whole column, and stand in every row.
+            size = max(1, min(MOST_ROWS, MOST_TABLE // max(table.metadata.row_group(number).total_byte_size, 1)))
+            for batch in table.iter_batches(batch_size=size, row_groups=[number]):
+                yield from batch.to_pylist()
+
+
+@contextmanager
+def _readable(otherwise: str) -> Iterator[None]:
+    """Tell in a sentence whatever another library makes of a damaged table."""
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"data file {path} is not readable parquet: {error}") from None
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{otherwise}: {shortened(first_line(error))}") from None
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    number = 0
     try:
-        with open(path, encoding="utf-8-sig") as handle:
-            start = handle.read(1)
-            while start.isspace():
-                start = handle.read(1)
-            if start == "[":
-                yield from _array_rows(handle)
+        with io.TextIOWrapper(given.opened(path), encoding="utf-8-sig") as handle:
+            start = ""
+            while not start and (part := handle.read(CHUNK)):
+                start = part.lstrip()
+            if start.startswith("["):
+                yield from _array_rows(handle, start[1:])
             elif start:
                 handle.seek(0)
-                for line in handle:
-                    number += 1
-                    if line.strip():
-                        yield json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        why = getattr(error, "msg", error)
-        if number and isinstance(error, json.JSONDecodeError):
-            why = f"line {number}: {why}"
+                yield from given.json_lines(handle)
+    except UserError:
+        raise
+    except ValueError as error:
+        why = given.why(error)
         raise UserError(f"data file {path} is neither one JSON array nor one JSON object a line: {why}") from None
 
 
@@ -174,27 +192,49 @@ READERS: dict[str, Callable[[Path], Iterable[Any]]] = {  # ending of a file -> i
 }
 
 
-def _array_rows(handle: TextIO) -> Iterator[Any]:
-    """Yield the values of a JSON array behind its opening bracket, without holding more than one and a chunk."""
-    decoder, text, number = json.JSONDecoder(), "", 0
+def _array_rows(handle: TextIO, text: str) -> Iterator[Any]:
+    """Yield the values of a JSON array behind its opening bracket, without holding more than one and a chunk.
+
+    Args:
+        handle, text: the file, and what of the array has been read of it.
+    """
+    decoder, number = json.JSONDecoder(), 0
     while not (text := text.lstrip()).startswith("]"):
         if number and text and not text.startswith(","):
-            raise json.JSONDecodeError(f"expected a comma before record {number}", text, 0)
+            raise ValueError(f"expected a comma before record {number}")
         body = text[1:].lstrip() if number else text
         why = "the file ends before the array does"
         try:
             value, stop = decoder.raw_decode(body)
         except json.JSONDecodeError as error:
             stop, why = len(body), error.msg if body else why
+        except RecursionError:
+            raise ValueError(f"record {number}: {given.TOO_DEEP}") from None
+        except ValueError as error:  # a number that is too long
+            raise ValueError(f"record {number}: {given.why(error)}") from None
         if stop < len(body):
+            if given.is_deep(value, body.count("[", 0, stop) + body.count("{", 0, stop)):
+                raise ValueError(f"record {number}: {given.TOO_DEEP}")
             yield value
             text, number = body[stop:], number + 1
+        elif len(text) > given.MOST_RECORD:
+            raise ValueError(f"record {number}: {given.TOO_LONG}")
         elif more := handle.read(max(CHUNK, len(text))):  # the value, a number too, may go on
             text += more
         else:
-            raise json.JSONDecodeError(f"record {number}: {why}", body, 0)
-    if (text[1:] + handle.read()).strip():
-        raise json.JSONDecodeError("something stands behind the end of the array", text, 0)
+            raise ValueError(f"record {number}: {why}")
+    rest = text[1:]
+    while not rest.strip() and (rest := handle.read(CHUNK)):
+        pass
+    if rest.strip():
+        raise ValueError("something stands behind the end of the array")
+
+
+def _is_same(named: Path, path: Path) -> bool:
+    try:
+        return named.resolve() == path.resolve()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 class InfoEntry(BaseModel):
@@ -210,15 +250,16 @@ def _layout(path: Path) -> Layout:
     info = next((folder / INFO for folder in (path.parent, path.parent.parent) if (folder / INFO).is_file()), None)
     if info is None or path.is_dir():
         return Layout()
+    data = given.read_bytes(info)
     try:
-        entries = json.loads(info.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        entries = given.from_json(data)
+    except ValueError as error:
         raise UserError(f"{info} is not readable JSON: {error}") from None
     if not isinstance(entries, dict):
         raise UserError(f"{info} must map names of data sets to their files, got {type(entries).__name__}")
     entries = entries.values()
     named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
-    found = [entry for entry in named if (info.parent / entry["file_name"]).resolve() == path.resolve()]
+    found = [entry for entry in named if _is_same(info.parent / entry["file_name"], path)]
     if not found:
         return Layout(told=f"{info} has no entry for {path.name}")
     entry = found[0]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from mllm_keeplora.data.schema import Record
-from mllm_keeplora.errors import UserError, several
+from mllm_keeplora.errors import UserError, several, shortened
+from mllm_keeplora.system import given
 
 
 def with_references(records: Iterable[Record], path: Path) -> list[Record]:
@@ -22,11 +22,12 @@ def with_references(records: Iterable[Record], path: Path) -> list[Record]:
     Raises:
         UserError: the file is absent or of another shape, or has no answer for some record; all are told.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"reference file {path} does not exist")
+    data = given.read_bytes(path, given.MOST_REFERENCES)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = given.from_json(data)
+    except ValueError as error:
         raise UserError(f"reference file {path} is not readable JSON: {error}") from None
     rows = values.get("annotations") or values.get("data") if isinstance(values, dict) else None
     found: dict[str, list[str]] = {}
@@ -43,7 +44,7 @@ def with_references(records: Iterable[Record], path: Path) -> list[Record]:
         else:
             raise UserError(
                 f"reference file {path}: a row has `image_id` and `caption`, or `question_id` and `answers`; "
-                f"got keys {sorted(row)}"
+                f"got keys {shortened(sorted(row))}"
             )
     # Answers that are numbered belong to the lines of the question file.
     answered, faults = [], []

@@ -63,7 +63,7 @@ def _scores(saved: SavedRun, after: int) -> dict[str, float]:
     path = saved.run.path / "results.json"
     if not path.is_file():
         return {}
-    results = files.read_json(path)
+    results = files.read_json(path, files.OBJECT)
     learnt = sum(len(unit.domains) for unit in saved.run.units[:after])
     row = results["score_matrix"][learnt - 1] if after else results["zero_shot"]
     found = dict(zip(results["domains"], row, strict=False))

@@ -136,7 +136,9 @@ def _keep_config(saved: SavedRun, folder: Path) -> None:
     if not own.is_file():
         _, _, revision = saved.run.ledger.base["fingerprint"].partition("@")
         own = Path(cached_file(location, "config.json", revision=revision))
-    if "quantization_config" not in files.read_json(own):  # of weights that are stored quantised; these are not
+    if "quantization_config" not in files.read_json(
+        own, files.OBJECT
+    ):  # of weights that are stored quantised; these are not
         shutil.copyfile(own, folder / "config.json")
 
 

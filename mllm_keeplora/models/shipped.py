@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import NotRequired, TypedDict
+
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.models.causal.templates import STYLES
@@ -15,6 +17,22 @@ from mllm_keeplora.system import files
 
 NOTES = "mllm_keeplora.json"  # in an exported folder: how its model was prompted
 PACKAGE, CACHE = "package:", "cache:"  # what a shipped base's path is relative to
+
+
+class Notes(TypedDict):
+    """What is read of `NOTES`."""
+
+    prompt: str
+    image_modes: NotRequired[list[str]]
+
+
+class BaseSettings(TypedDict):
+    """What the YAML of a shipped base says; the rest of it is for readers."""
+
+    path: str
+    prompt: NotRequired[str]
+    family: NotRequired[str]
+    made_by: NotRequired[str]
 
 
 def resolve(config: BaseConfig) -> str:
@@ -53,7 +71,9 @@ def resolve_path(model: str) -> str:
     if location.startswith(CACHE):
         location = str(files.cache_folder() / location.removeprefix(CACHE))
         if not Path(location).is_dir():
-            raise UserError(f"base.model {model!r} has yet to be made: {settings['made_by']}")
+            raise UserError(
+                f"base.model {model!r} has yet to be made: {settings.get('made_by', 'its YAML does not say how')}"
+            )
     if not Path(location).is_dir() and (location.count("/") != 1 or location.startswith((".", "/"))):
         raise UserError(
             f"base.model {model!r} is neither a shipped base ({known(shipped('models'))}), nor a folder, "
@@ -80,33 +100,21 @@ def prompt_style(config: BaseConfig) -> str:
 
 
 def notes_of(folder: str | Path) -> dict[str, Any]:
-    """Read how an exported model was prompted: `prompt` and `image_modes`; nothing of any other folder.
-
-    Raises:
-        UserError: the file says something else.
-    """
+    """Read how an exported model was prompted: `prompt` and `image_modes`; nothing of any other folder."""
     path = Path(folder) / NOTES
-    if not path.is_file():
-        return {}
-    told = files.read_json(path)
-    if (
-        not isinstance(told, dict)
-        or not isinstance(told.get("prompt"), str)
-        or type(told.get("image_modes")) is not list
-    ):
-        raise UserError(f"{path} must hold prompt and image_modes, as an export writes them")
-    return told
+    return files.read_json(path, Notes) if path.is_file() else {}
 
 
-def settings_of(model: str) -> dict[str, str]:
+def settings_of(model: str) -> BaseSettings | dict[str, str]:
     """Give what the YAML of a shipped base says, by the base's name or path; nothing of any other base."""
     return _shipped().get(model, {})
 
 
 @cache
-def _shipped() -> dict[str, dict[str, str]]:
+def _shipped() -> dict[str, BaseSettings]:
     found = {}
     for name in shipped("models"):
-        settings = read_yaml(find_config("models", name))
+        path = find_config("models", name)
+        settings = files.checked(path, BaseSettings, read_yaml(path))
         found |= dict.fromkeys((name, settings["path"]), settings)
     return found

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from mllm_keeplora.data import Benchmark, Media
+from mllm_keeplora.eval.grading import stored_rows
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.saved import SavedRun
 from mllm_keeplora.report.published import published_table
-from mllm_keeplora.report.render.diagnostics import UnitFacts, inspection_figures
+from mllm_keeplora.report.render.diagnostics import Diagnostics, Gradient, UnitFacts, inspection_figures
 from mllm_keeplora.report.render.html import WrongAnswer, render_html
 from mllm_keeplora.runs import RunDir
-from mllm_keeplora.system import distributed, files
+from mllm_keeplora.system import distributed, files, given
 
 
 def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
     """Write report.html, one self-contained file."""
-    values = {**results.to_dict(), "config": run.config_file.read_text(encoding="utf-8")}
+    config = given.as_text(given.read_bytes(run.config_file, given.MOST_YAML))
+    values = {**results.to_dict(), "config": config}
     diagnosed = inspection_figures(unit_facts(run))
     page = render_html(values, wrong_answers(run, benchmark), diagnosed, published_table(results))
     files.write_text(run.report_file, page)
@@ -38,7 +40,8 @@ def unit_facts(run: RunDir) -> list[UnitFacts]:
     return [
         UnitFacts(
             unit.name,
-            *(files.read_json(path) if files.is_there(path) else {} for path in (folder.gradient, folder.diagnostics)),
+            files.read_json(folder.gradient, Gradient) if files.is_there(folder.gradient) else {},
+            files.read_json(folder.diagnostics, Diagnostics) if files.is_there(folder.diagnostics) else {},
         )
         for unit in run.finished_units
         for folder in (run.folder(unit),)
@@ -55,7 +58,7 @@ def wrong_answers(run: RunDir, benchmark: Benchmark, samples: int = 3) -> list[W
         path = folder.predictions(name)
         if not files.is_there(path):
             continue
-        wrong = [row for row in files.read_json_lines(path) if row["score"] is not None and row["score"] < 1][:samples]
+        wrong = [row for row in stored_rows(path) if row["score"] is not None and row["score"] < 1][:samples]
         shown = {row["id"] for row in wrong}
         pictures = {record.id: record.media for record in benchmark.test_records(name) if record.id in shown}
         for row in wrong:

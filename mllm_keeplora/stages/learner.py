@@ -140,7 +140,7 @@ class Learner:
 def add_facts(folder: DomainDir, facts: dict[str, Any]) -> None:
     """Enter facts in a unit's gradient.json, beside those that are there."""
     if facts:
-        files.write_json(folder.gradient, {**files.read_json(folder.gradient), **facts})
+        files.write_json(folder.gradient, {**files.read_json(folder.gradient, files.OBJECT), **facts})
 
 
 def ranks_of(kept: dict[str, Basis]) -> dict[str, int]:

@@ -35,7 +35,7 @@ Need = Literal["gradients", "parameters", "forwards"]
 class StrategyOptions(BaseModel):
     """These options every strategy has; its own model extends them. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0.0)
 

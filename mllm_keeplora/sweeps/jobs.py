@@ -95,7 +95,7 @@ def _cell(sweep: SweepConfig, part: str) -> Cell | None:
     path = sweep.folder / CHOICE_FILE
     if not path.is_file():
         raise UserError(f"sweep {sweep.name} has not chosen yet: {path} is missing; run it with --only tune first")
-    kept = files.read_json(path)
+    kept = files.read_json(path, files.OBJECT)
     if kept["rule"] != _rule(sweep):
         raise UserError(f"{path} was chosen among other settings; run the sweep with --only tune again")
     chosen, (seed, place) = kept["chosen"], divmod(number - 1, len(labels))  # in the order of `final_cells`

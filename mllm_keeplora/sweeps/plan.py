@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from mllm_keeplora.config import Section, apply_override, find_config, read_yaml
+from mllm_keeplora.config import RUN_NAME, PathText, Section, apply_override, find_config, read_yaml
 from mllm_keeplora.errors import UserError, several, validation_faults
 from mllm_keeplora.eval.results import Results
 from mllm_keeplora.sweeps.cells import Cell
@@ -34,12 +35,12 @@ class FinalConfig(Section):
 class SweepConfig(Section):
     """A sweep's YAML names a run to vary, strategies as lists of overrides, tuning and final runs."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=RUN_NAME)
     run: str
-    strategies: dict[str, list[str]] = Field(min_length=1)
+    strategies: dict[Annotated[str, Field(pattern=RUN_NAME)], list[str]] = Field(min_length=1)
     tune: TuneConfig
     final: FinalConfig
-    output: str | None = None
+    output: PathText | None = None
 
     @property
     def folder(self) -> Path:

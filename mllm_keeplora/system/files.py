@@ -6,6 +6,7 @@ A name outlives a power cut once its folder is flushed, and the folder's own nam
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -14,11 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mllm_keeplora.errors import Unwritable, UserError
+from mllm_keeplora.errors import Unwritable, UserError, several, shortened, validation_faults
+from mllm_keeplora.system import given
 from mllm_keeplora.system.proofs import proofs_of, prove
 
+OBJECT = dict[str, Any]
 EDGE = 1 << 20  # bytes of either end of a file that `digest_ends` reads
-NO_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM}  # to write, or to read: what was done tells
 IN_TEXT = re.compile(r"(?:\(os error |\[Errno )(\d+)")  # of safetensors, and of copies of many files
@@ -172,25 +174,57 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(map(one_line, rows)))
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; here, as in all that read, a UserError names a file that is missing or not readable."""
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Read JSON; here, as in all that read, a UserError names a file that is missing or not readable.
+
+    Args:
+        path: of the file.
+        kind: of what it holds, as pydantic understands types (`OBJECT`: keys and values); that is checked.
+    """
     prove(path)
-    with _named(path, NO_JSON, "it is not readable JSON"):
-        return json.loads(path.read_text(encoding="utf-8"))
+    data = given.read_bytes(path)
+    try:
+        value = given.from_json(data)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: it is not readable JSON: {given.why(error)}") from None
+    return checked(path, kind, value)
 
 
-def read_json_lines(path: Path) -> list[dict]:
+def read_json_lines(path: Path, kind: Any = OBJECT) -> list[Any]:
+    """Read one JSON object a line, each of a kind as in `read_json`."""
     rows = []
     for number, line in enumerate(read_lines(path), start=1):
-        with _named(path, NO_JSON, f"line {number} is not readable JSON"):
-            rows.append(json.loads(line))
-    return rows
+        try:
+            rows.append(given.from_json(line))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: line {number} is not readable JSON: {given.why(error)}") from None
+    return checked(path, list[kind], rows)
 
 
 def read_lines(path: Path) -> list[str]:
     """Cut at line feeds alone: `str.splitlines` would also cut at separators inside a model's answer."""
     prove(path)
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    with io.TextIOWrapper(given.opened(path), encoding="utf-8", newline="\n") as handle:
+        try:
+            return [line.removesuffix("\n") for line in given.lines(handle) if line != "\n"]
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+
+def checked(path: Path, kind: Any, value: Any) -> Any:
+    """Give what a file holds as a kind has it; a UserError tells every fault with its key."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path} is damaged: half a character stands in a text; nothing could write it") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: a number in it is not finite") from None
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise several(validation_faults(error, str(path), None)) from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
@@ -209,6 +243,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     prove(path)
+    given.opened(path).close()
     with _named(path, SafetensorError):
         return load_file(path)
 
@@ -218,8 +253,22 @@ def read_metadata(path: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     prove(path)
+    given.opened(path).close()
     with _named(path, SafetensorError), safe_open(path, "pt") as stored:
         return stored.metadata() or {}
+
+
+def read_facts(path: Path, key: str, kind: Any = OBJECT) -> Any:
+    """Read JSON that `write_tensors` was given under a key beside the tensors, of a kind as in `read_json`."""
+    try:
+        value = given.from_json(read_metadata(path).get(key, ""))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: what it says as {key!r} is not readable JSON: {given.why(error)}"
+        ) from None
+    return checked(path, kind, value)
 
 
 @contextmanager
@@ -230,14 +279,14 @@ def _named(path: Path, faults: type[Exception] | tuple[type[Exception], ...], wh
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except faults as error:
-        raise UserError(f"{path} is damaged: {what or error}") from None
+        raise UserError(f"{path} is damaged: {what or shortened(error)}") from None
 
 
 def digest_ends(total: Any, path: Path, name: str) -> None:
     """Add a file to a running hash by its name, its size and its first and last mebibyte."""
     size = path.stat().st_size
     total.update(f"{name}:{size}".encode())
-    with open(path, "rb") as handle:
+    with given.opened(path) as handle:
         total.update(handle.read(EDGE))
         handle.seek(max(0, size - EDGE))
         total.update(handle.read(EDGE))

@@ -7,13 +7,30 @@ from contextlib import contextmanager
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mllm_keeplora.errors import UserError, known
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from mllm_keeplora.errors import UserError, known, shortened
 from mllm_keeplora.system import distributed, files
 
 if TYPE_CHECKING:
     from mllm_keeplora.adapters import Adapters
+
+
+class ZeroSettings(TypedDict, total=False):
+    """What is read here of the section on ZeRO; DeepSpeed reads the rest."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    stage: Literal[0, 1, 2, 3]
+
+
+class Settings(TypedDict, total=False):
+    """What is read here of DeepSpeed's settings."""
+
+    zero_optimization: ZeroSettings
 
 
 def deepspeed_file(name: str | None) -> str | None:
@@ -27,8 +44,8 @@ def deepspeed_file(name: str | None) -> str | None:
     folder = resources.files("mllm_keeplora.configs") / "deepspeed"
     names = [entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")]
     path = Path(str(folder / f"{name}.json")) if name in names else Path(name)
-    if not path.is_file():
-        raise UserError(f"deepspeed {name!r} is neither a shipped name ({known(names)}) nor a file")
+    if name not in names and not path.is_file():
+        raise UserError(f"deepspeed {shortened(repr(name))} is neither a shipped name ({known(names)}) nor a file")
     if find_spec("deepspeed") is None:
         raise UserError("deepspeed is asked for but not installed: pip install 'mllm-keeplora[deepspeed]'")
     return str(path)
@@ -37,7 +54,7 @@ def deepspeed_file(name: str | None) -> str | None:
 def zero_settings(name: str | None) -> dict[str, Any]:
     """Read the ZeRO section of settings by name or path; empty without DeepSpeed."""
     path = deepspeed_file(name)
-    return files.read_json(Path(path)).get("zero_optimization", {}) if path else {}
+    return files.read_json(Path(path), Settings).get("zero_optimization", {}) if path else {}
 
 
 def zero_stage(name: str | None) -> int:
@@ -53,7 +70,7 @@ def divided_loading(name: str | None, bf16: bool) -> Iterator[None]:
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    settings = files.read_json(Path(deepspeed_file(name)))
+    settings = files.read_json(Path(deepspeed_file(name)), files.OBJECT)
     settings |= {"train_batch_size": distributed.world_size(), "train_micro_batch_size_per_gpu": 1}
     settings |= {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "bf16": {"enabled": bf16}}
     held = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference alone

@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerState
 from mllm_keeplora.errors import Diverged
 from mllm_keeplora.system import distributed, files
 from mllm_keeplora.system.log import log
-from mllm_keeplora.training.state import COMPLETE, last_checkpoint
+from mllm_keeplora.training.state import COMPLETE, DIGESTS, complete_checkpoint, last_checkpoint
 
 ROLLBACKS = 3
 EVENTS = "nonfinite.json"  # of a checkpoint: what happened before it
@@ -129,13 +129,14 @@ class Guard:
         """Write the checkpoint to go on from: an earlier one, at a later place in the data."""
         shutil.rmtree(now, ignore_errors=True)
         with files.written(now):
-            shutil.copytree(before, now, ignore=shutil.ignore_patterns(COMPLETE))
+            shutil.copytree(before, now, ignore=shutil.ignore_patterns(COMPLETE, DIGESTS))
         told = files.read_json(now / "trainer_state.json")
         files.write_json(
             now / "trainer_state.json", told | {"global_step": behind, "epoch": behind / self.steps_per_epoch}
         )
         self.save(now)
-        files.write_json(now / COMPLETE, self.identity)
+        files.flush_all(now)
+        complete_checkpoint(now, dict(self.identity))
 
     def _enter(self, what: str, done: str, state: TrainerState) -> None:
         event = {"optimizer_step": state.global_step, "nonfinite": what, "learning_rate": self.rate, "done": done}

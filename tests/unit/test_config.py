@@ -198,3 +198,65 @@ def test_many_faults_are_shown_up_to_a_limit():
 def test_known_names_are_sorted_and_none_is_said():
     assert known({"b": 1, "a": 2}) == "a, b"
     assert known([]) == "none"
+
+
+# -- what is let in ----------------------------------------------------------------------------------------------
+
+
+def float_keys() -> list[str]:
+    """Every float key of the schema, by its dotted name."""
+    from mllm_keeplora.config import RunConfig
+
+    found = []
+    for key, field in RunConfig.model_fields.items():
+        inside = getattr(field.annotation, "model_fields", {})
+        found += [f"{key}.{name}" for name, each in inside.items() if "float" in str(each.annotation)]
+    return found
+
+
+def test_there_are_float_keys():
+    assert {"train.lr", "adapters.dropout", "train.epochs"} <= set(float_keys()) and len(float_keys()) >= 7
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "inf", "nan", "1e999"])
+@pytest.mark.parametrize("key", float_keys())
+def test_a_number_that_is_not_finite_is_refused(key, value):
+    section, name = key.split(".")
+    assert f"{key}: input should be" in refusal(**{section: {name: value}})
+
+
+@pytest.mark.parametrize("value", [float("inf"), "nan"])
+def test_options_of_every_strategy_are_finite(value):
+    from mllm_keeplora.config import StrategyConfig
+    from mllm_keeplora.strategies import STRATEGIES, build_strategy
+
+    seen = 0
+    for name, strategy in STRATEGIES.items():
+        for key, field in strategy.Options.model_fields.items():
+            if "float" in str(field.annotation):
+                seen += 1
+                with pytest.raises(UserError, match=f"strategy.{key}"):
+                    build_strategy(StrategyConfig(name=name, **{key: value}))
+    assert seen > 20
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("name", "a" * 101), ("output", "a" * 256), ("output", "a/" * 2001), ("output", "a\nb"), ("data_root", "\x1b[2J"),
+     ("deepspeed", "é" * 128), ("output", "a\0b")],
+)  # fmt: skip
+def test_a_name_that_no_file_system_takes_is_refused_shortly(key, value):
+    told = refusal(**{key: value})
+    assert told.startswith(key) and len(told) < 500
+
+
+def test_a_value_of_many_letters_is_told_by_its_begin():
+    assert len(refusal(seed="x" * 100_000)) < 500 and len(refusal(**{"y" * 100_000: 1})) < 1000
+
+
+def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        load_config(tmp_path / "run.yaml")

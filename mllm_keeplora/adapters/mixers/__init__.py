@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllm_keeplora.errors import UserError, first_line, shortened
 from mllm_keeplora.system import files
 
 if TYPE_CHECKING:
@@ -30,10 +31,19 @@ def rebuilt(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Mixer:
     return mixer
 
 
+def read_mixer(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Mixer:
+    """Make the mixer that a file tells of; a UserError names the file if it tells of none."""
+    try:
+        return rebuilt(facts, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        told = shortened(first_line(error))
+        raise UserError(f"{path} is damaged: its mixer cannot be made again: {told}") from None
+
+
 def save_mixer(path: Path, mixer: Mixer) -> None:
     facts, tensors = mixer.stored()
     files.write_tensors(path, tensors, {"mixer": json.dumps(facts)})
 
 
 def load_mixer(path: Path) -> Mixer:
-    return rebuilt(json.loads(files.read_metadata(path)["mixer"]), files.read_tensors(path))
+    return read_mixer(path, files.read_facts(path, "mixer"), files.read_tensors(path))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +19,16 @@ from urllib.parse import unquote
 
 from mllm_keeplora.data.media.shown import as_shown, shown_size
 from mllm_keeplora.data.schema import Media, Record
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, first_line, shortened
+from mllm_keeplora.system import given
 from mllm_keeplora.system.known import Known, digest_file, key_of
 
 WINDOW = 64  # pictures that are looked at together
-RULES = (
-    1  # of decoding, refusing and showing pictures: raised when they change, so that every picture is looked at anew
-)
+RULES = 2  # of decoding, refusing and showing pictures: raised when they change, so that all are looked at anew
 DIGITS = 16  # of a picture's digest, by which others are told from it
+# No other decoder is tried: some call other programs, and few people look at the rare ones.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MOST_PIXELS = 80_000_000  # of a picture; told by its header, before anything is decoded
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -209,19 +211,32 @@ def _opened(media: Media) -> Iterator:
     with _named(media):
         if media.data is None:
             _refuse_misplaced(media)
-        with Image.open(media.path if media.data is None else io.BytesIO(media.data)) as picture:
+        source = given.opened(media.path) if media.data is None else io.BytesIO(media.data)
+        with source, Image.open(source, formats=_formats()) as picture:
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                told = f"{width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are decoded, so make it smaller"
+                raise UserError(f"image {media.path} has {told}")
             yield picture
 
 
 @contextmanager
 def _named(media: Media) -> Iterator[None]:
     """Tell what is wrong with a picture with its name."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         yield
     except (UserError, MemoryError):  # too little memory is no fault of the picture
         raise
+    except Image.DecompressionBombError as error:
+        told = f"more pixels than the {MOST_PIXELS:,} that are decoded, so make it smaller"
+        raise UserError(f"image {media.path} has {told} ({first_line(error)})") from None
+    except UnidentifiedImageError:
+        told = f"it is damaged, or none of {', '.join(_formats())}"
+        raise UserError(f"image {media.path} cannot be read: {told}") from None
     except Exception as error:  # of whatever kind a decoder raises
-        raise UserError(f"image {media.path} cannot be read: {error}") from None
+        raise UserError(f"image {media.path} cannot be read: {shortened(first_line(error))}") from None
 
 
 def _refuse_misplaced(media: Media) -> None:
@@ -242,6 +257,15 @@ def _refuse_misplaced(media: Media) -> None:
 
 def _name(path: Path, folder: Path | None) -> Path:
     return path.relative_to(folder) if folder is not None and path.is_relative_to(folder) else path
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Name the formats that are decoded here; older Pillows lack AVIF."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(each for each in FORMATS if each in Image.OPEN)
 
 
 @lru_cache(64)

@@ -17,6 +17,8 @@ PHOTOMETRIC, BITS = 262, 258  # TIFF tags
 WHITE_IS_ZERO = 0
 FULL_SCALE = {"PNG", "PPM", "JPEG2000"}  # formats whose mode I holds 16 bits, from 0 to 65535
 
+PART = 1 << 20  # numbers that are scaled at once
+
 # What was done to a picture, as `check` counts it.
 TURNED = "turned by their EXIF note"
 DEEP = "scaled down from more than 8 bits a colour"
@@ -44,11 +46,10 @@ def as_shown(picture: Any) -> tuple[Any, tuple[str, ...]]:
         picture = _to_eight_bits(picture, *scale)
         done.append(DEEP)
     if picture.has_transparency_data:  # of La and RGBa colours are stored multiplied by it
-        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+        picture = picture.convert("LA") if picture.mode == "La" else picture
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         if picture.getextrema()[3][0] < 255:
-            ground = Image.new("RGBA", picture.size, (*GROUND, 255))
-            ground.alpha_composite(picture)
-            picture = ground
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*GROUND, 255)), picture)
             done.append(CLEAR)
     return picture.convert("RGB"), tuple(done)
 
@@ -85,5 +86,9 @@ def _to_eight_bits(picture: Any, bits: int | None, inverted: bool) -> Any:
     if bits is None:
         kind = "floating" if picture.mode == "F" else "signed or 32-bit"
         raise ValueError(f"its {kind} numbers do not say what is black and what is white; store it with 8 or 16 bits")
-    values = np.asarray(picture).astype(np.float64) * (255 / (2**bits - 1))
-    return Image.fromarray(np.rint(255 - values if inverted else values).clip(0, 255).astype(np.uint8))
+    found = np.asarray(picture)
+    shown = np.empty(found.shape, np.uint8)
+    for start in range(0, found.size, PART):  # the whole in float64 would be eight times the picture
+        values = found.reshape(-1)[start : start + PART].astype(np.float64) * (255 / (2**bits - 1))
+        shown.reshape(-1)[start : start + PART] = np.rint(255 - values if inverted else values).clip(0, 255)
+    return Image.fromarray(shown)

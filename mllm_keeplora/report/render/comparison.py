@@ -25,6 +25,7 @@ from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, Metric, dura
 SHOWN = ("last", "average", "transfer", "bwt", "plasticity", "general_retention")
 COLUMNS = tuple(next(metric for metric in METRICS if metric.key == key) for key in SHOWN)
 PLAIN = Metric("", "", "")
+USES = {"answering", "learning"}  # what files are stored for
 
 
 def comparison_tables(groups: Sequence[Group], settings: Mapping[str, str]) -> dict[str, Table]:
@@ -91,7 +92,8 @@ def costs(groups: Sequence[Group]) -> Table | None:
     Trained parameters are the most of any domain. Stored is what the state after the last domain needs: to answer,
     and besides that to learn a further domain.
     """
-    if not all(run.get("stored_bytes") and run.get("trained_parameters") for group in groups for run in group.runs):
+    runs = [run for group in groups for run in group.runs]
+    if not all((run.get("stored_bytes") or {}).keys() >= USES and run.get("trained_parameters") for run in runs):
         return None
     reference = find_group(groups, REFERENCE)
     rows = []

@@ -5,14 +5,18 @@ Reads what each unit wrote (`gradient.json`, `diagnostics.json`); opens no run a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from pydantic import ConfigDict, Field, FiniteFloat
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import TypedDict
 
+from mllm_keeplora.errors import UserError, first_line, shortened
 from mllm_keeplora.report.render import figures
 from mllm_keeplora.report.render.figures import FAINT, INK, LINE_COLOURS, MARKERS
 from mllm_keeplora.report.render.html import Drawn, in_both
@@ -40,6 +44,43 @@ MEANING = {
     "Interference": "How strongly a domain's update answers to the inputs of a set, in percent of the layer's output.",
     "Overlap": "Share of a set's input energy inside the directions kept at the start and by each domain, in percent.",
 }
+
+
+class Gradient(TypedDict, total=False):
+    """What is read of a gradient.json."""
+
+    gradient: dict[str, dict[str, FiniteFloat]]
+
+
+class Room(TypedDict):
+    """What the last diagnostics say of a layer's directions."""
+
+    d_in: int
+    parts: Annotated[list[int], Field(min_length=1)]
+    free: int
+
+
+class Change(TypedDict):
+    """What diagnostics say of a layer's update."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+
+    update: FiniteFloat
+
+
+class Inputs(TypedDict):
+    """What diagnostics say of the inputs of a set in a layer."""
+
+    interference: FiniteFloat
+    covered: list[FiniteFloat]
+
+
+class Diagnostics(TypedDict, total=False):
+    """What is read of a diagnostics.json: layer -> facts, or set -> layer -> facts."""
+
+    capacity: dict[str, Room]
+    changes: dict[str, Change]
+    inputs: dict[str, dict[str, Inputs]]
 
 
 class UnitFacts(NamedTuple):
@@ -119,6 +160,17 @@ def overlap(units: Sequence[UnitFacts]) -> DataFrame:
     return shares
 
 
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Tell in a sentence that numbers of several units do not go together."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        told = f"{type(error).__name__}: {shortened(first_line(error))}"
+        raise UserError(f"a diagnostics.json or gradient.json of the run is damaged: {told}") from None
+
+
+@_fitting()
 def inspection(units: Sequence[UnitFacts]) -> RenderableType:
     """Show what was diagnosed as terminal tables; those without numbers are left out."""
     room = capacity(units)
@@ -137,6 +189,7 @@ def inspection(units: Sequence[UnitFacts]) -> RenderableType:
     return Group(*parts)
 
 
+@_fitting()
 def inspection_figures(units: Sequence[UnitFacts]) -> list[tuple[str, Drawn, str]]:
     """Draw what was diagnosed: heading, picture and meaning of each; none if nothing was."""
     room, split, updates = capacity(units), gradient_split(units), update_by_depth(units)

@@ -1,14 +1,20 @@
-"""Tables as text for other programs: CSV, Markdown, LaTeX. A table is its heads and its rows of cells."""
+"""Tables as text for other programs: CSV, Markdown, LaTeX. A table is its heads and its rows of cells.
+
+Names come from whoever wrote a benchmark or a results file, so no cell is a formula.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Mapping
 
 from mllm_keeplora.report.render.view import METRICS, NOT_MEASURED, Results, metric_text, score_sheet, score_text
 
 Table = tuple[list[str], list[list[str]]]
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # what cells begin with that spreadsheets compute
+NUMBERS = re.compile(r"[-+−]?\d[\d\s.,±%+−-]*")  # a figure, with its spread, or several of them
 FORMS = ("wrong", "off_by_one", "format", "truncated", "blank")
 LATEX = str.maketrans({
     "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "±": r"$\pm$", "−": r"$-$",
@@ -61,22 +67,23 @@ def as_csv(table: Table) -> str:
     """Write a table as comma-separated values; minus signs are plain, so that a spreadsheet reads numbers."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([cell.replace("−", "-") for cell in row] for row in [table[0], *table[1]])
+    writer.writerows([_in_one_line(inert(cell.replace("−", "-"))) for cell in row] for row in [table[0], *table[1]])
     return text.getvalue()
 
 
 def as_markdown(table: Table) -> str:
     """Write a table as Markdown."""
-    heads, rows = table
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    lines += [f"| {' | '.join(minus(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    heads, *rows = (
+        f"| {' | '.join(_in_one_line(minus(inert(cell))).replace('|', chr(92) + '|') for cell in row)} |"
+        for row in [table[0], *table[1]]
+    )
+    return "\n".join([heads, f"|{'---|' * len(table[0])}", *rows]) + "\n"
 
 
 def as_latex(table: Table) -> str:
     """Write a table as a `tabular` with rules of the package booktabs: text left, numbers right."""
     heads, rows = (
-        [" & ".join(minus(cell).translate(LATEX) for cell in row) + r" \\" for row in part]
+        [" & ".join(_in_one_line(minus(inert(cell))).translate(LATEX) for cell in row) + r" \\" for row in part]
         for part in ([table[0]], table[1])
     )
     columns = "l" + "r" * (len(table[0]) - 1)
@@ -94,6 +101,15 @@ def exported(tables: Mapping[str, Table]) -> dict[str, str]:
         for title, table in tables.items()
         for suffix, write in FORMATS.items()
     }
+
+
+def inert(cell: str) -> str:
+    """Put an apostrophe before a cell that a spreadsheet would take for a formula and that is no number."""
+    return f"'{cell}" if cell.startswith(FORMULA) and not NUMBERS.fullmatch(cell) else cell
+
+
+def _in_one_line(cell: str) -> str:
+    return " ".join(cell.splitlines())
 
 
 def minus(cell: str) -> str:

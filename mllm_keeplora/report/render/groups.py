@@ -74,6 +74,8 @@ def group_runs(results_list: Sequence[Results]) -> list[Group]:
         seeds = [run["seed"] for run in runs]
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{family}: the same settings and seed were given twice (seeds {seeds})")
+        if len({repr({name: len(row) for name, row in (run.get("general") or {}).items()}) for run in runs}) > 1:
+            raise UserError(f"{family}: its seeds were graded on other suites, or not equally often")
         groups.append(Group(family, family, "", tuple(runs)))
     return [_told_apart(group, [each.runs[0] for each in groups if each.family == group.family]) for group in groups]
 

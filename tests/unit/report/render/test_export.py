@@ -60,3 +60,26 @@ def test_the_page_says_what_went_wrong_how_it_was_asked_and_what_others_report(t
         assert text in page
     plain = render_html({key: value for key, value in told.items() if key not in {"errors", "grading"}})
     assert "Wrong answers by form" not in plain and "Beside published" not in plain
+
+
+FORMULAS = ["=HYPERLINK(1)", "+1+cmd|' /C calc'!A0", "-2+3+cmd", "@SUM(A1)", "\t=1", "\r=1", "＝1", "+a", "-"]
+FIGURES = ["-2.5", "+0.3, -1.0", "−0.4 ±0.2", "-1", "+12.0 %", "–", "", "Answer: =1", "KeepLoRA"]
+
+
+@pytest.mark.parametrize("cell", FORMULAS)
+def test_a_cell_that_a_spreadsheet_would_compute_is_a_text_in_every_format(cell):
+    for written in exported({"a": ([cell, "b"], [[cell, cell]])}).values():
+        assert written.count("'" + cell[:1].strip("\t\r")) == 3, written
+    rows = list(csv.reader(io.StringIO(as_csv(([cell], [[cell]])), newline="")))
+    assert rows == [["'" + cell.replace("\r", " ")]] * 2
+
+
+@pytest.mark.parametrize("cell", FIGURES)
+def test_figures_and_plain_texts_stay_as_they_are(cell):
+    assert list(csv.reader(io.StringIO(as_csv(([""], [[cell]]))))) == [[""], [cell.replace("−", "-")]]
+
+
+def test_a_cell_of_several_lines_stays_in_its_row():
+    assert len(as_markdown(([""], [["a\nb\r\nc"]])).splitlines()) == 3
+    assert as_csv(([""], [["a\r=1\n=2"]])) == '""\na =1 =2\n'
+    assert "a b c" in as_latex(([""], [["a\nb\r\nc"]]))

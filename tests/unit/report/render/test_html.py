@@ -58,7 +58,8 @@ def test_the_page_stands_alone(results, picture):
     assert len(sources) == 5  # two figures, each light and dark, and one sample
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "script" not in outline.tags and "link" not in outline.tags
-    assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", page) and "@import" not in page
+    bare = re.sub(r"data:image/png;base64,[^\"]*", "", page).replace("http-equiv", "")
+    assert "http" not in bare and "@import" not in page
 
 
 @quick
@@ -149,3 +150,19 @@ def test_a_config_given_as_text_is_shown_as_it_is(results):
 def test_a_set_whose_questions_were_not_counted_has_an_empty_cell(results):
     page = render_html(results | {"questions": {"RS": 7}})
     assert "<th>questions</th><td>7</td><td></td>" in page
+
+
+@quick
+def test_the_page_lets_nothing_in_whatever_names_and_answers_say(results, picture):
+    hostile = ["<script>alert(1)</script>", "javascript:alert(1)", '"><img src=x onerror=alert(1)>', "=HYPERLINK(1)"]
+    names = dict(zip(results["domains"], hostile, strict=False))
+    results = {**results, "domains": [names.get(name, name) for name in results["domains"]], "name": hostile[2]}
+    answers = [WrongAnswer(text, text, text, text, picture) for text in hostile]
+    page = render_html({**results, "config": hostile[0]}, wrong_answers=answers)
+    outline = Outline(page)
+    [policy] = [value for name, value in outline.attributes if name == "content" and "default-src" in value]
+    assert "default-src 'none'" in policy and "script-src" not in policy and ("http-equiv", "Content-Security-Policy") in outline.attributes  # fmt: skip # noqa: E501
+    assert "script" not in outline.tags and not [name for name, _ in outline.attributes if name.startswith("on")]
+    addresses = [value for name, value in outline.attributes if name in {"src", "srcset", "href", "action"}]
+    assert addresses and all(value.startswith("data:image/png;base64,") for value in addresses)
+    assert hostile[0] in outline.text and hostile[1] in outline.text

@@ -1,0 +1,1 @@
+"""Mutated inputs for every reader: what is changed, what is read, and in which process."""
