@@ -28,6 +28,7 @@ from mllm_keeplora.system import distributed
 from mllm_keeplora.system.known import Known
 from mllm_keeplora.system.log import log
 from mllm_keeplora.system.progress import progress_bar
+from mllm_keeplora.system.versions import untried
 from mllm_keeplora.training.deepspeed import zero_stage
 
 T = TypeVar("T")
@@ -111,7 +112,7 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
     counts: dict[str, dict[str, int]] = {}
     pictures: dict[str, dict[str, int]] = {}
     shown: dict[str, dict[str, list[str]]] = {}
-    notes: list[str] = []
+    notes = untried() if look_inside and share[0] == 0 else []
     if benchmark is not None:
         # Every set is read; one that cannot be read is a fault and goes on as empty.
         trained = {name: faults.of(benchmark.train_records, name) or () for name in benchmark.domains}
