@@ -105,7 +105,7 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
         if is_folder := Path(location).is_dir():
             base_fingerprint = faults.of(fingerprint, Path(location))
         if base_fingerprint is not None or not is_folder:
-            anatomy = faults.of(_anatomy, config, location, unseen) or anatomy
+            anatomy = faults.of(_anatomy, config, location, base_fingerprint, unseen) or anatomy
     stage = faults.of(zero_stage, config.deepspeed)
     faults += settings_faults(config, stage)
     benchmark = faults.of(load_benchmark, config, _drawing())
@@ -177,12 +177,12 @@ class Anatomy:
     vocabulary: int | None = None
 
 
-def _anatomy(config: RunConfig, location: str, unseen: list[str]) -> Anatomy:
+def _anatomy(config: RunConfig, location: str, known_as: str | None, unseen: list[str]) -> Anatomy:
     """Look at a base by its config and the names of its weights; `unseen` is told if it is not on this machine."""
     trusted = config.base.trust_remote_code
     if Path(location).is_dir():
         refuse_original_llava(config.base.model, location)
-        refuse_unfit(Path(location), trusted)
+        refuse_unfit(Path(location), trusted, known_as)
     try:
         model = skeleton(location, trusted=trusted)
     except UserError as error:

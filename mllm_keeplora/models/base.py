@@ -72,7 +72,7 @@ def load_base(
     identity, pinned = identity_of(config.model, location, known_as)
     trusted = config.trust_remote_code
     if Path(location).is_dir() and not is_deepspeed_zero3_enabled():  # which divides a model that is not there, too
-        refuse_unfit(Path(location), trusted)
+        refuse_unfit(Path(location), trusted, identity)
 
     def load(attention: str) -> tuple[Any, dict[str, Any]]:
         settings = {"dtype": dtype, "attn_implementation": attention, **pinned, **_quantisation(config, location)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ PACKED = 16  # most numbers that one stored number may stand for, where weights 
 HARMLESS = ("position_ids", "inv_freq")  # of older checkpoints: they follow from the config
 
 
-def refuse_unfit(folder: Path, trusted: bool = False) -> None:
+@lru_cache(8)
+def refuse_unfit(folder: Path, trusted: bool, known_as: str | None) -> None:
     """Refuse a base whose weights do not fill the model that its config describes, before a weight is read.
 
     Args:
         folder: of the base.
         trusted: whether code that the base brings is run.
+        known_as: its fingerprint: one that was found to fit is not tried again.
 
     Raises:
         UserError: weights are pickled, damaged, missing or of other shapes, or the config describes a larger model.

@@ -17,7 +17,7 @@ from typing import Any
 
 from mllm_keeplora.errors import Unwritable, UserError, several, shortened, validation_faults
 from mllm_keeplora.system import given
-from mllm_keeplora.system.proofs import proofs_of, prove
+from mllm_keeplora.system.proofs import proofs_of, prove, proven
 
 OBJECT = dict[str, Any]
 EDGE = 1 << 20  # bytes of either end of a file that `digest_ends` reads
@@ -133,7 +133,8 @@ def flush(path: Path) -> None:
 def flush_all(folder: Path) -> None:
     """Flush whatever is below a folder, and the folder itself."""
     for path in folder.rglob("*"):
-        flush(path)
+        with suppress(FileNotFoundError):  # another process has given it its name meanwhile, and flushes it
+            flush(path)
     flush(folder)
 
 
@@ -181,29 +182,29 @@ def read_json(path: Path, kind: Any = Any) -> Any:
         path: of the file.
         kind: of what it holds, as pydantic understands types (`OBJECT`: keys and values); that is checked.
     """
-    prove(path)
-    data = given.read_bytes(path)
-    try:
-        value = given.from_json(data)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not readable JSON: {given.why(error)}") from None
-    return checked(path, kind, value)
+    with proven(path):
+        data = given.read_bytes(path)
+        try:
+            value = given.from_json(data)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: it is not readable JSON: {given.why(error)}") from None
+        return checked(path, kind, value)
 
 
 def read_json_lines(path: Path, kind: Any = OBJECT) -> list[Any]:
     """Read one JSON object a line, each of a kind as in `read_json`."""
     rows = []
-    for number, line in enumerate(read_lines(path), start=1):
-        try:
-            rows.append(given.from_json(line))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: line {number} is not readable JSON: {given.why(error)}") from None
-    return checked(path, list[kind], rows)
+    with proven(path):
+        for number, line in enumerate(read_lines(path), start=1):
+            try:
+                rows.append(given.from_json(line))
+            except ValueError as error:
+                raise UserError(f"{path} is damaged: line {number} is not readable JSON: {given.why(error)}") from None
+        return checked(path, list[kind], rows)
 
 
 def read_lines(path: Path) -> list[str]:
     """Cut at line feeds alone: `str.splitlines` would also cut at separators inside a model's answer."""
-    prove(path)
     with io.TextIOWrapper(given.opened(path), encoding="utf-8", newline="\n") as handle:
         try:
             return [line.removesuffix("\n") for line in given.lines(handle) if line != "\n"]
@@ -242,9 +243,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    prove(path)
-    given.opened(path).close()
-    with _named(path, SafetensorError):
+    with proven(path), _named(path, SafetensorError):
+        given.opened(path).close()
         return load_file(path)
 
 
@@ -252,9 +252,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Read what `write_tensors` was given beside the tensors."""
     from safetensors import SafetensorError, safe_open
 
-    prove(path)
     given.opened(path).close()
-    with _named(path, SafetensorError), safe_open(path, "pt") as stored:
+    with proven(path), _named(path, SafetensorError), safe_open(path, "pt") as stored:
         return stored.metadata() or {}
 
 

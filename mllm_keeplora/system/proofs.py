@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,23 @@ def prove(path: Path) -> None:
     fault = proofs.fault(name) if proofs is not None else None
     if fault is not None:
         raise UserError(f"{fault}; {proofs.remedy(name)}")
+
+
+@contextmanager
+def proven(path: Path) -> Iterator[None]:
+    """Compare a file once the block has read it; of one that cannot be read say how it can be made again.
+
+    Raises:
+        UserError: it is lost or changed, or of the block.
+    """
+    try:
+        yield
+    except UserError as error:
+        proofs, name = proofs_of(path)
+        if proofs is None or proofs.fault(name) is None:
+            raise
+        raise UserError(f"{error}; {proofs.remedy(name)}") from None
+    prove(path)
 
 
 def accept(path: Path) -> str | None:

@@ -90,8 +90,9 @@ def test_a_process_that_reads_and_is_killed_is_told_in_a_sentence(reading):
 def test_a_collapse_is_told_in_log_results_and_page(settings, two, tmp_path):
     run = shutil.copytree(two, tmp_path / "run")
     path = run / "domains/01_Alpha/predictions/Beta.jsonl"
-    rows = [{**json.loads(line), "score": 1.0} for line in path.read_text().splitlines()]
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{json.dumps({**row, 'prediction': row['answer']})}\n" for row in rows))
+    assert command_in_child("rescore", run).code == 0  # by which the run takes these answers for its own
     record = json.loads((run / "run.json").read_text())
     record["stages"]["01_Alpha/evaluate/Beta"]["score"] = 100.0
     now = record["stages"].pop("02_Beta/evaluate/Beta")["score"]

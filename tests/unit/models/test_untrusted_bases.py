@@ -299,7 +299,7 @@ def test_a_config_that_describes_no_such_base_is_refused_in_a_sentence(name, cop
     place, value, part = CONFIGS[name]
     edited(copied, copied, "config.json", of_config(place, value))
     with pytest.raises(UserError) as refused:
-        refuse_unfit(copied)
+        refuse_unfit(copied, False, None)
     said = str(refused.value)
     assert part in said and str(copied) in said and len(said) < 700 and "\n" not in said
     with pytest.raises(UserError):

@@ -212,7 +212,7 @@ def test_a_run_that_another_process_works_on_is_waited_for_and_its_results_are_t
     with caplog.at_level("INFO", logger="mllm_keeplora"):
         (results,) = _results_of(cell)
     assert results is DONE and sleeping.started == []
-    assert caplog.text.count(f"waiting for pid {process.pid} on") == 1
+    assert caplog.text.count(f"waiting for (pid {process.pid}) on") == 1
 
 
 def test_a_run_that_another_process_leaves_unfinished_is_continued(sleeping, orphan):
