@@ -25,6 +25,7 @@ PLACES = {
 
 def main() -> None:
     """Run the command line, and exit as `errors` lists: 0 when done, 2 on a user's mistake, 1 on a fault of ours."""
+    _pass_over_working_folder()
     if "RANK" in os.environ:  # the deepspeed launcher tells the local rank as an option, too
         sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost store is a page of C++ calls, too
@@ -35,6 +36,15 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _pass_over_working_folder() -> None:
+    """Import nothing that lies by chance where one works, as `python -m` would: in somebody's data set or run."""
+    import mllm_keeplora
+
+    here, checkout = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(mllm_keeplora.__file__)))
+    if sys.path[:1] == [here] and here != checkout:
+        del sys.path[0]
 
 
 def _run() -> int:

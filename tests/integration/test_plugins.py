@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -188,3 +189,17 @@ def test_neither_is_it_started(values, tmp_path):
     with pytest.raises(ValueError, match=r"my_lab\.methods cannot be imported"):
         parse_config(values(tmp_path / "run"), origin="test")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_lies_where_one_works_is_not_imported_because_a_run_names_it(two, tmp_path):
+    """As `python -m` would: who is handed a folder with a run in it works there."""
+    run = shutil.copytree(two, tmp_path / "run")
+    for name in ("evil", "rich"):  # one that the run names, and one that stands before a library's
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nSTRATEGIES = {{}}\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "plugins": ["evil"]}))
+    words = [sys.executable, "-m", "mllm_keeplora", "report", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    said = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert said.returncode == 2 and "plugins: evil cannot be imported" in said.stderr, said.stderr
+    assert not (tmp_path / "marker").exists()

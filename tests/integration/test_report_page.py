@@ -48,10 +48,8 @@ def measured(report: Path, folder: Path, width: int) -> dict:
     """What the page says about itself in a frame of a width."""
     inner, outer = folder / "inner.html", folder / "outer.html"
     text = report.read_text("utf-8")
-    free = re.sub(
-        r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text
-    )  # it would keep the measure from running
-    assert free != text
+    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    assert free != text, "the page's policy would keep the measure from running"
     inner.write_text(free.replace("</body>", f"{MEASURE}</body>"), encoding="utf-8")
     outer.write_text(f'<iframe id="f" src="inner.html" style="width:{width}px;height:900px;border:0"></iframe>'
                      '<script>addEventListener("load", () => setTimeout(() => document.body.setAttribute("data-told",'
