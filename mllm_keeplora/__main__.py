@@ -40,9 +40,7 @@ def main() -> None:
 
 def _pass_over_working_folder() -> None:
     """Import nothing that lies by chance where one works, as `python -m` would: in somebody's data set or run."""
-    import mllm_keeplora
-
-    here, checkout = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(mllm_keeplora.__file__)))
+    here, checkout = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if sys.path[:1] == [here] and here != checkout:
         del sys.path[0]
 

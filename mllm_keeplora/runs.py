@@ -8,7 +8,6 @@ and no strategy.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Annotated, Any, TextIO
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import NotRequired, TypedDict
@@ -32,7 +31,6 @@ from mllm_keeplora.system.proofs import PROOFS, Proofs, digest
 
 FORMAT = 1
 Name = Annotated[str, Field(pattern=given.NAME)]  # of what has files of its name
-GONE_S = 15  # how long what a killed process has started may outlive it: data loaders look after it every five seconds
 # Which stage leaves a file, by its path in the run directory; first in `gradient.json`, to which later ones add.
 LEAVES = {
     r"prepare/.*": "prepare",
@@ -319,12 +317,8 @@ class RunDir:
             yield
             return
         with files.written(self.path):
-            lock = self._taken()
-        with lock as handle:
-            with files.written(self.path):
-                handle.truncate(0)
-                handle.write(owners.this_process())
-                handle.flush()
+            lock = owners.take_lock(self.path / ".lock", f"run {self.path}")
+        with lock:
             try:
                 yield
             finally:
@@ -335,32 +329,7 @@ class RunDir:
 
     def user(self) -> str | None:
         """Name the process that works on the run, "(pid 12) on host"; None where there is none, or it is not known."""
-        with contextlib.suppress(OSError), open(self.path / ".lock", encoding="utf-8") as handle:
-            owner = handle.read().strip()
-            if owner and not owners.is_gone(owner) and not _try_lock(handle, shared=True):
-                return owners.spelled(owner)
-        return None
-
-    def _taken(self) -> TextIO:
-        """Open the lock file and hold it; one that a dead process's last children still hold is waited for."""
-        path, until = self.path / ".lock", time.monotonic() + GONE_S
-        while True:
-            files.make_folder(path.parent)
-            handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (it is held for as long as the run)
-            try:
-                is_ours = _try_lock(handle)
-            except OSError as error:
-                handle.close()
-                told = f"no lock on its file system ({error}); choose another `output`"
-                raise UserError(f"run {self.path}: {told}") from None
-            if is_ours and path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                return handle  # else its last holder has removed it
-            handle.seek(0)
-            owner = handle.read().strip() or "unknown"
-            handle.close()
-            if not is_ours and (not owners.is_gone(owner) or time.monotonic() > until):
-                raise UserError(f"run {self.path} is in use by another process {owners.spelled(owner)}")
-            time.sleep(0.1)
+        return owners.holder_of(self.path / ".lock")
 
     def is_done(self, stage: str) -> bool:
         return stage in self.ledger.stages
@@ -426,18 +395,6 @@ def stage_of(name: str) -> str | None:
 def is_leaf(stage: str) -> bool:
     """Whether no other stage rests on it: what was measured, not learnt."""
     return stage.split("/")[1:2] in (["diagnose"], ["evaluate"])
-
-
-def _try_lock(handle: IO, shared: bool = False) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise
-    return True
 
 
 def peak_memory_bytes() -> int:

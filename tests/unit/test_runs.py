@@ -176,7 +176,7 @@ def test_what_a_dead_process_of_this_machine_left_is_taken_over(run):
 
 
 def test_what_outlives_a_dead_process_for_long_is_told(run, monkeypatch):
-    monkeypatch.setattr("mllm_keeplora.runs.GONE_S", 0.2)
+    monkeypatch.setattr("mllm_keeplora.system.owners.GONE_S", 0.2)
     ended = subprocess.Popen(["true"])
     ended.wait()
     (run.path / ".lock").write_text(f"{ended.pid}@{socket.gethostname()}")
