@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import PurePath
 
 import pytest
@@ -15,6 +16,13 @@ def pytest_collection_finish() -> None:
     """Leave what is imported now out of garbage collections: each takes half a second, a training asks for two."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def logged(request, monkeypatch):
+    """Let `caplog` see what is told, also where a command of an earlier test has started the log of its own."""
+    if "caplog" in request.fixturenames:
+        monkeypatch.setattr(logging.getLogger("mllm_keeplora"), "propagate", True)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -86,6 +86,7 @@ def fit_domain(
             if isinstance(error, RolledBack):
                 _release(trainer, branches)
             raise
+    trainer.end_readers(None)  # a training that was told to stop leaves them in the middle of an epoch
     if reporter.stopped:
         distributed.barrier()  # no process leaves before the checkpoint is whole
         watch.stop_saved()

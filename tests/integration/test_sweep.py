@@ -137,7 +137,7 @@ def test_a_sweep_that_is_ended_and_started_at_once_goes_on(begun, number):
         assert RunDir(run).user() is None and list(run.glob("domains/*/checkpoints/*/complete.json"))
     said = shell("sweep", sweep)
     assert said.code == 0, said.err
-    assert ("waiting for pid" in said.err) == (number == signal.SIGKILL) and "failed" not in said.err
+    assert ("waiting for (pid" in said.err) == (number == signal.SIGKILL) and "failed" not in said.err
     assert steps(run) == [(domain, step) for domain in (0, 1) for step in range(1, 121)], "nothing was done twice"
 
 
