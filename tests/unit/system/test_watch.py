@@ -189,7 +189,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_says_nothing(tmp_path):
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", TERMINAL, str(tmp_path / "file")])
     said = b""
-    while b"ready" not in said:
+    while not said.endswith(b"ready\r\n"):  # the end of the line is written by itself
         said += os.read(terminal, 100)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
