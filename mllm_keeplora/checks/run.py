@@ -14,7 +14,7 @@ from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.media.images import Looks, image_size
-from mllm_keeplora.errors import REFUSED, UserError, first_line, several, shortened
+from mllm_keeplora.errors import REFUSED, UserError, first_line, several
 from mllm_keeplora.models import ChatPrompt
 from mllm_keeplora.models.base import compute_dtype, refuse_original_llava
 from mllm_keeplora.models.causal import CausalFamily
@@ -190,10 +190,6 @@ def _anatomy(config: RunConfig, location: str, known_as: str | None, unseen: lis
             raise
         unseen.append(f"the base's layers ({error})")
         return Anatomy()
-    except MemoryError:
-        raise
-    except Exception as error:  # of whatever kind the checks of a model's config raise
-        raise UserError(f"base {location}: its config.json cannot be used: {shortened(first_line(error))}") from None
     parts = summary_of(model, name_parts(model, config.adapters.projector, config.adapters.target))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Anatomy(parts, positions, getattr(model.get_input_embeddings(), "num_embeddings", None))
