@@ -32,7 +32,7 @@ SMALL = ["domains=[RS,Med]", "train.epochs=0.06", "train.checkpoint_steps=1", "e
 
 OWN = {
     "keeplora": ["strategy.grad_samples=16", "strategy.feature_samples=16"],
-    "gainlora": ["strategy.feature_samples=16"],
+    "gainlora": ["strategy.gate_samples=16"],
     "ewc": ["strategy.samples=16"],
 }
 
@@ -104,7 +104,11 @@ def main() -> None:
     seconds = {}
     for strategy in asked.strategies:
         started = time.monotonic()
-        subprocess.run(command(strategy, folder / strategy), check=True, **quiet)
+        in_peace = subprocess.run(
+            command(strategy, folder / strategy), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        if in_peace.returncode:
+            raise SystemExit(f"{strategy} fails in peace, with code {in_peace.returncode}: {in_peace.stderr.decode()}")
         seconds[strategy] = time.monotonic() - started
     while sum(tally.values()) < asked.kills:
         strategy = asked.strategies[runs % len(asked.strategies)]
