@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from mllm_keeplora.data.classes import ClassList
+
 IMAGE_MARK = "<image>"
 
 
@@ -50,6 +52,7 @@ class Record:
     answer: str | tuple[str, ...] | None = None  # several where any of them is right
     kind: str = ""  # question type, where a test record names one
     origin: str = field(default="", compare=False)
+    classes: ClassList | None = field(default=None, compare=False, repr=False)  # that the answer is one of
 
     def untrained(self) -> Record:
         """Take the loss off every answer: such a conversation fills a batch up."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from mllm_keeplora.data.classes import ClassList
 from mllm_keeplora.data.schema import Media, Record
 from mllm_keeplora.system import files
 
@@ -23,11 +24,17 @@ WAITING = 1 << 26  # bytes of pictures that wait to be written, at most
 
 @dataclass(frozen=True)
 class Source:
-    """A data file, the folder that its image paths are relative to, and whether pictures are padded to squares."""
+    """A data file, the folder that its image paths are relative to, and what else all of its records share.
+
+    Attributes:
+        pad: pictures are padded to squares.
+        classes: that answers are one of, where the domain has such a list.
+    """
 
     path: Path
     images: Path
     pad: bool = False
+    classes: ClassList | None = None
 
     def placed(self, record: Record, index: int, pictures: Iterable[bytes | None]) -> Record:
         """Add to a record its place in the file, and where its pictures are.
@@ -44,7 +51,7 @@ class Source:
             else:
                 name = named.path if named.path.name else Path(f"{self.path.name}#{index}")
                 media.append(Media("image", name, data=picture, pad=self.pad))
-        return replace(record, media=tuple(media), origin=f"{self.path} record {index}")
+        return replace(record, media=tuple(media), origin=f"{self.path} record {index}", classes=self.classes)
 
 
 class StoredRecords(Sequence[Record]):
@@ -94,7 +101,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     from datasets.arrow_writer import ArrowWriter
 
     features = Features({"record": Value("large_string"), "pictures": List(Value("large_binary"))})
-    apart = {"media": {"__all__": {"data"}}}
+    apart = {"media": {"__all__": {"data"}}, "classes": True}
 
     def write(temporary: Path) -> None:
         with ArrowWriter(features=features, path=str(temporary), writer_batch_size=BATCH) as writer:
