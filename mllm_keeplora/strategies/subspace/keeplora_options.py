@@ -198,11 +198,12 @@ class KeepLoRAOptions(StrategyOptions):
         return getattr(torch, self.basis_dtype)
 
 
-# Presets pin the readings of the departure table; ranks and samples are those of MLLM-DCL. Not the strategy's: the
-# projector (`adapters.projector: full` in the published LLaVA code), the merge (`adapters.history`) and the training.
+# Presets pin the readings of the departure table; ranks and samples are those of MLLM-DCL, or of MTIL. Not the
+# strategy's: the projector (`adapters.projector: full` in the published LLaVA code, `frozen` in that for CLIP), the
+# merge (`adapters.history`) and the training.
 PAPER: dict[str, Any] = {
     "rank": 64, "alpha": 128.0, "energy_weights": 0.6, "energy_features": 0.99,
-    "rank_rule": "reach", "energy_reference": "total",
+    "rank_rule": "reach", "weight_side": "input", "energy_reference": "total",
     "grad_samples": 0.2, "gradient_statistic": "exact", "a_init": "gradient", "a_init_svd": "exact",
     "b_init": "gradient", "freeze_a": True, "on_exhaustion": "reduce_rank",
     "feature_source": "activations", "feature_samples": 0.2, "feature_statistic": "exact",
@@ -213,10 +214,27 @@ OFFICIAL_LLAVA: dict[str, Any] = {
     "rank_rule": "below_legacy", "a_init_svd": "randomized", "oversample": 0, "power_iters": 2, "b_init": "zero",
     "feature_source": "post_gradient", "basis_dtype": "float16", "sample_spacing": "ends",
 }  # fmt: skip
+MTIL: dict[str, Any] = {
+    "rank": 16, "alpha": 1.0, "energy_features": 0.99,
+    "thresholds": {"^vision_model": {"energy_weights": 0.85}, "^text_model": {"energy_weights": 0.2}},
+    "grad_samples": 1.0, "gradient_statistic": "exact", "feature_samples": 1.0, "feature_statistic": "exact",
+}  # fmt: skip
+OFFICIAL_MTIL: dict[str, Any] = {
+    **PAPER, **MTIL,
+    "rank_rule": "below_legacy", "weight_side": "output_legacy",
+    "a_init_svd": "randomized", "oversample": None, "power_iters": 4,
+    "feature_padding": True,
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "official-llava": OFFICIAL_LLAVA,
     "official-llava-pp": {**OFFICIAL_LLAVA, "layer_scale": "linear", "layer_scale_gamma": 0.2},
     "mllm_dcl": {"rank": 64, "alpha": 128.0, "grad_samples": 0.2, "feature_samples": 0.2},
+    "mtil": MTIL,
+    "official-mtil": OFFICIAL_MTIL,
+    "official-mtil-pp": {
+        **OFFICIAL_MTIL, "b_init": "zero",
+        "layer_scale": "linear", "layer_scale_gamma": 0.2, "layer_scale_towers": ["vision"],
+    },
     "ucit": {"rank": 32, "alpha": 8.0, "grad_samples": 0.2, "feature_samples": 0.2},
-}
+}  # fmt: skip

@@ -247,6 +247,7 @@ OFFICIAL = {
 PINNED = {
     "paper": {
         "rank_rule": "reach",
+        "weight_side": "input",
         "a_init_svd": "exact",
         "b_init": "gradient",
         "basis_dtype": "float32",
@@ -268,6 +269,58 @@ def test_a_published_preset_pins_what_its_source_does(name):
     assert {key: getattr(options, key) for key in {**expected, **OURS}} == {**expected, **OURS}
 
 
+MTIL = {  # clip_mtil 3 and 3.2: the published numbers for CLIP ViT-B/16
+    "rank": 16,
+    "alpha": 1.0,
+    "energy_features": 0.99,
+    "energy_reference": "total",
+    "grad_samples": 1.0,
+    "feature_samples": 1.0,
+    "gradient_statistic": "exact",
+    "feature_source": "activations",
+    "feature_statistic": "exact",
+    "a_init": "gradient",
+    "freeze_a": True,
+    "basis_dtype": "float32",
+}
+OFFICIAL_MTIL = {
+    **MTIL,
+    "rank_rule": "below_legacy",
+    "weight_side": "output_legacy",
+    "a_init_svd": "randomized",
+    "oversample": None,  # 4 times the rank: 64 wide
+    "power_iters": 4,
+    "feature_padding": True,
+}
+OF_CLIP = {
+    "official-mtil": {**OFFICIAL_MTIL, "b_init": "gradient", "layer_scale": "none"},
+    "official-mtil-pp": {
+        **OFFICIAL_MTIL,
+        "b_init": "zero",
+        "layer_scale": "linear",
+        "layer_scale_gamma": 0.2,
+        "layer_scale_towers": ("vision",),
+    },
+    "mtil": {
+        **MTIL,
+        "rank_rule": "reach",
+        "weight_side": "input",
+        "a_init_svd": "exact",
+        "b_init": "zero",
+        "feature_padding": False,
+        "layer_scale": "none",
+    },
+}
+
+
+@pytest.mark.parametrize("name", OF_CLIP)
+def test_a_preset_of_clip_has_the_published_numbers(name):
+    options = KeepLoRAOptions(**KeepLoRA.presets[name])
+    assert {key: getattr(options, key) for key in OF_CLIP[name]} == OF_CLIP[name]
+    layers = [f"{tower}_model.encoder.layers.0.self_attn.q_proj" for tower in ("vision", "text")]
+    assert [options.threshold("energy_weights", layer) for layer in layers] == [0.85, 0.2]
+
+
 def test_the_published_methods_differ_in_nothing_but_the_layer_scale():
     """Section 5: version 2 of the LLaVA code is assumed equal but for the scale."""
     first, second = (KeepLoRAOptions(**KeepLoRA.presets[name]) for name in ("official-llava", "official-llava-pp"))
@@ -277,7 +330,7 @@ def test_the_published_methods_differ_in_nothing_but_the_layer_scale():
 def test_every_preset_builds_valid_options_and_a_benchmark_has_its_ranks():
     """Section 5.1"""
     built = {name: KeepLoRAOptions(**preset) for name, preset in KeepLoRA.presets.items()}
-    assert built.keys() >= {"paper", "official-llava", "official-llava-pp"}
+    assert built.keys() == {*PINNED, *OF_CLIP, "mllm_dcl", "ucit"}
     scaling = {name: (options.rank, options.alpha / options.rank) for name, options in built.items()}
     assert scaling["mllm_dcl"] == (64, 2.0) and scaling["ucit"] == (32, 0.25)
 
