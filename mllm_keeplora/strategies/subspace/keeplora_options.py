@@ -74,6 +74,9 @@ class KeepLoRAOptions(StrategyOptions):
     layer_scale_gamma: float = Field(0.2, gt=0.0, le=1.0)
     layer_scale_towers: tuple[str, ...] | None = Field(None, description="`vision`, `text`, `language`; null = all")
 
+    prototypes: Literal["cosine"] | None = Field(None, description="of classes, trained beside the branch: KeepLoRA+")
+    prototype_scale: float = Field(30.0, gt=0.0)
+
     anchors: tuple[str, ...] = Field((), description="suites with anchors, or files of training records")
     anchor_samples: int = Field(256, ge=1)
 
@@ -98,6 +101,13 @@ class KeepLoRAOptions(StrategyOptions):
         numbers = value if isinstance(value, list) else [value] if not isinstance(value, str) else []
         if any(not 0.0 < number < math.inf for number in numbers):
             raise ValueError("must be above 0 and finite")
+        return value
+
+    @field_validator("prototypes")
+    @classmethod
+    def _not_yet(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError("must be null: prototypes are not trained yet")
         return value
 
     @field_validator("sketch_width")
