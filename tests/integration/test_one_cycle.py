@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mllm_keeplora.system.files import read_tensors
-from tests.integration.processes import differing, run_in_child
+from tests.integration.processes import differing, run_in_child, run_on_two
 
 STEP_END = "mllm_keeplora.training.fit:Reporter.on_step_end"
 TRAIN = {"schedule": "one_cycle", "checkpoint_steps": 2}
@@ -58,6 +58,16 @@ def test_the_cycle_is_that_of_a_plain_training_under_deepspeed(settings, tmp_pat
     plain, zero, still = (trained(tmp_path / name) for name in ("plain", "zero2", "still"))
     assert (zero - plain).norm() < 1e-3 * plain.norm() < 0.1 * (still - plain).norm()
     assert rates(tmp_path / "zero2") == pytest.approx(rates(tmp_path / "plain"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [None, "zero2"])
+def test_two_processes_take_the_same_cycle_together(engine, settings, tmp_path):
+    ended = run_on_two(cycled(settings, tmp_path / "two", engine), tmp_path / "told")
+    assert [each.code for each in ended] == [0, 0], ended
+    assert run_in_child(cycled(settings, tmp_path / "one")) == 0
+    assert rates(tmp_path / "two") == pytest.approx(rates(tmp_path / "one"))
+    torch.testing.assert_close(trained(tmp_path / "two"), trained(tmp_path / "one"), atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
