@@ -106,8 +106,13 @@ class TrainConfig(Section):
     batch_size: int = Field(64, ge=1, description="records of an optimizer step, over all processes")
     micro_batch_size: int | None = runtime(None, ge=1, description="records per forward; null = all of a process")
     probe_batch_size: int = runtime(8, ge=1, description="records per forward of gradient and feature passes")
-    schedule: str = "cosine"  # of the learning rate, by its name in transformers
-    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0)  # from 1 on the Trainer reads a number of steps
+    schedule: str = Field(
+        "cosine",
+        description="of the learning rate: a name in transformers; or `one_cycle`, torch's, which moves beta 1, too",
+    )
+    warmup_ratio: float = Field(  # from 1 on the Trainer reads a number of steps
+        0.03, ge=0.0, lt=1.0, description="of the steps; `one_cycle` has 30 %, or `args.lr_scheduler_kwargs.pct_start`"
+    )
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float = Field(1.0, ge=0.0, description="0 = gradients are not clipped")
     loss_mean: Literal["tokens", "micro_batches"] = later(

@@ -70,7 +70,7 @@ class FeaturePlan:
     and the directions that a threshold decides about are small beside them. On a GPU they are summed in float32.
     `tokens` limits how many tokens of each kind a sample contributes, evenly spaced; None counts every token.
     `normalise` divides each token by its length, so that a few huge activations do not decide alone. `spacing` is that
-    of the records that are looked at.
+    of the records that are looked at. `padding` counts tokens of a text tower behind the end of its texts, too.
     """
 
     statistic: Statistic = "exact"
@@ -79,6 +79,7 @@ class FeaturePlan:
     tokens: dict[str, int] | None = None
     normalise: bool = False
     spacing: Spacing = "even"
+    padding: bool = False
 
     def exact_rounds(
         self, unclear: Mapping[str, FrequentDirections], sketches: Sequence[FrequentDirections]

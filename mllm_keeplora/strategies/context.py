@@ -146,6 +146,14 @@ class Layers:
         """Give the input size."""
         return self.branches.base.get_submodule(layer).in_features
 
+    def d_out(self, layer: str) -> int:
+        """Give the output size."""
+        return self.branches.base.get_submodule(layer).out_features
+
+    def tower(self, layer: str) -> str | None:
+        """Give the name of the tower: `language`, or `vision` and `text` of a dual base; None for a projector's."""
+        return self.base.parts.tower(layer)
+
     def depth(self, layer: str) -> int | None:
         """Give the index of the transformer layer; None for the projector's."""
         return self.base.parts.depth(layer)

@@ -12,8 +12,9 @@ import torch
 from transformers import TrainingArguments
 
 from mllm_keeplora.config import TrainConfig
-from mllm_keeplora.errors import UserError, first_line, several
+from mllm_keeplora.errors import UserError, first_line, known, several, shortened
 from mllm_keeplora.system import distributed
+from mllm_keeplora.training.schedule import ONE_CYCLE, SCHEDULES, one_cycle
 
 OWNED = {  # arguments of the Trainer that `train.args` may not set -> the key to use instead, or why there is none
     "output_dir": "use output",
@@ -67,10 +68,13 @@ def training_arguments(
     """Make the Trainer's arguments; `batch_size` is global, so the number of processes never changes the result.
 
     Raises:
-        UserError: the batch does not divide over processes and micro-batches, or `train.args` has what the sequence
-            sets itself, or no such field.
+        UserError: the batch does not divide over processes and micro-batches, there is no such schedule, or
+            `train.args` has what the sequence sets itself, or no such field.
     """
-    if faults := list(_owned(settings.args)):
+    faults = list(_owned(settings.args))
+    if settings.schedule not in SCHEDULES:
+        faults.append(f"train.schedule {shortened(repr(settings.schedule))} is unknown; known: {known(SCHEDULES)}")
+    if faults:
         raise several(faults)
     world = distributed.world_size()
     micro = settings.micro_batch_size or settings.batch_size // world
@@ -88,7 +92,7 @@ def training_arguments(
         "gradient_accumulation_steps": settings.batch_size // (micro * world),
         "learning_rate": settings.lr,
         "num_train_epochs": epochs,
-        "lr_scheduler_type": settings.schedule,
+        "lr_scheduler_type": settings.schedule if settings.schedule != ONE_CYCLE else "constant",  # made by itself
         "warmup_steps": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
@@ -146,6 +150,8 @@ def rehearse(settings: TrainConfig) -> None:
         try:
             trainer = Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=[{}], data_collator=dict)
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            if settings.schedule == ONE_CYCLE:
+                one_cycle(trainer.optimizer, 1, arguments.lr_scheduler_kwargs)
             if arguments.use_liger_kernel:  # else it is asked for when the training starts
                 apply_liger_kernel(trainer.model, arguments.liger_kernel_config)
         except Exception as error:  # of whatever library an argument leads to

@@ -67,6 +67,7 @@ def fit_domain(
         lr_full=settings.lr_projector,
         guard=guard,
         loss_mean=settings.loss_mean,
+        schedule=settings.schedule,
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = distributed.from_main(last_checkpoint(folder, identity))

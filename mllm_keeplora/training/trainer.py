@@ -24,6 +24,7 @@ from mllm_keeplora.system import distributed, files
 from mllm_keeplora.training.deepspeed import parameters_of
 from mllm_keeplora.training.nonfinite import MEND, Guard
 from mllm_keeplora.training.order import FilledSampler
+from mllm_keeplora.training.schedule import ONE_CYCLE, one_cycle
 from mllm_keeplora.training.state import STATE, WEIGHTS, complete_checkpoint, write_training_state
 
 
@@ -47,7 +48,7 @@ class DomainTrainer(Trainer):
     Args:
         batch_size: records of a whole optimizer step, of all processes.
         lr_full: rate of the parameters that are trained in full; None for that of the others.
-        loss_mean: `tokens` or `micro_batches`, as in `TrainConfig`.
+        loss_mean, schedule: as in `TrainConfig`.
         guard: deals with what is not finite.
     """
 
@@ -60,6 +61,7 @@ class DomainTrainer(Trainer):
         lr_full: float | None,
         guard: Guard,
         loss_mean: str = "tokens",
+        schedule: str = "cosine",
         **arguments: Any,
     ):
         super().__init__(compute_loss_func=partial(answer_loss, context.base.family), **arguments)
@@ -70,6 +72,7 @@ class DomainTrainer(Trainer):
         self.lr_full = lr_full
         self.guard = guard
         self.loss_mean = loss_mean
+        self.schedule = schedule
         self.supervised = 1  # micro-batches of this step with anything that carries loss, of all processes
         self.tokens: torch.Tensor | None = None  # mean number of supervised tokens of this step's micro-batches
         self.before = parameters_of(context.branches)
@@ -181,6 +184,13 @@ class DomainTrainer(Trainer):
             decay = self.args.weight_decay
             self.optimizer = cls([{"params": p, "lr": r, "weight_decay": decay} for r, p in groups.items()], **keywords)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Make the schedule of the rate over all steps of the training, those done before it was continued included."""
+        if self.lr_scheduler is None and self.schedule == ONE_CYCLE:
+            options = self.args.lr_scheduler_kwargs
+            self.lr_scheduler = one_cycle(optimizer or self.optimizer, num_training_steps, options)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model):
         gradients = (each.grad for each in self.context.branches.trainable().values() if each.grad is not None)

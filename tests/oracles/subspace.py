@@ -74,6 +74,17 @@ def principal_subspace(weight, eps_w, legacy=False):
     return right[:p].T.copy()
 
 
+def output_subspace_legacy(weight, eps_w):
+    """Option D1: the leading left singular vectors of a square weight (d_out, d_in), as many as by option D4.
+
+    They live on the output side, W W^T u = sigma^2 u, but are taken for directions of the input. Returns (d, p).
+    """
+    weight = as_float64(weight)
+    squares, vectors = np.linalg.eigh(weight @ weight.T)
+    p = select_below_legacy(np.sqrt(np.clip(squares[::-1], 0.0, None)), energy(weight), eps_w)
+    return vectors[:, ::-1][:, :p].copy()
+
+
 def residual_gradient(gradient, basis):
     """Equation (3): (I - Q Q^T) G, which for a (d_out, d_in) gradient reads G (I - Q Q^T)."""
     gradient, basis = as_float64(gradient), as_float64(basis)

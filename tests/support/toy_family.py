@@ -37,6 +37,9 @@ class ToyParts:
     target_layers: tuple[str, ...] = ("see", "read")
     projectors: tuple[str, ...] = ()
 
+    def tower(self, layer):
+        return layer
+
     def depth(self, layer):
         return self.target_layers.index(layer)
 

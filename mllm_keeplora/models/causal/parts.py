@@ -36,6 +36,10 @@ class Parts:
         """The linear layers that get an adapter."""
         return self.language_layers + self.projector_layers
 
+    def tower(self, layer: str) -> str | None:
+        """Give the name of the tower that a target layer belongs to; None for the projector's."""
+        return "language" if layer in self.language_layers else None
+
     def depth(self, layer: str) -> int | None:
         """Give the index of the transformer layer that a target layer belongs to; None for the projector's."""
         return _block(layer, self.language_model) if layer in self.language_layers else None

@@ -59,18 +59,21 @@ class KeepLoRA(Strategy):
         """Keep the principal input subspace of every layer's weight, Eq. (1); then what the anchors add."""
         from mllm_keeplora.linalg import Basis, principal_subspace
 
-        self.options.refuse_idle_patterns(context.layers.names)
+        layers, is_legacy = context.layers, self.options.weight_side == "output_legacy"
+        self.options.refuse_idle_patterns(layers.names)
+        sizes = {layer: (layers.d_out(layer), layers.d_in(layer)) for layer in layers.names}
+        self.options.refuse_unfit(sizes, {layer: layers.tower(layer) for layer in layers.names})
 
         # 1. Of each weight the leading directions; the processes deal the layers out among themselves.
         def principal(layer: str, weight: Tensor) -> Tensor:
             energy = self.options.threshold("energy_weights", layer)
-            columns = principal_subspace(weight, energy, self.options.rank_rule)
+            columns = principal_subspace(weight.mT if is_legacy else weight, energy, self.options.rank_rule)
             return columns.cpu()  # those of all layers would take much of a GPU
 
-        for layer, columns in context.processes.dealt(context.layers.weight, principal).items():
+        for layer, columns in context.processes.dealt(layers.weight, principal).items():
             context.kept[layer] = Basis.from_columns(columns)
         # 2. Layers with the same input keep the same, if so asked: the span of what each keeps of its weight.
-        for first, *others in context.layers.groups() if self.options.share_basis == "input" else ():
+        for first, *others in layers.groups() if self.options.share_basis == "input" else ():
             for layer in others:
                 context.kept[first].grow(context.kept[layer].columns.mT, energy=1.0)
             for layer in others:
@@ -117,7 +120,8 @@ class KeepLoRA(Strategy):
         self._warn_of_exhaustion(context, facts)
         # 4. Scales: by depth, and not by the number of directions that a layer has.
         scaling = options.alpha / options.rank
-        scales = options.layer_scales({layer: layers.depth(layer) for layer in layers.names})
+        depths, towers = ({layer: of(layer) for layer in layers.names} for of in (layers.depth, layers.tower))
+        scales = options.layer_scales(depths, towers)
         alpha = {layer: scaling * scales[layer] * directions.shape[0] for layer, directions in A.items()}
         context.log({"gradient": facts, "layer_scale": scales})
         return Branch(A, alpha, self.trains, B)

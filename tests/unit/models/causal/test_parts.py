@@ -46,6 +46,11 @@ def test_depth_is_the_number_of_the_transformer_layer_and_none_for_the_projector
     assert base.parts.depth("model.vision_tower.encoder.layers.1.mlp.fc1") is None
 
 
+def test_the_tower_is_the_language_model_and_none_for_the_projector(base):
+    towers = [base.parts.tower(layer) for layer in base.parts.target_layers]
+    assert towers == ["language"] * 14 + [None, None]
+
+
 def test_every_target_layer_is_a_linear_layer_of_the_model(base):
     for layer in base.parts.target_layers:
         assert type(base.model.get_submodule(layer)) is torch.nn.Linear

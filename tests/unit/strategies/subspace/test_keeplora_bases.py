@@ -5,12 +5,15 @@ Numbers in brackets are those of the invariants.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.linalg import Basis
+from mllm_keeplora.models.causal.parts import name_parts
 from tests.oracles import subspace, tokens
 from tests.support.keeplora import ENERGY_FEATURES, ENERGY_WEIGHTS, RANK, SAMPLES, TOLERANCE
 from tests.support.variants import assert_bases, begin, disturb, opened, pristine_weights
@@ -44,6 +47,49 @@ def test_the_legacy_rule_takes_one_direction_fewer_but_at_least_one(new_base, al
         for layer, weight in pristine_weights(base).items()
     }
     assert_bases(found, wanted)
+
+
+@pytest.fixture
+def square_base(new_base):
+    """The base with adapters in its attention alone, whose weights are square."""
+    base = new_base("frozen")
+    return dataclasses.replace(base, parts=name_parts(base.model, "frozen", [*QKV, "o_proj"]))
+
+
+@pytest.mark.parametrize("energy", [0.2, 0.85])
+def test_the_legacy_side_keeps_output_directions_of_weights_as_if_they_were_of_the_input(
+    square_base, alpha_records, energy
+):
+    """Option D1: as many directions as on the input side; A avoids them, and features are added outside of them."""
+    legacy = {"energy_weights": energy, "rank_rule": "below_legacy", "weight_side": "output_legacy"}
+    weights = pristine_weights(square_base)
+    domain = taught(square_base, alpha_records, **legacy)
+    assert len(domain.kept_before) == 8
+    features, after = domain.tokens(), domain.finish()
+    for layer, columns in domain.kept_before.items():
+        assert columns.shape == subspace.principal_subspace(weights[layer], energy, legacy=True).shape
+        wanted = subspace.output_subspace_legacy(weights[layer], energy)
+        assert subspace.projector_difference(columns, wanted) < TOLERANCE, layer
+        assert subspace.projector_difference(columns, subspace.principal_subspace(weights[layer], energy)) > 0.1
+        assert np.abs(domain.adapters.branch.A[layer].numpy() @ columns).max() < TOLERANCE
+        grown = subspace.grow(columns, features[layer], ENERGY_FEATURES)
+        assert after[layer].shape == grown.shape and subspace.projector_difference(after[layer], grown) < 1e-3
+
+
+def test_the_legacy_side_keeps_nothing_where_no_energy_is_asked_for(square_base, alpha_records):
+    kept = begin(square_base, alpha_records, energy_weights=0.0, weight_side="output_legacy").kept_before
+    assert {columns.shape for columns in kept.values()} == {(32, 0)}
+
+
+def test_options_that_the_bases_layers_do_not_allow_are_refused_all_at_once(base, alpha_records):
+    wrong = {"weight_side": "output_legacy", "feature_padding": True, "layer_scale_towers": ("vision", "text")}
+    with pytest.raises(UserError) as refused:
+        begin(base, alpha_records, **wrong)
+    side, towers, padding = refused.value.sentences
+    assert side.startswith("strategy.weight_side is output_legacy, but 6 of 16 layers are not square, first model.")
+    assert side.endswith("mlp.gate_proj (48 x 32); allowed: input, or square layers alone in adapters.target")
+    assert towers == "strategy.layer_scale_towers: the base has no vision, text; it has language"
+    assert padding == "strategy.feature_padding is true, but the base has no text tower that pads; allowed: false"
 
 
 def test_the_legacy_rule_is_about_weights_alone(new_base, alpha_records):

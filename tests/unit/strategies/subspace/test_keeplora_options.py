@@ -30,10 +30,16 @@ def depths_of(first, count, projector=True):
     return depths
 
 
+def scales_of(options, depths):
+    """Those of a tower and a projector behind it."""
+    towers = {layer: None if depth is None else "language" for layer, depth in depths.items()}
+    return options.layer_scales(depths, towers)
+
+
 def scales(first, count, **options):
     """One scale per transformer layer, in order of depth; every module of a layer and the projector are checked."""
     depths = depths_of(first, count)
-    found = KeepLoRAOptions(**options).layer_scales(depths)
+    found = scales_of(KeepLoRAOptions(**options), depths)
     assert found.keys() == depths.keys()
     assert [found[name] for name in PROJECTOR] == [1.0, 1.0]
     by_layer = []
@@ -99,14 +105,52 @@ def test_a_list_gives_each_transformer_layer_its_own_number():
 @pytest.mark.parametrize("length", [0, 1, 3, 5])
 def test_a_list_of_another_length_than_the_tower_is_refused(length):
     with pytest.raises(UserError, match="layer_scale"):
-        KeepLoRAOptions(layer_scale=[0.5] * length).layer_scales(depths_of(0, 4))
+        scales_of(KeepLoRAOptions(layer_scale=[0.5] * length), depths_of(0, 4))
 
 
 def test_layers_that_are_not_neighbours_still_rise_from_gamma_to_one():
     """[15]"""
     depths = {f"model.layers.{depth}.mlp.down_proj": depth for depth in (1, 4, 6)}
-    found = list(KeepLoRAOptions(layer_scale="linear").layer_scales(depths).values())
+    found = list(scales_of(KeepLoRAOptions(layer_scale="linear"), depths).values())
     assert found[0] == pytest.approx(0.2) and found[-1] == 1.0 and found[0] < found[1] < found[2]
+
+
+TOWERS = {"text": (0, 3), "vision": (0, 6)}  # first adapted block, how many
+
+
+def scales_by_tower(**options):
+    """The scales of two towers of unequal depth, in order, and of a projection."""
+    depths = {"visual_projection": None}
+    for tower, (first, count) in TOWERS.items():
+        depths |= {f"{tower}_model.layers.{depth}.{each}": depth for depth in range(first, count) for each in MODULES}
+    towers = {layer: layer.partition("_model")[0] if "_model" in layer else None for layer in depths}
+    found = KeepLoRAOptions(**options).layer_scales(depths, towers)
+    assert found.keys() == depths.keys() and found["visual_projection"] == 1.0
+    return {
+        tower: [found[layer] for layer in depths if layer.startswith(tower) and "q_proj" in layer] for tower in TOWERS
+    }
+
+
+def ramp(count, gamma=0.2):
+    return [pytest.approx(subspace.layer_scale(depth, 0, count, gamma)) for depth in range(count)]
+
+
+def test_towers_of_unequal_depth_have_a_ramp_each():
+    assert scales_by_tower(layer_scale="linear") == {"text": ramp(3), "vision": ramp(6)}
+    assert scales_by_tower(layer_scale="reversed") == {"text": ramp(3)[::-1], "vision": ramp(6)[::-1]}
+
+
+@pytest.mark.parametrize(
+    ("layer_scale", "expected"), [("linear", ramp(6)), (0.6, [0.6] * 6), ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6],) * 2]
+)
+def test_a_tower_that_is_not_named_keeps_its_scale_of_one(layer_scale, expected):
+    found = scales_by_tower(layer_scale=layer_scale, layer_scale_towers=["vision"])
+    assert found == {"text": [1.0] * 3, "vision": expected}
+
+
+def test_a_list_has_a_number_for_each_layer_of_every_scaled_tower():
+    with pytest.raises(UserError, match="lists 6 numbers for 3 adapted layers of text"):
+        scales_by_tower(layer_scale=[0.5] * 6)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +247,7 @@ OFFICIAL = {
 PINNED = {
     "paper": {
         "rank_rule": "reach",
+        "weight_side": "input",
         "a_init_svd": "exact",
         "b_init": "gradient",
         "basis_dtype": "float32",
@@ -224,6 +269,58 @@ def test_a_published_preset_pins_what_its_source_does(name):
     assert {key: getattr(options, key) for key in {**expected, **OURS}} == {**expected, **OURS}
 
 
+MTIL = {  # clip_mtil 3 and 3.2: the published numbers for CLIP ViT-B/16
+    "rank": 16,
+    "alpha": 1.0,
+    "energy_features": 0.99,
+    "energy_reference": "total",
+    "grad_samples": 1.0,
+    "feature_samples": 1.0,
+    "gradient_statistic": "exact",
+    "feature_source": "activations",
+    "feature_statistic": "exact",
+    "a_init": "gradient",
+    "freeze_a": True,
+    "basis_dtype": "float32",
+}
+OFFICIAL_MTIL = {
+    **MTIL,
+    "rank_rule": "below_legacy",
+    "weight_side": "output_legacy",
+    "a_init_svd": "randomized",
+    "oversample": None,  # 4 times the rank: 64 wide
+    "power_iters": 4,
+    "feature_padding": True,
+}
+OF_CLIP = {
+    "official-mtil": {**OFFICIAL_MTIL, "b_init": "gradient", "layer_scale": "none"},
+    "official-mtil-pp": {
+        **OFFICIAL_MTIL,
+        "b_init": "zero",
+        "layer_scale": "linear",
+        "layer_scale_gamma": 0.2,
+        "layer_scale_towers": ("vision",),
+    },
+    "mtil": {
+        **MTIL,
+        "rank_rule": "reach",
+        "weight_side": "input",
+        "a_init_svd": "exact",
+        "b_init": "zero",
+        "feature_padding": False,
+        "layer_scale": "none",
+    },
+}
+
+
+@pytest.mark.parametrize("name", OF_CLIP)
+def test_a_preset_of_clip_has_the_published_numbers(name):
+    options = KeepLoRAOptions(**KeepLoRA.presets[name])
+    assert {key: getattr(options, key) for key in OF_CLIP[name]} == OF_CLIP[name]
+    layers = [f"{tower}_model.encoder.layers.0.self_attn.q_proj" for tower in ("vision", "text")]
+    assert [options.threshold("energy_weights", layer) for layer in layers] == [0.85, 0.2]
+
+
 def test_the_published_methods_differ_in_nothing_but_the_layer_scale():
     """Section 5: version 2 of the LLaVA code is assumed equal but for the scale."""
     first, second = (KeepLoRAOptions(**KeepLoRA.presets[name]) for name in ("official-llava", "official-llava-pp"))
@@ -233,7 +330,7 @@ def test_the_published_methods_differ_in_nothing_but_the_layer_scale():
 def test_every_preset_builds_valid_options_and_a_benchmark_has_its_ranks():
     """Section 5.1"""
     built = {name: KeepLoRAOptions(**preset) for name, preset in KeepLoRA.presets.items()}
-    assert built.keys() >= {"paper", "official-llava", "official-llava-pp"}
+    assert built.keys() == {*PINNED, *OF_CLIP, "mllm_dcl", "ucit"}
     scaling = {name: (options.rank, options.alpha / options.rank) for name, options in built.items()}
     assert scaling["mllm_dcl"] == (64, 2.0) and scaling["ucit"] == (32, 0.25)
 
@@ -245,6 +342,7 @@ def test_defaults_are_those_that_the_comparison_of_code_and_paper_recommends():
     """Section 6, column "default"."""
     options = KeepLoRAOptions()
     assert options.feature_source == "activations"  # D2
+    assert options.weight_side == "input"  # D1
     assert options.rank_rule == "reach"  # D4
     assert 512 <= options.grad_samples <= 1024  # D5
     assert options.a_init_svd == "exact"  # D6 says randomized, for its price; the smaller Gram matrix makes exact cheap
@@ -254,6 +352,7 @@ def test_defaults_are_those_that_the_comparison_of_code_and_paper_recommends():
     assert options.basis_dtype == "float32"  # D9
     assert options.on_exhaustion == "reduce_rank"  # D15
     assert options.layer_scale == "none" and options.layer_scale_gamma == 0.2  # D18
+    assert options.layer_scale_towers is None and not options.feature_padding
     assert options.a_init == "gradient" and options.freeze_a
     assert options.anchors == () and options.anchor_samples == 256 and options.energy_anchor == 0.99  # section 14
 
@@ -265,6 +364,8 @@ def test_defaults_are_those_that_the_comparison_of_code_and_paper_recommends():
         ("energy_features", -0.1),
         ("energy_anchor", float("nan")),
         ("rank_rule", "below"),
+        ("weight_side", "output"),
+        ("layer_scale_towers", 3),
         ("energy_reference", "all"),
         ("a_init", "zero"),
         ("a_init_svd", "sketch"),
@@ -283,6 +384,9 @@ def test_defaults_are_those_that_the_comparison_of_code_and_paper_recommends():
         ("grad_samples", 0),
         ("feature_samples", -0.2),
         ("anchor_samples", 0),
+        ("prototypes", "linear"),
+        ("prototypes", "cosine"),
+        ("prototype_scale", 0.0),
         ("statistics_memory_gb", 0.0),
         ("freeze_b", True),
     ],
@@ -290,6 +394,11 @@ def test_defaults_are_those_that_the_comparison_of_code_and_paper_recommends():
 def test_values_out_of_range_and_unknown_names_are_refused(name, value):
     with pytest.raises(ValidationError, match=name):
         KeepLoRAOptions(**{name: value})
+
+
+def test_padding_is_counted_only_where_it_is_asked_for():
+    assert not KeepLoRAOptions().feature_plan().padding
+    assert KeepLoRAOptions(feature_padding=True).feature_plan().padding
 
 
 @pytest.mark.parametrize("name", ["grad_samples", "feature_samples"])
