@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,7 +26,6 @@ SEED = 31
 PROMPTS = ("{}", "{}", "a {}.", "the {}.", "a picture of a {}.", "a photo of a {}.", "a drawing of a {}.",
            "an icon of a {}.", "a clip art of a {}.", "this is a {}.", "a silhouette of a {}.")  # fmt: skip
 DIGIT_PROMPTS = ("{}", "the number {}.", "the digit {}.", "a photo of the number {}.", "a {}.")
-MOST_WORDS = 3500  # that captions bring into the vocabulary, the most frequent ones
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ def build(packages: Path, output: Path, scenes: int, limit: int | None = None) -
     output.mkdir(parents=True, exist_ok=True)
     pixels, captions = zip(*rows, strict=True)
     np.save(output / "pixels.npy", np.stack(pixels))
-    texts = Counter(chain.from_iterable(split(" ".join((*c.names, *c.tags, c.kind))) for c in captions))
-    taught = [word for word, _ in texts.most_common(MOST_WORDS)]
+    taught = chain.from_iterable(split(" ".join((*c.names, *c.tags, c.kind))) for c in captions)
     classes = (names.DIGITS, names.SILHOUETTES, names.TEXTILES.values(), names.CELLS, names.CLIPS, names.SCRIPTS)
     own = " ".join(chain(*classes, names.flags(packages).values(), names.PROMPTS.values(), PROMPTS, DIGIT_PROMPTS))
     (output / "words.json").write_text(json.dumps(vocabulary([*taught, *split(own)])))
