@@ -23,14 +23,19 @@ from mllm_keeplora.system.plugins import ENTERED
 
 DATA_ROOT = "MLLM_KEEPLORA_DATA"
 SHIPPED = "mini_dcl"  # one whose folder is that of all shipped ones
-GENERATORS: dict[str, str] = {"mini_dcl": "mllm_keeplora.mini.write:ensure_mini_dcl"}
+GENERATORS: dict[str, str] = {
+    "mini_dcl": "mllm_keeplora.mini.write:ensure_mini_dcl",
+    "mini_mtil": "mllm_keeplora.mini.mtil:ensure_mini_mtil",
+    "mini_mtil_cells": "mllm_keeplora.mini.mtil:ensure_mini_mtil_cells",
+}
 
 
 def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> Benchmark:
     """Resolve the run's benchmark: definition, root folder (drawn first where a generator makes it), chosen domains.
 
     Raises:
-        UserError: unknown benchmark, domain, scorer or generator; a key that does not belong.
+        UserError: unknown benchmark, domain, scorer or generator; a key that does not belong; a package that data is
+            made from is not installed.
     """
     benchmark, origin = _definition(config)
     faults = list(_faults(config, benchmark, origin))
@@ -45,7 +50,10 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
     is_plugged = isinstance(config.benchmark, str) and ("BENCHMARKS", config.benchmark) in ENTERED
     lies_beside = is_plugged and any(map(benchmark.has_training, benchmark.domains))
     if benchmark.generator in GENERATORS:
-        benchmark.root = resolve_name(GENERATORS[benchmark.generator])(progress=progress)
+        try:
+            benchmark.root = resolve_name(GENERATORS[benchmark.generator])(progress=progress)
+        except ModuleNotFoundError as error:
+            raise UserError(f"benchmark {benchmark.name}: {error}") from None
     elif benchmark.generator is not None:
         raise UserError(f"unknown generator {benchmark.generator!r}; known: {known(GENERATORS)} ({origin})")
     elif config.data_root or (os.environ.get(DATA_ROOT) and not lies_beside):

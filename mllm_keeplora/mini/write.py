@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import ad, fin, general, med, rs, sci
+from .cache import Progress, cached
 from .draw import Sample
 
 DOMAINS = {"RS": rs, "Med": med, "AD": ad, "Sci": sci, "Fin": fin}
@@ -24,7 +22,6 @@ SIZES: dict[str, int] = {"train": 1500, "val": 300, "test": 400, "general": 2000
 DRAWN = "6036a136d0a5"
 SPLITS = ("train", "val", "test")
 MOST_TURNS = 3
-Progress = Callable[[int, int], None]
 
 
 class _Balance:
@@ -151,27 +148,11 @@ def ensure_mini_dcl(
 ) -> Path:
     """Find the folder of the miniature benchmark; it is drawn first if it is not there yet.
 
-    Safe against several processes: each draws under a name of its own, the first to finish wins.
-
     Args:
         cache_dir: default `$MLLM_KEEPLORA_CACHE`, else `~/.cache/mllm_keeplora`.
         sizes: as in `write_mini_dcl`.
         progress: as in `write_mini_dcl`; not called if the folder exists.
     """
-    default = os.environ.get("MLLM_KEEPLORA_CACHE") or Path.home() / ".cache" / "mllm_keeplora"
-    cache = Path(cache_dir or default)
-    target = cache / f"mini_dcl-{generator_hash(sizes)}"
-    if target.is_dir():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix="drawing-", dir=cache))
-    try:
-        write_mini_dcl(temporary, sizes, progress)
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+    return cached(
+        f"mini_dcl-{generator_hash(sizes)}", lambda folder: write_mini_dcl(folder, sizes, progress), cache_dir
+    )
