@@ -16,7 +16,7 @@ from mllm_keeplora.adapters.stored import is_oracle, past_of
 from mllm_keeplora.config import BaseConfig, RunConfig, parse_config, read_yaml
 from mllm_keeplora.data import Benchmark, Domain, Suite, TestSet
 from mllm_keeplora.data.media.images import digests_of
-from mllm_keeplora.data.readers import READERS, digest
+from mllm_keeplora.data.readers import READERS
 from mllm_keeplora.errors import UserError, known, several, validation_faults
 from mllm_keeplora.eval.grading import answer_files, answers_to, regrade, stored_percent, stored_rows
 from mllm_keeplora.eval.harness import forget_journals
@@ -66,12 +66,12 @@ class SavedRun:
             Key of the set's settings -> path, and its digest now.
         """
         recorded, part, changed = self.run.ledger.sets[name], self.benchmark.graded(name), {}
-        for key in ("test", "validation", "references"):
+        for key in ("test", "validation", "references", "classes"):
             if key in recorded["sha256"] and getattr(part, key, None) is not None:
                 path = Path(getattr(part, key))
                 if not path.exists():
                     raise UserError(f"{name}: its data file {path} does not exist any more ({self.run.path})")
-                if (now := digest(path)) != recorded["sha256"][key]:
+                if (now := self.benchmark.digest_of(name, key)) != recorded["sha256"][key]:
                     changed[key] = (path, now)
         return changed
 

@@ -147,6 +147,9 @@ class EvalConfig(Section):
         50.0, gt=0.0, description="points that a set may fall from one row to the next; null = any number"
     )
     settle_ties: bool = True  # ask again alone where an answer hangs on rounding, so that batches do not tip it
+    prompts: Literal["first", "ensemble"] = later(
+        "first", description="texts that classes are graded with: the one that is trained with, or the mean of all"
+    )
     zero_shot: bool = True  # ask the untouched base, too
     base_answers: PathText | None = runtime(None, description="folder of answers of the untouched base, shared by runs")
 
@@ -170,6 +173,7 @@ class RunConfig(Section):
     deepspeed: PathText | None = runtime(None, description="zero1, zero2, zero3, zero3_offload, or a JSON file")
     eval: EvalConfig = EvalConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    shots: int | None = later(None, ge=1, description="training records of each class, drawn with the seed; null = all")
     seed: int = Field(0, ge=0, description="of everything that is drawn")
     threads: int | None = runtime(None, ge=1, description="CPU threads of a process; null = as the libraries choose")
     distributed_timeout_s: int = runtime(600, ge=1, description="longest wait for other processes in a training")

@@ -8,12 +8,10 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.config import RunConfig, flatten, later_defaults
 from mllm_keeplora.data import PATHS, Benchmark, Domain, Suite, with_published_epochs
-from mllm_keeplora.data.readers import digest
 from mllm_keeplora.runs import Ledger, SetEntry
 from mllm_keeplora.system.plain_yaml import EXPONENT
 
@@ -142,12 +140,14 @@ def described_set(
 ) -> SetEntry:
     """Describe a domain or suite by absolute paths and the digests of its files and, where given, of its pictures."""
     part = benchmark.graded(name)
-    values = part.model_dump(exclude=later_defaults(part))
+    values = part.model_dump(exclude={*later_defaults(part), "counts"})
     for key in PATHS:
-        if values.get(key) is not None:
-            values[key] = str((benchmark.root / values[key]).resolve())
+        if (path := benchmark.file(name, key)) is not None:
+            values[key] = str(path.resolve())
     read = ("train", benchmark.file_of(name), "references")
-    digests = {key: digest(Path(values[key])) for key in read if values.get(key) is not None}
+    digests = {key: benchmark.digest_of(name, key) for key in read if values.get(key) is not None}
+    if benchmark.naming(name) is not None:
+        digests["classes"] = benchmark.digest_of(name, "classes")
     entry: SetEntry = {"name": name, "files": values, "sha256": digests}
     pictures = {file: lines for file, lines in (shown or {}).get(name, {}).items() if any(lines)}
     if pictures:
@@ -172,7 +172,10 @@ def part_differences(old: SetEntry, new: SetEntry, origin: str) -> list[str]:
             for each in (old, new)
         )
         lines += differences(before, after, origin)
-    if old["sha256"] != new["sha256"]:
+    lists, data = zip(*(_apart(each["sha256"], "classes") for each in (old, new)), strict=True)
+    if lists[0] != lists[1]:
+        lines.append(f"{name}: its classes, prompts or question are not those that the run was started with")
+    if data[0] != data[1]:
         lines.append(f"{name}: its data files are not those that the run was started with")
     else:
         lines += [
@@ -180,6 +183,10 @@ def part_differences(old: SetEntry, new: SetEntry, origin: str) -> list[str]:
             for file in other_pictures(old, new)
         ]
     return lines
+
+
+def _apart(digests: Mapping[str, str], key: str) -> tuple[str | None, dict[str, str]]:
+    return digests.get(key), {name: digest for name, digest in digests.items() if name != key}
 
 
 def other_pictures(old: SetEntry, new: SetEntry) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mllm_keeplora.checks.classes import class_faults
 from mllm_keeplora.checks.engine import settings_faults, unfit_for
 from mllm_keeplora.checks.memory import Estimate, estimate
 from mllm_keeplora.checks.records import ProcessorTrial, gold_faults, load_prompt, mixed_faults
@@ -118,6 +119,8 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
         trained = {name: faults.of(benchmark.train_records, name) or () for name in benchmark.domains}
         asked = [*benchmark.domains, *benchmark.suites]
         graded = {name: faults.of(benchmark.test_records, name) or () for name in asked}
+        for name in asked if share[0] == 0 else ():
+            faults.of(faults.extend, class_faults(benchmark, name))
         counts = {name: {"train": len(records)} for name, records in trained.items()}
         for name, records in graded.items():
             counts.setdefault(name, {})["test"] = len(records)
@@ -145,7 +148,7 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
     if strategy is not None:
         faults += unfit_for(config, strategy, stage)
     if faults:
-        raise several(faults, more=faults.more)
+        raise several(list(dict.fromkeys(faults)), more=faults.more)  # what two readers met is told once
     return Checked(
         strategy, benchmark, location, base_fingerprint, counts, anatomy.parts, pictures, notes, unseen, shown
     )

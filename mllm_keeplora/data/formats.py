@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mllm_keeplora.data.naming import Naming
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn, without_marks
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -48,6 +49,7 @@ class Layout:
         formatting: sharegpt or alpaca; empty: told by the keys.
         told: where the names come from, for whoever cannot make sense of a record.
         missing_marks: what happens to a record that has pictures and no mark: refused, or they come first.
+        naming: of a domain with classes: every row is then a picture and its class.
     """
 
     formatting: str = ""
@@ -55,6 +57,7 @@ class Layout:
     tags: Mapping[str, str] = field(default_factory=dict)
     told: str = ""
     missing_marks: Literal["refuse", "first"] = "refuse"
+    naming: Naming | None = None
 
 
 BY_KEYS = Layout()
@@ -73,6 +76,9 @@ def train_record(row: Any, layout: Layout = BY_KEYS) -> Record:
     Raises:
         Fault: an unknown shape, roles that do not alternate, no answer, marks and images that do not match.
     """
+    if layout.naming is not None:
+        record = class_record(row, layout.naming)
+        return replace(record, turns=(*record.turns, Turn("assistant", record.answer)), answer=None)
     row = _canonical(_object(row), layout)
     turns, inside = _conversation(row)
     images = _in_order(inside, _images(row))
@@ -106,6 +112,8 @@ def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -
     Raises:
         Fault: no answer, no identifier, a mark where there is none to be, more than one question.
     """
+    if layout.naming is not None:
+        return class_record(row, layout.naming)
     row = _object(row)
     layout = replace(layout, missing_marks="first")  # as the pictures of a `text` record do
     kind = str(row.get("type", row.get("task", "")))  # `task` in CV-Bench
@@ -148,6 +156,26 @@ test_record.__test__ = False  # not a test, whatever pytest thinks of the name
 def question_record(row: Any, layout: Layout = BY_KEYS) -> Record:
     """Read as `test_record` does, but the gold answer may be kept elsewhere, or nowhere that can be read."""
     return test_record(row, layout, needs_answer=False)
+
+
+def class_record(row: Any, naming: Naming) -> Record:
+    """Read a picture and its class, `{id, image, label}`, as a question with its gold answer.
+
+    Raises:
+        Fault: no label, one that the list does not have, not exactly one picture.
+    """
+    row = _object(row)
+    label, asked, images = row.get("label"), Turn("user", naming.question), _images(row)
+    if not isinstance(label, str):
+        told = f"got {label!r}; keys are {sorted(row)}"
+        raise Fault(f"label must be the name of a class, since the domain has a list, {told}")
+    answer = naming.labels.get(label, label)
+    if answer not in naming.classes.places:
+        raise Fault(f"label {label!r} is none of the {len(naming.classes.names)} classes of the domain's list")
+    _refuse_what_would_be_dropped(row, [asked], images)
+    if len(images) != 1:
+        raise Fault(f"a class record shows one picture, this one {len(images)}; keys are {sorted(row)}")
+    return Record(_identifier(row), tuple(images), (asked,), answer)
 
 
 def unwritable_text(record: Record) -> str:

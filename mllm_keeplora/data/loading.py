@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from mllm_keeplora.config import DomainOverride, RunConfig, find_config, read_yaml
 from mllm_keeplora.data.benchmarks import Benchmark, Suite
+from mllm_keeplora.data.layouts import LAYOUTS
 from mllm_keeplora.errors import UserError, known, several, shortened, validation_faults
 from mllm_keeplora.metrics import SCORERS, UNGRADED
 from mllm_keeplora.system import given
@@ -43,6 +44,7 @@ def load_benchmark(config: RunConfig, progress: Callable[[int, int], None] | Non
         raise several(faults)
     benchmark.domains = {name: benchmark.domains[name] for name in _wanted(config, benchmark)}
     benchmark.split = config.eval.split
+    benchmark.draw(config.shots, config.seed)
     benchmark.anchor_suites = benchmark.suites
     if benchmark.split == "validation":
         benchmark.suites = {}
@@ -79,6 +81,8 @@ def _faults(config: RunConfig, benchmark: Benchmark, origin: str) -> Iterator[st
     for name, part in [*domains.items(), *benchmark.suites.items()]:
         if part.scorer not in SCORERS and part.scorer not in UNGRADED:
             yield f"domain or suite {name}: unknown scorer {part.scorer!r}; known: {known(SCORERS)} ({origin})"
+        if part.layout is not None and part.layout not in LAYOUTS:
+            yield f"domain or suite {name}: unknown layout {part.layout!r}; known: {known(LAYOUTS)} ({origin})"
     if isinstance(config.domains, str) and config.domains not in benchmark.orders:
         orders = known(benchmark.orders)
         yield f"domains: {benchmark.name} has no order {config.domains!r}; known: {orders} ({origin})"
@@ -89,6 +93,9 @@ def _faults(config: RunConfig, benchmark: Benchmark, origin: str) -> Iterator[st
     for name in dict.fromkeys(wanted):
         if wanted.count(name) > 1:
             yield f"domains names {name!r} twice"
+    for name in wanted if config.shots is not None else ():
+        if name in domains and domains[name].classes is None and domains[name].layout is None:
+            yield f"shots counts records of a class, but domain {name} names no `classes` ({origin})"
     for name in benchmark.suites:
         if name in domains:
             yield f"{name!r} is both a domain and a suite ({origin})"
@@ -155,8 +162,10 @@ def _section(values: dict[str, Any], key: str, origin: str) -> dict[str, Any]:
 
 
 def _parse(values: dict[str, Any], origin: str, root: Path) -> tuple[Benchmark, str]:
-    defaults = _section(values, "defaults", origin)
     values = dict(values)
+    defaults = _section(values, "defaults", origin)
+    if "candidates" in values:  # of the benchmark: a rule of all its domains
+        defaults = {**defaults, "candidates": values.pop("candidates")}
     for group in ("domains", "suites"):
         parts = values.get(group) or {}
         if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
@@ -166,6 +175,6 @@ def _parse(values: dict[str, Any], origin: str, root: Path) -> tuple[Benchmark, 
         shared = {key: value for key, value in defaults.items() if group == "domains" or key in Suite.model_fields}
         values[group] = {name: {**shared, **part} for name, part in parts.items()}
     try:
-        return Benchmark.model_validate({"root": root, **values}), origin
+        return Benchmark.model_validate({"root": root, "home": root, **values}), origin
     except ValidationError as error:
         raise several(validation_faults(error, origin, Benchmark)) from None

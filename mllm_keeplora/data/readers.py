@@ -18,6 +18,8 @@ from typing import Any, Literal, TextIO
 from pydantic import BaseModel, ValidationError
 
 from mllm_keeplora.data.formats import Fault, Layout, question_record, test_record, train_record, unwritable_text
+from mllm_keeplora.data.layouts import published_digest, published_rows
+from mllm_keeplora.data.naming import Naming
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import VERSION, Source, StoredRecords, write_records
 from mllm_keeplora.errors import UserError, first_line, several, shortened, validation_faults
@@ -36,7 +38,9 @@ SHOWN = 20
 MOST_TOLD = 1000  # characters of a fault
 
 
-def read_train(path: Path, images: Path, pad: bool = False, missing_marks: str = "refuse") -> Sequence[Record]:
+def read_train(
+    path: Path, images: Path, pad: bool = False, missing_marks: str = "refuse", naming: Naming | None = None
+) -> Sequence[Record]:
     """Read the training records of a data file. Images themselves are not looked at.
 
     Args:
@@ -44,16 +48,43 @@ def read_train(path: Path, images: Path, pad: bool = False, missing_marks: str =
         images: folder that image paths are relative to.
         pad: pictures are to be padded to squares.
         missing_marks: `first` puts the pictures of records without any mark before their first question.
+        naming: where rows are pictures and their classes.
 
     Raises:
         UserError: every fault of the file at once, each with record index and what is wrong.
     """
-    return _records(Source(path, images, pad), train_record, missing_marks)
+    return _records(Source(path, images, pad, naming and naming.classes), train_record, missing_marks, naming)
 
 
-def read_test(path: Path, images: Path, pad: bool = False, needs_answers: bool = True) -> Sequence[Record]:
+def read_test(
+    path: Path, images: Path, pad: bool = False, needs_answers: bool = True, naming: Naming | None = None
+) -> Sequence[Record]:
     """Read graded records: a question each, with its gold answer if `needs_answers`; identifiers must be unique."""
-    return _records(Source(path, images, pad), test_record if needs_answers else question_record)
+    source = Source(path, images, pad, naming and naming.classes)
+    return _records(source, test_record if needs_answers else question_record, naming=naming)
+
+
+def read_published(
+    layout: str, path: Path, images: Path, split: str, naming: Naming, pad: bool = False, graded: bool = False
+) -> Sequence[Record]:
+    """Read a split of a published data set, which is parsed once and kept, whatever its size.
+
+    Args:
+        layout: one of `data.layouts`.
+        path, images: its folder or file, and the folder that pictures are named in.
+        split: train, validation or test.
+        naming: of its classes.
+        pad: pictures are to be padded to squares.
+        graded: as records of a test.
+
+    Raises:
+        UserError: it cannot be read, or every record that is at fault.
+    """
+    parse = test_record if graded else train_record
+    told = [published_digest(layout, path, split), parse.__name__, VERSION, naming.digest]
+    who = f"{path.resolve()} {layout} {split} {parse.__name__}"
+    rows = _understood(path, published_rows(layout, path, split), Layout(naming=naming), parse)
+    return _kept(Source(path, images, pad, naming.classes), who, told, rows)
 
 
 def digest(path: Path) -> str:
@@ -68,38 +99,60 @@ def digest(path: Path) -> str:
         return digest_file(path, known)
 
 
-def _records(source: Source, parse: Callable[[Any, Layout], Record], missing_marks: str = "refuse") -> Sequence[Record]:
+def _records(
+    source: Source,
+    parse: Callable[[Any, Layout], Record],
+    missing_marks: str = "refuse",
+    naming: Naming | None = None,
+) -> Sequence[Record]:
     """Read a small file into memory; a large one is parsed once into an Arrow file, which later reads map."""
     path = source.path
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"data file {path} does not exist")
         given.opened(path).close()
-    layout = replace(_layout(path), missing_marks=missing_marks)
+    layout = replace(_layout(path), missing_marks=missing_marks, naming=naming)
+    rows = _saved_rows(path) if path.is_dir() else READERS.get(path.suffix, _json_rows)(path)
+    understood = _understood(path, rows, layout, parse)
     if path.is_file() and path.suffix != PARQUET and path.stat().st_size < SMALL:
-        found = enumerate(_understood(path, layout, parse))
+        found = enumerate(understood)
         return [source.placed(record, index, [media.data for media in record.media]) for index, record in found]
     # The file's name says what the records depend on, so that other content or rules are read anew.
     told = [digest(path), parse.__name__, VERSION, missing_marks, layout.formatting, layout.columns, layout.tags]
     if (reader := ENTERED.get(("READERS", path.suffix))) is not None:
         told.append(version_of(reader))
-    texts = (f"{path.resolve()} {parse.__name__}", json.dumps(told))
+    if naming is not None:
+        told.append(naming.digest)
+    return _kept(source, f"{path.resolve()} {parse.__name__}", told, understood)
+
+
+def _kept(source: Source, who: str, told: list[Any], records: Iterable[Record]) -> StoredRecords:
+    """Map the records of a source from an Arrow file, which is written if there is none with the same facts.
+
+    Args:
+        source: of the records.
+        who: what replaces what in the cache: of the same, other facts are forgotten.
+        told: what the records depend on.
+        records: taken only if they are to be written.
+    """
+    texts = (who, json.dumps(told))
     names = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
     arrow = files.cache_folder() / "records" / f"{'-'.join(name[:16] for name in names)}.arrow"
     if not arrow.is_file():
-        log.info("reading %s once; its records are kept in %s", path, arrow.parent)
-        write_records(arrow, _understood(path, layout, parse))
+        log.info("reading %s once; its records are kept in %s", source.path, arrow.parent)
+        write_records(arrow, records)
         for older in arrow.parent.glob(f"{arrow.name.split('-')[0]}-*.arrow"):
             if older != arrow:
                 older.unlink(missing_ok=True)
     return StoredRecords(arrow, source)
 
 
-def _understood(path: Path, layout: Layout, parse: Callable[[Any, Layout], Record]) -> Iterator[Record]:
+def _understood(
+    path: Path, rows: Iterable[Any], layout: Layout, parse: Callable[[Any, Layout], Record]
+) -> Iterator[Record]:
     """Yield every record that is understood; at the end one error with every fault, if there was any."""
     faults, more, index = [], 0, None
     seen: set[str] = set()
-    rows = _saved_rows(path) if path.is_dir() else READERS.get(path.suffix, _json_rows)(path)
     for index, row in enumerate(rows):
         try:
             record = _parsed(parse, row, layout)

@@ -231,7 +231,7 @@ def _inherit_definitions(benchmark: Benchmark, inherited: list[dict[str, Any]]) 
     before = {each["name"]: Domain(**each["files"]) for each in inherited}
     for name, domain in before.items():
         graded = domain.test if benchmark.split == "test" else domain.validation
-        if not (Path(domain.train).is_file() and graded is not None and Path(graded).is_file()):
+        if not (Path(domain.train).exists() and graded is not None and Path(graded).exists()):
             raise UserError(f"--from: inherited domain {name} needs its data at {domain.train} and {graded}")
     benchmark.domains = {**before, **{name: benchmark.domains[name] for name in own if name not in before}}
 

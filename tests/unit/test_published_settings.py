@@ -45,6 +45,42 @@ def test_settings_are_the_published_ones(name, tmp_path):
     assert engine["gradient_clipping"] == "auto", "as train.max_grad_norm says"
 
 
+# KeepLoRA's runs on MTIL (MaolinLuo/KeepLoRA a17f9c2, 7abf7ec, 536498e): epochs of the tasks in their order.
+MTIL = {
+    "": [10] * 10 + [5],
+    "_order2": [5, 2, 5, 5, 5, 5, 10, 10, 10, 10, 10],
+    "_plus": [5] * 11,
+    "_plus_order2": [5, 1, 1, *[5] * 8],
+    "_pp": [10] * 10 + [5],
+    "_pp_order2": [5, 2, 5, 5, 5, 5, 10, 10, 10, 10, 10],
+    "_pp_cls": [5] * 11,
+    "_pp_cls_order2": [5, 1, 1, *[5] * 8],
+}
+
+
+def test_every_run_on_mtil_is_here():
+    assert {name for name in shipped("runs") if name.startswith("mtil_")} == {
+        f"mtil_clip_vitb16{kind}" for kind in MTIL
+    }
+
+
+@pytest.mark.parametrize("kind", MTIL)
+def test_settings_on_mtil_are_the_published_ones(kind, tmp_path):
+    config = load_config(f"mtil_clip_vitb16{kind}", [f"data_root={tmp_path}"])
+    benchmark = load_benchmark(config)
+    assert list(benchmark.domains) == benchmark.orders["order2" if "order2" in kind else "order1"]
+    epochs = [with_published_epochs(config, benchmark).train_of(name).epochs for name in benchmark.domains]
+    assert epochs == MTIL[kind]
+    settings = config.train
+    assert (settings.lr, settings.schedule, settings.weight_decay) == (1e-3, "one_cycle", 0.01)
+    assert (settings.batch_size, settings.max_grad_norm, config.seed) == (64, 0.0, 42)
+    assert config.strategy.preset == ("official-mtil-pp" if "pp" in kind else "official-mtil")
+    assert ("prototypes" in config.strategy.options) == ("plus" in kind or "cls" in kind)
+    assert config.adapters.projector == "frozen" and config.eval.domains == "all"
+    counts = {key: sum(part.counts[key] for part in benchmark.domains.values()) for key in ("classes", "train", "test")}
+    assert counts == {"classes": 1201, "train": 319_352, "test": 97_209}
+
+
 # LAMDA-CL/Prism, config/methods of EWC, replay and O-LoRA: rank, alpha and what else defines the method there.
 PRISM = {
     ("ewc", "prism"): {

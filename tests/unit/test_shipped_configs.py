@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mllm_keeplora.config import load_config, read_yaml, shipped
-from mllm_keeplora.data.loading import GENERATORS, _definition
+from mllm_keeplora.data.loading import GENERATORS, _definition, _wanted
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SCORERS, UNGRADED
 from mllm_keeplora.models.base import FAMILIES
@@ -20,12 +20,13 @@ from mllm_keeplora.training.deepspeed import deepspeed_file
 
 CONFIGS = Path(str(resources.files("mllm_keeplora.configs")))
 RUNS, MODELS, BENCHMARKS, SWEEPS = (shipped(kind) for kind in ("runs", "models", "benchmarks", "sweeps"))
+CLASSES = sorted((CONFIGS / "benchmarks").rglob("*.json"))
 ZERO = sorted(path.stem for path in (CONFIGS / "deepspeed").glob("*.json"))
 
 
 def test_every_file_of_the_folder_is_seen_here():
     files = {path for path in CONFIGS.rglob("*") if path.suffix in {".yaml", ".yml", ".json"}}
-    assert len(files) == len(RUNS) + len(MODELS) + len(BENCHMARKS) + len(SWEEPS) + len(ZERO)
+    assert len(files) == len(RUNS) + len(MODELS) + len(BENCHMARKS) + len(CLASSES) + len(SWEEPS) + len(ZERO)
     assert RUNS and MODELS and BENCHMARKS and SWEEPS
     assert {"zero1", "zero2", "zero3", "zero3_offload"} <= set(ZERO)
 
@@ -37,7 +38,7 @@ def test_a_shipped_run_names_what_exists(name):
     assert build_strategy(config.strategy).options.rank >= 1
     assert config.base.model in MODELS
     benchmark, _ = _definition(config)
-    assert set(config.domains or []) <= set(benchmark.domains)
+    assert set(_wanted(config, benchmark)) <= set(benchmark.domains)
     assert set(config.per_domain) <= set(benchmark.domains)
     deepspeed_file(config.deepspeed)
 
@@ -48,7 +49,7 @@ def test_a_shipped_model_says_where_it_is(name):
     assert isinstance(settings["path"], str)
     assert settings.keys() <= {"path", "prompt", "architecture", "family", "made_by"}
     assert settings.get("family", "causal") in FAMILIES
-    assert settings["prompt"] in {"chat_template", *STYLES}
+    assert settings.get("prompt") in ({"chat_template", *STYLES} if "family" not in settings else {None})
     if settings["path"].startswith("package:"):
         folder = Path(str(resources.files("mllm_keeplora"))) / settings["path"].removeprefix("package:")
         assert (folder / "config.json").is_file()

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,22 @@ def test_a_published_ucit_run_is_reproduced():
     metrics = ScoreMatrix(rows).metrics()
     expected = {"mft": 70.6017, "mfn": 56.7267, "maa": 72.8986, "bwt": -16.65, "forgetting": 16.65}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=5e-5)
+
+
+# ZSCL (arXiv 2303.06628), tables of MTIL in both orders, computed from the matrices that its authors publish.
+MTIL = {
+    "ZSCL order1": {"transfer": 68.1, "average": 75.4, "last": 83.6},
+    "ZSCL order2": {"transfer": 64.2, "average": 74.5, "last": 83.4},
+    "Continual-FT order1": {"transfer": 44.6, "average": 55.9, "last": 77.3},
+    "Continual-FT order2": {"transfer": 46.6, "average": 56.2, "last": 67.4},
+}
+
+
+@pytest.mark.parametrize("run", MTIL)
+def test_published_runs_of_mtil_are_reproduced(run):
+    path = Path(__file__).parents[2] / "fixtures" / "mtil_zscl.json"
+    metrics = ScoreMatrix(json.loads(path.read_text())["matrices"][run]).metrics()
+    assert {name: round(metrics[name], 1) for name in MTIL[run]} == MTIL[run]
 
 
 def test_joint_training_measures_the_last_row_only():
