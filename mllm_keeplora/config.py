@@ -69,6 +69,9 @@ class BaseConfig(Section):
     """The base MLLM: a name in configs/models, a folder, or a hub id."""
 
     model: PathText  # a name, a folder, or a hub id
+    task: Literal["auto", "generate", "classify"] = later(
+        "auto", description="what the base does: answer questions, or compare pictures with classes; auto = by its kind"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights; auto = bfloat16 on a GPU
     quantization: Literal["nf4", "int8"] | None = None  # of the frozen weights; needs bitsandbytes
     prompt: str = "auto"  # chat_template, or a style; auto = as the base's YAML says

@@ -76,7 +76,7 @@ def our_step(base: Any, batch: dict):
     labels, inputs = batch["labels"], {key: value for key, value in batch.items() if key != "labels"}
 
     def step() -> None:
-        with supervised_logits(adapters.base, labels):
+        with supervised_logits(adapters.base, batch):
             outputs = adapters.model(**inputs)
         answer_loss(base.family, outputs, labels).backward()
         optimizer.step()

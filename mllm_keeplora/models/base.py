@@ -10,17 +10,19 @@ from typing import Any
 from mllm_keeplora.config import BaseConfig
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.models.causal import CausalFamily
-from mllm_keeplora.models.causal.parts import ALL_LINEARS, Parts, expert_weights
-from mllm_keeplora.models.causal.prompt import ChatPrompt, PrefixPrompt
-from mllm_keeplora.models.family import Family
+from mllm_keeplora.models.causal.parts import ALL_LINEARS, expert_weights
+from mllm_keeplora.models.causal.prompt import ChatPrompt
+from mllm_keeplora.models.dual import DualFamily
+from mllm_keeplora.models.family import Family, Parts
 from mllm_keeplora.models.fingerprint import identity_of
-from mllm_keeplora.models.reading import read_model, read_processor, skeleton
+from mllm_keeplora.models.reading import read_config, read_model, read_processor, skeleton
 from mllm_keeplora.models.shipped import prompt_style, resolve, settings_of
 from mllm_keeplora.models.weights import refuse_not_finite, refuse_small_vocabulary, refuse_unfilled, refuse_unfit
 from mllm_keeplora.system import distributed
 from mllm_keeplora.system.log import log
 
-FAMILIES = {"causal": CausalFamily}  # by the name that a base's YAML gives; made of the base's prompt
+FAMILIES: dict[str, type[Family]] = {"causal": CausalFamily, "dual": DualFamily}  # by the name in a base's YAML
+TASKS = {"generate": "causal", "classify": "dual"}
 
 
 @dataclass
@@ -40,16 +42,6 @@ class Base:
         return self.family.prompt
 
 
-def prompt_of(processor: Any, style: str, generation: Any = None) -> ChatPrompt:
-    """Make the prompt of a base from its processor and the style that `prompt_style` gives.
-
-    Its generation config, if it has one, names the tokens that end an answer.
-    """
-    ends = getattr(generation, "eos_token_id", None)
-    kind = PrefixPrompt if style == "paligemma" else ChatPrompt
-    return kind(processor, style, ends if isinstance(ends, list) else [] if ends is None else [ends])
-
-
 def load_base(
     config: BaseConfig, projector: str, target: str | Sequence[str] = ALL_LINEARS, known_as: str | None = None
 ) -> Base:
@@ -67,16 +59,16 @@ def load_base(
     import torch
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    location, dtype, kind = resolve(config), compute_dtype(config.dtype), _family_of(config)
+    location, dtype = resolve(config), compute_dtype(config.dtype)
     refuse_original_llava(config.model, location)
     identity, pinned = identity_of(config.model, location, known_as)
-    trusted = config.trust_remote_code
+    trusted, kind = config.trust_remote_code, family_of(config, location, **pinned)
     if Path(location).is_dir() and not is_deepspeed_zero3_enabled():  # which divides a model that is not there, too
-        refuse_unfit(Path(location), trusted, identity)
+        refuse_unfit(Path(location), trusted, identity, kind.auto)
 
     def load(attention: str) -> tuple[Any, dict[str, Any]]:
         settings = {"dtype": dtype, "attn_implementation": attention, **pinned, **_quantisation(config, location)}
-        return read_model(location, trusted, **settings)
+        return read_model(location, trusted, kind.auto, **settings)
 
     processor = read_processor(location, trusted, **pinned)
     try:
@@ -103,16 +95,35 @@ def load_base(
         if config.quantization is None:
             model.to(distributed.device())
     refuse_not_finite(config.model, location, model)
-    refuse_small_vocabulary(config.model, processor, getattr(model.get_input_embeddings(), "num_embeddings", None))
-    family = kind(prompt_of(processor, prompt_style(config), model.generation_config))
+    refuse_small_vocabulary(config.model, processor, kind.vocabulary(model))
+    family = kind.of(processor, model.config, prompt_style(config), getattr(model, "generation_config", None))
     return Base(config.model, model, processor, family, family.name_parts(model, projector, target), identity)
 
 
-def _family_of(config: BaseConfig) -> type[Family]:
-    name = settings_of(config.model).get("family", "causal")
-    if name not in FAMILIES:
+def family_of(config: BaseConfig, location: str, **hub: Any) -> type[Family]:
+    """Tell the family of a base: as `base.task` says, else its YAML, else the class that its config belongs to.
+
+    Args:
+        config, location: the `base` section of a run, and the folder or hub id of its base.
+        hub: arguments of a hub's base, such as its revision.
+
+    Raises:
+        UserError: the config cannot be read, is of no family, or its YAML names an unknown one.
+    """
+    if config.task != "auto":
+        return FAMILIES[TASKS[config.task]]
+    name = settings_of(config.model).get("family")
+    if name is not None and name not in FAMILIES:
         raise UserError(f"family {name!r} is not known; known: {known(FAMILIES)} (YAML of base.model {config.model!r})")
-    return FAMILIES[name]
+    if name is None and settings_of(config.model):
+        return CausalFamily
+    if name is not None:
+        return FAMILIES[name]
+    from transformers.models.auto import modeling_auto
+
+    kind = type(read_config(location, config.trust_remote_code, **hub))
+    mappings = {name: vars(modeling_auto)[family.auto]._model_mapping for name, family in FAMILIES.items()}
+    return next((FAMILIES[name] for name, mapping in mappings.items() if kind in mapping), CausalFamily)
 
 
 def _quantisation(config: BaseConfig, location: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ TRUST = "base.trust_remote_code"
 COUNTS = re.compile(r"(layers?|depths?|blocks|experts)$")  # keys of a config that say how many modules are built
 DEPTHS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth"}
 MOST = 4096  # of any of them
+GENERATIVE = "AutoModelForImageTextToText"
 
 
 def read_config(location: str, trusted: bool = False, **hub: Any) -> Any:
@@ -77,9 +78,14 @@ def read_generation(location: str, **hub: Any) -> Any | None:
             return None
 
 
-def read_model(location: str, trusted: bool = False, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """Read a base's model; also give which of its weights were missing, of another shape, or not expected."""
-    from transformers import AutoModelForImageTextToText
+def read_model(
+    location: str, trusted: bool = False, auto: str = GENERATIVE, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Read a base's model by the class of transformers that is named by `auto`.
+
+    Also give which of its weights were missing, of another shape, or not expected.
+    """
+    import transformers
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -87,7 +93,7 @@ def read_model(location: str, trusted: bool = False, **settings: Any) -> tuple[A
     transformers_logging.set_verbosity_error()  # what it would tell in a table, callers tell in a sentence
     try:
         with reading(f"base {location}", trusted):
-            return AutoModelForImageTextToText.from_pretrained(
+            return getattr(transformers, auto).from_pretrained(
                 location,
                 trust_remote_code=trusted,
                 use_safetensors=True,
@@ -97,36 +103,37 @@ def read_model(location: str, trusted: bool = False, **settings: Any) -> tuple[A
             )
     except UserError as error:
         if "use_safetensors=True" in str(error):
-            raise UserError(f"base {location} has no safetensors; {converter(location)}") from error
+            raise UserError(f"base {location} has no safetensors; {converter(location, auto)}") from error
         raise
     finally:
         transformers_logging.set_verbosity(told)
 
 
-def skeleton(location: str, dtype: Any = None, trusted: bool = False) -> Any:
+def skeleton(location: str, dtype: Any = None, trusted: bool = False, auto: str = GENERATIVE) -> Any:
     """Build the model without its weights: every module in place, on the meta device. Needs the config alone.
 
     Args:
         location, dtype: folder or hub id; torch dtype of its parameters, None for the checkpoint's.
         trusted: whether code that the base brings is run.
+        auto: as in `read_model`.
 
     Raises:
         UserError: the config is not on this machine, is broken, or needs code that is not trusted.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
     config = read_config(location, trusted, local_files_only=not Path(location).is_dir())
     with reading(f"base {location}: the model that its config describes", trusted), torch.device("meta"):
         kind = dtype or config.dtype
-        return AutoModelForImageTextToText.from_config(config, dtype=kind, trust_remote_code=trusted)
+        return getattr(transformers, auto).from_config(config, dtype=kind, trust_remote_code=trusted)
 
 
-def converter(location: str) -> str:
+def converter(location: str, auto: str = GENERATIVE) -> str:
     """Tell how weights become safetensors."""
     return (
         "pickles are not read; write them as safetensors into a new folder beside copies of the other files: "
-        f"AutoModelForImageTextToText.from_pretrained({location!r}, use_safetensors=False).save_pretrained(NEW)"
+        f"{auto}.from_pretrained({location!r}, use_safetensors=False).save_pretrained(NEW)"
     )
 
 

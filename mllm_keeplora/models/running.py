@@ -18,6 +18,19 @@ def removed_afterwards(handles: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
+def frozen_for_a_while(model: Any) -> Iterator[None]:
+    """Let no parameter require a gradient for the time of a pass."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def evaluating(model: Any, checkpointing: bool = False) -> Iterator[None]:
     """Evaluation mode for the time of a pass; every module gets its own mode back.
 

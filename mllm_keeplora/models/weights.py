@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.models.reading import converter, read_generation, read_model, skeleton, warn_once
+from mllm_keeplora.models.reading import GENERATIVE, converter, read_generation, read_model, skeleton, warn_once
 from mllm_keeplora.system import files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -19,20 +19,21 @@ HARMLESS = ("position_ids", "inv_freq")  # of older checkpoints: they follow fro
 
 
 @lru_cache(8)
-def refuse_unfit(folder: Path, trusted: bool, known_as: str | None) -> None:
+def refuse_unfit(folder: Path, trusted: bool, known_as: str | None, auto: str = GENERATIVE) -> None:
     """Refuse a base whose weights do not fill the model that its config describes, before a weight is read.
 
     Args:
         folder: of the base.
         trusted: whether code that the base brings is run.
         known_as: its fingerprint: one that was found to fit is not tried again.
+        auto: name of the class of transformers that loads it.
 
     Raises:
         UserError: weights are pickled, damaged, missing or of other shapes, or the config describes a larger model.
     """
-    stored = stored_numbers(folder)
+    stored = stored_numbers(folder, auto)
     read_generation(str(folder))  # a broken one would be passed over, and with it the tokens that end an answer
-    model = skeleton(str(folder), trusted=trusted)
+    model = skeleton(str(folder), trusted=trusted, auto=auto)
     packed = getattr(model.config, "quantization_config", None) is not None
     wanted, found = sum(each.numel() for each in model.parameters()), sum(count for _, count in stored.values())
     if wanted > found * (PACKED if packed else 2):  # a few are told by name; so many would not fit into memory
@@ -41,11 +42,11 @@ def refuse_unfit(folder: Path, trusted: bool, known_as: str | None) -> None:
             "they do not belong together"
         )
     if not packed:  # what is stored quantised is loaded only where it can run
-        model, told = read_model(str(folder), trusted, device_map="meta", attn_implementation="eager")
+        model, told = read_model(str(folder), trusted, auto, device_map="meta", attn_implementation="eager")
         refuse_unfilled(str(folder), told)
 
 
-def stored_numbers(folder: Path) -> dict[str, tuple[Path, int]]:
+def stored_numbers(folder: Path, auto: str = GENERATIVE) -> dict[str, tuple[Path, int]]:
     """Tell of every tensor of a base's folder in which file it is, and how many numbers it has.
 
     Raises:
@@ -57,7 +58,7 @@ def stored_numbers(folder: Path) -> dict[str, tuple[Path, int]]:
             "it in a folder of its own"
         )
     found: dict[str, tuple[Path, int]] = {}
-    names, index = _weight_files(folder)
+    names, index = _weight_files(folder, auto)
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder / INDEX} names {name}, which is not in its folder")
@@ -71,7 +72,7 @@ def stored_numbers(folder: Path) -> dict[str, tuple[Path, int]]:
     return found
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
+def _weight_files(folder: Path, auto: str) -> tuple[list[str], dict[str, str]]:
     """Name the weight files of a folder, and give what its index says of each tensor, if it has one."""
     named = files.read_json(folder / "config.json")
     if isinstance(named, dict) and named.get("transformers_weights") not in (None, WEIGHTS, INDEX):
@@ -91,7 +92,7 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
         return sorted(set(index.values())), index
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
-        raise UserError(f"base folder {folder} has its weights in {pickles[0]} alone; {converter(str(folder))}")
+        raise UserError(f"base folder {folder} has its weights in {pickles[0]} alone; {converter(str(folder), auto)}")
     raise UserError(f"base folder {folder} has no weights: neither {WEIGHTS} nor {INDEX}")
 
 

@@ -70,9 +70,10 @@ def collect_moments(
         latest[:] = [*latest[-1:], (args[0], moments[name])]
 
     for batch in chain(() if first is None else (first,), batches):
-        rows = ChosenRows(family.token_kinds(model, batch), plan)
-        modules = counted(layers, batch).items()
-        hooks = [module.register_forward_pre_hook(partial(add, name, rows)) for name, module in modules]
+        if plan.padding:
+            batch = type(batch)(family.padded(batch))
+        rows, modules = ChosenRows.by_layer(family, model, batch, plan), counted(layers, batch).items()
+        hooks = [module.register_forward_pre_hook(partial(add, name, rows(name))) for name, module in modules]
         with removed_afterwards(hooks), looking(family, model):
             model(**inputs_of(batch))
         latest.clear()
@@ -128,9 +129,8 @@ def measure_inputs(
         sums[name] += functions[name](rows.of(args[0].detach()), rows.of(output.detach())).cpu()
 
     for batch in batches:
-        rows = ChosenRows(family.token_kinds(model, batch), EXACT_FEATURES)
-        modules = counted(layers, batch).items()
-        hooks = [module.register_forward_hook(partial(add, name, rows)) for name, module in modules]
+        rows, modules = ChosenRows.by_layer(family, model, batch, EXACT_FEATURES), counted(layers, batch).items()
+        hooks = [module.register_forward_hook(partial(add, name, rows(name))) for name, module in modules]
         with removed_afterwards(hooks), looking(family, model):
             model(**inputs_of(batch))
     distributed.all_reduce(sums.values())

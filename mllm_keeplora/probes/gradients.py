@@ -93,6 +93,6 @@ def _backward(
     handles = [module.register_forward_hook(partial(keep, name)) for name, module in layers.items()]
     labels, prepared = batch["labels"], family.passing(model, gradients=True)
     with removed_afterwards(handles), prepared, evaluating(model), streamed(model):
-        with family.supervised(model, labels):  # no name keeps the logits alive
+        with family.supervised(model, batch):  # no name keeps the logits alive
             losses, rows = family.losses(model(**inputs_of(batch)).logits, labels)
         mean_by_row(losses, rows, len(labels)).sum().backward()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import reduce
+from collections.abc import Callable, Mapping
+from functools import cache, reduce
 from operator import or_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.probes.plans import FeaturePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mllm_keeplora.models.family import Family
 
 
 class ChosenRows:
@@ -25,6 +27,14 @@ class ChosenRows:
         self.plan = plan
         self.budgets = plan.tokens or {}
         self.chosen = reduce(or_, (_evenly(mask, self.budgets.get(kind)) for kind, mask in kinds.items()))
+
+    @classmethod
+    def by_layer(
+        cls, family: Family, model: Any, batch: Mapping[str, Tensor], plan: FeaturePlan
+    ) -> Callable[[str], ChosenRows]:
+        """Choose the rows of each target layer by what its tower sees in a batch."""
+        of_tower = cache(lambda pictures: cls(family.token_kinds(model, batch, pictures), plan))
+        return lambda layer: of_tower(family.sees_pictures(layer))
 
     def of(self, features: Tensor) -> Tensor:
         """Give the rows (n, d_in); a tensor not laid out as (b, t, d_in) carries picture tokens and no padding."""

@@ -6,6 +6,7 @@ Changes nothing. `report` turns the unit's `diagnostics.json` into tables and pi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters import Factors
@@ -145,7 +146,7 @@ def _sets(learner: Learner, unit: Unit) -> Iterator[tuple[str, Sequence[Record]]
         yield (
             name,
             [
-                Record(each.id, each.media, (*each.turns, Turn("assistant", each.answer or "")), origin=each.origin)
+                replace(each, turns=(*each.turns, Turn("assistant", each.answer or "")))
                 for each in evenly_spaced(benchmark.test_records(name), samples)
             ],
         )

@@ -32,11 +32,12 @@ class PassSizes:
     question: tuple[int, int]  # width of a question's features, with pictures and without
     checkpointing: bool = False  # whether a training keeps what goes into blocks alone
     trains_a: bool = True  # whether A trains beside B
+    classes: int = 0  # whose texts are read in every batch
 
     def graph(self, batch: int, rank: int = 0) -> float:
         """Give the bytes that the graph of a forward saves; `rank` is of the branch that trains, 0 for none."""
         inputs = self.item * sum(self.base.input_widths) if rank and self.trains_a else 0  # kept for A's gradient
-        saved = (self.base.saved + inputs) * self.tokens * batch
+        saved = (self.base.saved + inputs) * self.tokens * batch + self.base.text * self.classes
         if self.checkpointing and rank:
             saved = saved / self.base.blocks + self.base.blocks * self.base.width * self.item * self.tokens * batch
         return saved + 4 * rank * len(self.layers) * self.tokens * batch + self.answer_tokens * batch * self.base.loss

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.data.collate import batches, evenly_spaced, spaced_between_ends
-from mllm_keeplora.data.schema import Record, Turn
+from mllm_keeplora.data.schema import Record
 from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.models.partition import IdleBatch, is_partitioned, streamed
 from mllm_keeplora.models.running import as_in_training, evaluating
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters import Adapters
+    from mllm_keeplora.adapters.prototypes import ClassMeans
     from mllm_keeplora.models import Base
     from mllm_keeplora.probes.plans import Features, Gradients, Spacing
 
@@ -79,8 +80,12 @@ class Data:
 
     def inputs(self, records: Sequence[Record]) -> dict[str, Tensor]:
         """Make a training batch of records, on the model's device."""
+        return self.placed(self.collate(records))
+
+    def placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put a batch on the model's device."""
         device = next(self.base.model.parameters()).device
-        return {key: value.to(device) for key, value in self.collate(records).items()}
+        return {key: value.to(device) for key, value in batch.items()}
 
     def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put two batches together as one."""
@@ -198,9 +203,27 @@ class Passes:
         """Give logits (n, classes) of the model as it was before this domain, without gradient."""
         import torch
 
-        supervised = self.base.family.supervised(self.branches.base, batch["labels"])
+        supervised = self.base.family.supervised(self.branches.base, batch)
         with torch.no_grad(), self.branches.closed(), supervised:
             return self.branches.model(**inputs_of(batch)).logits[0]
+
+    def class_means(self) -> ClassMeans:
+        """Average what a dual encoder sees in the domain's pictures by their class, over all processes."""
+        import torch
+
+        from mllm_keeplora.adapters.prototypes import ClassMeans
+
+        means, classes = None, len(self.data.records[0].classes.names)
+        with torch.no_grad(), evaluating(self.branches.model), streamed(self.branches.base):
+            for batch in self._pass(self.data.records, "pictures"):
+                features = self.base.family.picture_features(self.branches.model, batch)
+                means = means or ClassMeans(classes, features.shape[1], features.device)
+                if not isinstance(batch, IdleBatch):
+                    means.update(features, batch["labels"])
+        width = max(distributed.gather(0 if means is None else means.sums.shape[1]))
+        means = means or ClassMeans(classes, width, next(self.base.model.parameters()).device)
+        distributed.all_reduce([means.sums, means.counts])
+        return means
 
     def question_features(self, samples: int | float, pictures: bool = True) -> Tensor:
         """Give what frozen parts see in questions, (n, d): this process's share; see `Family.question_features`."""
@@ -230,8 +253,8 @@ class Passes:
         return {layer: self.branches.base.get_submodule(layer) for layer in chosen}
 
     def _reached_by_text(self) -> list[list[str]]:
-        """Target layers that a conversation without pictures reaches, grouped by their input."""
-        batch = self.data.inputs([Record("a text", (), (Turn("user", "?"), Turn("assistant", "!")))])
+        """Target layers that are reached where no record has a picture, grouped by their input."""
+        batch = self.data.placed(self.base.family.example())
         self.branches.look_at(batch)
         return shared_inputs(self.base.family, self.branches.model, self._modules(), batch)
 
@@ -263,7 +286,7 @@ class Passes:
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         self.branches.look_at(batch)
-        with self.base.family.supervised(self.branches.base, batch["labels"]):
+        with self.base.family.supervised(self.branches.base, batch):
             return self.branches.model(**inputs_of(batch)).logits[0]
 
 

@@ -81,6 +81,19 @@ def divided_loading(name: str | None, bf16: bool) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
+@contextmanager
+def scalars_as_vectors(model: Any) -> Iterator[None]:
+    """Give scalar parameters (a CLIP's temperature) a dimension: DeepSpeed sends all of them as rows of bytes."""
+    scalars = [each for each in model.parameters() if each.ndim == 0]
+    for each in scalars:
+        each.data = each.data.reshape(1)
+    try:
+        yield
+    finally:
+        for each in scalars:
+            each.data = each.data.reshape(())
+
+
 def release_from_engine(model: Any) -> None:
     """Take off a model what a destroyed engine leaves there, which later engines and passes would meet.
 

@@ -20,7 +20,7 @@ from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.strategies.context import Context
 from mllm_keeplora.system import distributed, files, watch
 from mllm_keeplora.system.progress import progress_bar
-from mllm_keeplora.training.deepspeed import exact_afterwards, release_from_engine
+from mllm_keeplora.training.deepspeed import exact_afterwards, release_from_engine, scalars_as_vectors
 from mllm_keeplora.training.nonfinite import Guard, RolledBack
 from mllm_keeplora.training.order import TrainingRecords
 from mllm_keeplora.training.state import STATE, last_checkpoint, read_training_state
@@ -75,7 +75,8 @@ def fit_domain(
     read_training_state(strategy, Path(checkpoint) / STATE if checkpoint else None)
     steps = math.ceil(len(context.data.records) / settings.batch_size * epochs)
     steps = arguments.max_steps if arguments.max_steps > 0 else steps
-    with progress_bar(f"{context.domain.name}: train", steps) as advance, branches.plan_kept():
+    scalars = scalars_as_vectors(branches.model)
+    with progress_bar(f"{context.domain.name}: train", steps) as advance, branches.plan_kept(), scalars:
         reporter = Reporter(context, strategy, trainer, metrics_file, advance)
         trainer.add_callback(reporter)
         try:

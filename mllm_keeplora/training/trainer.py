@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models import IGNORED
-from mllm_keeplora.models.family import Family
+from mllm_keeplora.models.family import Family, inputs_of
 from mllm_keeplora.models.partition import assign, copy_of, is_partitioned
 from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.strategies.context import Context, Step
@@ -81,9 +81,10 @@ class DomainTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.context.branches.look_at(inputs)
-        with self.context.base.family.supervised(self.context.branches.base, inputs["labels"]):
+        with self.context.base.family.supervised(self.context.branches.base, inputs):
             counted = num_items_in_batch if self.loss_mean == "tokens" else None
-            loss, outputs = super().compute_loss(model, {**inputs}, True, counted)
+            given = {**inputs_of(inputs), "labels": inputs["labels"]}  # which the Trainer keeps for `answer_loss`
+            loss, outputs = super().compute_loss(model, given, True, counted)
         if counted is None:  # a mean of its own, which the Trainer takes for scaled already and averages over processes
             loss = loss * distributed.world_size() / self.supervised
         step = self.step(self.looked_at, self.current_gradient_accumulation_steps)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from mllm_keeplora.data.media.images import images_of
+from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.family import Answer
 from mllm_keeplora.models.running import removed_afterwards
@@ -56,6 +57,9 @@ class ToyFamily:
         places = [self.names.index(answer) if answer in self.names else 0 for _, answer in asked]
         return {**batch, "labels": torch.tensor(places)}
 
+    def example(self):
+        return self.training_batch([Record("a text", (), (Turn("user", "?"), Turn("assistant", "!")))])
+
     def question_batch(self, records, suffixes=None):
         return self._batch(records, [record.question for record in records])
 
@@ -65,7 +69,7 @@ class ToyFamily:
     def length(self, record):
         return 0
 
-    def token_kinds(self, model, batch):
+    def token_kinds(self, model, batch, pictures=False):
         return {"record": torch.ones(len(batch["pixel_values"]), dtype=torch.bool)}
 
     @contextmanager
@@ -77,8 +81,14 @@ class ToyFamily:
         with removed_afterwards([each.register_forward_pre_hook(start) for each in towers] if gradients else []):
             yield
 
-    def supervised(self, model, labels):
+    def supervised(self, model, batch):
         return nullcontext()
+
+    def asking(self, ensemble):
+        return nullcontext()
+
+    def sees_pictures(self, layer):
+        return False
 
     def losses(self, logits, labels):
         return cross_entropy(logits[0], labels, reduction="none"), torch.arange(len(labels))

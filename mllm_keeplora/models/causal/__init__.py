@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora.data.collate import joined
-from mllm_keeplora.data.media.images import images_of
-from mllm_keeplora.data.schema import Record
+from mllm_keeplora.data.media.images import image_size, images_of
+from mllm_keeplora.data.schema import Record, Turn
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.models.causal.decoding import greedy
 from mllm_keeplora.models.causal.features import feature_sizes, prompt_features, rows_by_question
 from mllm_keeplora.models.causal.losses import passing, supervised_logits, token_kinds, token_losses
-from mllm_keeplora.models.causal.parts import name_parts
-from mllm_keeplora.models.causal.prompt import ChatPrompt
+from mllm_keeplora.models.causal.parts import name_parts, projector_names, summary_of
+from mllm_keeplora.models.causal.prompt import ChatPrompt, prompt_of
 from mllm_keeplora.models.causal.sizes import sizes_of
 from mllm_keeplora.models.family import Answer, Batch
 
@@ -27,7 +29,10 @@ class CausalFamily:
 
     prompt: ChatPrompt
 
+    auto: ClassVar[str] = "AutoModelForImageTextToText"
     name_parts = staticmethod(name_parts)
+    summary = staticmethod(summary_of)
+    projector_names = staticmethod(projector_names)
     passing = staticmethod(passing)
     supervised = staticmethod(supervised_logits)
     losses = staticmethod(token_losses)
@@ -35,6 +40,22 @@ class CausalFamily:
     feature_sizes = staticmethod(feature_sizes)
     rows_by_question = staticmethod(rows_by_question)
     sizes = staticmethod(sizes_of)
+
+    @property
+    def processor(self) -> Any:
+        return self.prompt.processor
+
+    @classmethod
+    def of(cls, processor: Any, config: Any, style: str, generation: Any) -> CausalFamily:
+        return cls(prompt_of(processor, style, generation))
+
+    @staticmethod
+    def vocabulary(model: Any) -> int | None:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+
+    @staticmethod
+    def sees_pictures(layer: str) -> bool:
+        return False  # of the tower no layer learns, and a projector's rows are told apart by their shape
 
     def training_batch(self, records: Sequence[Record], max_length: int | None = None) -> Batch:
         return self.prompt.training_batch(records, self._images(records), max_length)
@@ -45,10 +66,23 @@ class CausalFamily:
     def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Batch:
         return joined(first, second, self.prompt.tokenizer.pad_token_id)
 
+    def padded(self, batch: Mapping[str, Tensor]) -> Batch:
+        raise UserError("strategy.feature_padding is for dual encoders: no text of this base has places to fill up to")
+
+    def example(self) -> Batch:
+        return self.training_batch([Record("a text", (), (Turn("user", "?"), Turn("assistant", "!")))])
+
     def length(self, record: Record) -> int:
         return self.prompt.length(record)
 
-    def token_kinds(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def extent(self, record: Record) -> tuple[int, int]:
+        sizes = list(map(image_size, record.media))
+        return self.prompt.total_tokens(record, sizes), self.prompt.trained_tokens(record)
+
+    def asking(self, ensemble: bool) -> AbstractContextManager:
+        return nullcontext()
+
+    def token_kinds(self, model: Any, batch: Mapping[str, Tensor], pictures: bool = False) -> dict[str, Tensor]:
         return token_kinds(batch, getattr(model.config, "image_token_id", None))
 
     def answers(

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.models.causal.parts import projectors_of
-from mllm_keeplora.models.running import removed_afterwards
+from mllm_keeplora.models.running import frozen_for_a_while, removed_afterwards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,15 +55,16 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def supervised_logits(model: Any, labels: Tensor) -> Iterator[None]:
+def supervised_logits(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
     """Let a model compute the logits of supervised positions only: (1, n, vocabulary), in the order of the labels.
 
     The product with the vocabulary is a fifth of a small model's time, and answers are a few of many tokens.
 
     Args:
         model: transformers model; what it gives is not shifted.
-        labels: (b, t) token ids, -100 where there is no loss; position i is predicted at i - 1.
+        batch: `labels` (b, t) are token ids, -100 where there is no loss; position i is predicted at i - 1.
     """
+    labels = batch["labels"]
     rows, positions = supervised_positions(labels)
 
     def select(module: Any, args: tuple) -> tuple:
@@ -93,9 +94,6 @@ def without_logits(model: Any) -> Iterator[None]:
 @contextmanager
 def graph_from_inputs(model: Any) -> Iterator[None]:
     """Make the graph start at the embeddings and at the images, since no parameter requires a gradient."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
 
     def start_graph(module: Any, args: tuple, output: Tensor) -> Tensor:
         return output.detach().requires_grad_(True)
@@ -106,9 +104,5 @@ def graph_from_inputs(model: Any) -> Iterator[None]:
 
     handles = [model.get_input_embeddings().register_forward_hook(start_graph)]
     handles += [module.register_forward_pre_hook(start_at_input) for module in projectors_of(model)]
-    try:
-        with removed_afterwards(handles):
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    with frozen_for_a_while(model), removed_afterwards(handles):
+        yield

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.models.layers import block_of, chosen, linears
 
 ALL_LINEARS = "language_linears"
 PROJECTORS = ("multi_modal_projector", "connector", "visual.merger", "vision_projection", "mm_projector")
@@ -42,7 +41,7 @@ class Parts:
 
     def depth(self, layer: str) -> int | None:
         """Give the index of the transformer layer that a target layer belongs to; None for the projector's."""
-        return _block(layer, self.language_model) if layer in self.language_layers else None
+        return block_of(layer, self.language_model) if layer in self.language_layers else None
 
 
 def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LINEARS) -> Parts:
@@ -66,11 +65,11 @@ def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LIN
         if not name:
             raise UserError(f"{type(model).__name__} has no {part} that can be named; it is not a LLaVA-style MLLM")
     head = names.get(id(model.get_output_embeddings()))
-    layers = tuple(name for name in _linears(model, language) if name != head)
+    layers = tuple(name for name in linears(model, language) if name != head)
     if not layers:
         raise UserError(f"the language model {language} of {type(model).__name__} has no linear layer to adapt")
     if target != ALL_LINEARS:
-        layers = _chosen(layers, language, target)
+        layers = chosen(layers, language, target)
     elif experts := expert_weights(model, language):
         raise UserError(
             f"{experts[0]} and {len(experts) - 1} more hold a mixture's experts in one tensor, which gets no adapters; "
@@ -78,7 +77,7 @@ def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LIN
         )
     projectors = (mm_projector, *_named(names.values(), MORE_PROJECTORS))
     adapted = projectors if projector == "keeplora" else ()
-    projector_layers = tuple(layer for each in adapted for layer in _linears(model, each))
+    projector_layers = tuple(layer for each in adapted for layer in linears(model, each))
     return Parts(language, tower, projectors, layers, projector_layers)
 
 
@@ -115,42 +114,6 @@ def summary_of(model: Any, parts: Parts) -> list[str]:
 
 def _named(names: Iterable[str], ends: tuple[str, ...]) -> Iterator[str]:
     return (name for name in names if any(f".{name}".endswith(f".{end}") for end in ends))
-
-
-def _linears(model: Any, parent: str) -> tuple[str, ...]:
-    import torch
-
-    return tuple(
-        f"{parent}.{name}" if name else parent
-        for name, module in model.get_submodule(parent).named_modules()
-        if isinstance(module, torch.nn.Linear)
-    )
-
-
-def _chosen(layers: tuple[str, ...], language: str, target: Sequence[str]) -> tuple[str, ...]:
-    """Layers that any of the names or patterns finds, in the model's order."""
-    found: set[str] = set()
-    for wanted in target:
-        is_pattern = any(mark in wanted for mark in "*?[")
-        own = [n for n in layers if (fnmatchcase(n, wanted) if is_pattern else n == wanted or n.endswith(f".{wanted}"))]
-        if not own:
-            ends = {part for name in layers for part in (name, name.rsplit(".", 1)[-1], ".".join(name.split(".")[-2:]))}
-            near = get_close_matches(wanted, sorted(ends), 3, 0.4) or sorted(n for n in ends if "." not in n)
-            raise UserError(f"adapters.target {wanted!r} is no linear layer of {language}; near: {', '.join(near)}")
-        blocks, holding = ({_block(name, language) for name in each} for each in (layers, own))
-        if not is_pattern and wanted not in layers and holding != blocks:
-            missing = sorted(blocks - holding, key=str)
-            raise UserError(
-                f"adapters.target {wanted!r} is in {len(holding)} of {len(blocks)} blocks of {language} (not in "
-                f"{', '.join(map(str, missing[:5]))}); say so by a pattern, e.g. '*.{wanted}'"
-            )
-        found.update(own)
-    return tuple(name for name in layers if name in found)
-
-
-def _block(layer: str, language: str) -> int | None:
-    numbers = [part for part in layer.removeprefix(language).split(".") if part.isdigit()]
-    return int(numbers[0]) if numbers else None
 
 
 def expert_weights(model: Any, language: str) -> list[str]:

@@ -250,6 +250,16 @@ class PrefixPrompt(ChatPrompt):
         return batch
 
 
+def prompt_of(processor: Any, style: str, generation: Any = None) -> ChatPrompt:
+    """Make the prompt of a base from its processor and the style that `prompt_style` gives.
+
+    Its generation config, if it has one, names the tokens that end an answer.
+    """
+    ends = getattr(generation, "eos_token_id", None)
+    kind = PrefixPrompt if style == "paligemma" else ChatPrompt
+    return kind(processor, style, ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
 @contextmanager
 def _refused(record: Record, sizes: Sequence[tuple[int, int]]) -> Iterator[None]:
     """Tell what a processor refuses, in whatever way, with the record and its pictures."""

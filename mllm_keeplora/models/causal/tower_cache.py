@@ -9,6 +9,8 @@ import hashlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from mllm_keeplora.models.causal.parts import Parts
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -99,9 +101,11 @@ class TowerCache:
 def cache_tower(base: Any, mebibytes: int | None) -> TowerCache | None:
     """Keep the outputs of a loaded `Base`'s vision tower, of at most so many mebibytes.
 
-    None for these means 512 on a CPU and nothing on a GPU. No cache is made where nothing is to be kept, or where the
-    tower draws random numbers (dropout).
+    None for these means 512 on a CPU and nothing on a GPU. No cache is made where nothing is to be kept, where the
+    tower learns, or where it draws random numbers (dropout).
     """
+    if not isinstance(base.parts, Parts):
+        return None
     tower = base.model.get_submodule(base.parts.vision_tower)
     if mebibytes is None:
         mebibytes = DEFAULT_MEBIBYTES if next(tower.parameters()).device.type == "cpu" else 0

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mllm_keeplora
-from mllm_keeplora.checks.records import load_prompt
+from mllm_keeplora.checks.records import load_family
 from mllm_keeplora.config import BaseConfig, parse_config
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models import load_base
@@ -76,7 +76,7 @@ def test_code_of_a_bases_own_is_not_run(kind, tiny_folder, tmp_path):
     folder = write_hostile(tiny_folder, tmp_path / "base", kind)
     with pytest.raises(UserError, match=r"needs code that comes with it, which is not run.*base.trust_remote_code"):
         load(folder)
-    for look in (lambda: load_prompt(str(folder), "chat_template"), lambda: skeleton(str(folder))):
+    for look in (lambda: load_family(BaseConfig(model=str(folder)), str(folder)), lambda: skeleton(str(folder))):
         try:
             look()
         except UserError as error:
@@ -347,9 +347,9 @@ def test_a_template_that_reaches_out_never_ends_or_is_broken_is_refused(name, co
     monkeypatch.setattr(prompt_module, "PATIENCE_S", 1)
     (copied / "chat_template.jinja").write_text(text)
     with pytest.raises(UserError, match=rf"chat template cannot be used: .*{part}"):
-        load_prompt(str(copied), "chat_template")
+        load_family(BaseConfig(model=str(copied)), str(copied))
 
 
 def test_a_template_that_refuses_a_lone_question_is_taken(copied):
     (copied / "chat_template.jinja").write_text("{{ raise_exception('a picture is wanted') }}")
-    assert load_prompt(str(copied), "chat_template") is not None
+    assert load_family(BaseConfig(model=str(copied)), str(copied)) is not None

@@ -175,7 +175,7 @@ def test_logits_of_supervised_positions_alone_give_the_models_own_loss_and_gradi
     weight = base.model.get_submodule(base.parts.target_layers[0]).weight.requires_grad_(True)
     whole = base.model(**batch)
     [expected] = torch.autograd.grad(whole.loss, [weight])
-    with supervised_logits(base.model, batch["labels"]):
+    with supervised_logits(base.model, batch):
         outputs = base.model(**inputs)
     tokens = int((batch["labels"] != -100).sum())
     assert outputs.logits.shape[:2] == (1, tokens) and whole.logits.shape[:2] == batch["labels"].shape

@@ -137,11 +137,13 @@ def test_an_unknown_base_is_refused_by_its_name(model):
         load_base(BaseConfig(model=model), "keeplora")
 
 
-@pytest.mark.parametrize("told", [{"family": "causal"}, {}, {"family": "dual"}])
+@pytest.mark.parametrize("told", [{"family": "causal"}, {}, {"family": "video"}])
 def test_the_yaml_of_a_base_may_name_its_family(told, tiny_folder, monkeypatch):
     monkeypatch.setattr(shipped, "_shipped", lambda: {"mine": {"path": str(tiny_folder), **told}})
-    if told.get("family") != "dual":
+    if told.get("family") != "video":
         assert type(load_base(BaseConfig(model="mine"), "frozen").family).__name__ == "CausalFamily"
         return
-    with pytest.raises(UserError, match=r"^family 'dual' is not known; known: causal \(YAML of base.model 'mine'\)$"):
+    with pytest.raises(
+        UserError, match=r"^family 'video' is not known; known: causal, dual \(YAML of base.model 'mine'\)$"
+    ):
         load_base(BaseConfig(model="mine"), "frozen")

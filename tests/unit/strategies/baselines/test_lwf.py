@@ -45,7 +45,7 @@ def moved(adapters, seed=0) -> None:
 def extra_of(strategy, context, batch) -> torch.Tensor:
     """The extra loss of a batch as a training asks for it."""
     model = context.branches.model
-    with supervised_logits(context.branches.base, batch["labels"]):
+    with supervised_logits(context.branches.base, batch):
         outputs = model(**{key: value for key, value in batch.items() if key != "labels"})
     return strategy.extra_loss(context, batch, outputs, Step(0, 4))
 
@@ -143,7 +143,7 @@ def test_the_teacher_is_the_model_before_the_domain_and_never_changes(new_base, 
     strategy = strategy_of()
     context = taught(strategy, base, few, tmp_path, full=full)
     batch = encode(base, few["Beta"][:4])
-    with supervised_logits(context.branches.base, batch["labels"]):
+    with supervised_logits(context.branches.base, batch):
         before = logits_of(context.branches.model, batch)
     seen = []
 
@@ -154,7 +154,7 @@ def test_the_teacher_is_the_model_before_the_domain_and_never_changes(new_base, 
 
     fit(Watched(strategy.options), context, tmp_path / "second", epochs=2)
     seen.append(context.passes.teacher_logits(batch)[None])
-    with supervised_logits(context.branches.base, batch["labels"]):
+    with supervised_logits(context.branches.base, batch):
         after = logits_of(context.branches.model, batch)
     assert len(seen) == 5 and (after - before).abs().max() > 1e-2
     assert all(torch.allclose(each, before, atol=1e-5) and not each.requires_grad for each in seen)
