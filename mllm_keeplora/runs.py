@@ -35,7 +35,8 @@ Name = Annotated[str, Field(pattern=given.NAME)]  # of what has files of its nam
 LEAVES = {
     r"prepare/.*": "prepare",
     r"domains/(?P<unit>[^/]+)/(init\.safetensors|gradient\.json)": "{unit}/gradient",
-    r"domains/(?P<unit>[^/]+)/(adapter/.*|projector\.safetensors|checkpoints/finished\.safetensors)": "{unit}/train",
+    r"domains/(?P<unit>[^/]+)/(adapter/.*|checkpoints/finished\.safetensors)": "{unit}/train",
+    r"domains/(?P<unit>[^/]+)/(projector|prototypes)\.safetensors": "{unit}/train",
     r"domains/(?P<unit>[^/]+)/(basis|strategy|mixer)\.safetensors": "{unit}/consolidate",
     r"domains/(?P<unit>[^/]+)/manifest\.json": "{unit}/consolidate",
     r"domains/(?P<unit>[^/]+)/diagnostics\.json": "{unit}/diagnose",
@@ -147,6 +148,7 @@ class DomainDir:
     init = Within("init.safetensors")
     adapter = Within("adapter")
     projector = Within("projector.safetensors")
+    prototypes = Within("prototypes.safetensors")
     strategy = Within("strategy.safetensors")
     mixer = Within("mixer.safetensors")
     trained_mixer = Within("adapter/mixer.safetensors")

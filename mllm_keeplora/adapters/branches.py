@@ -19,6 +19,7 @@ from mllm_keeplora.adapters.history import (
     summed,
     weight_of,
 )
+from mllm_keeplora.models.dual.losses import HELD, OPEN, held_by
 from mllm_keeplora.models.partition import assign, copy_of
 from mllm_keeplora.models.running import evaluating
 
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters.mixers.mixing import Mixer, Mixing
+    from mllm_keeplora.adapters.prototypes import Prototypes
     from mllm_keeplora.models import Base
 
-OPEN, PAST, OFFSET = "domain", "history", "offset"
+PAST, OFFSET = "history", "offset"
 PREFIX = "base_model.model."  # before a parameter's name where peft wraps the model
 
 
@@ -57,6 +59,7 @@ class Adapters:
         self.past: list[Factors] = []
         self.past_full: list[dict[str, Tensor]] = []
         self.past_mixer: Mixer | None = None
+        self.past_prototypes: dict[str, Prototypes] = {}
         self._dense: list[Any] = []  # handles of a past that runs as dense deltas
         self._mixing: Mixing | None = None
         self._trained: dict[str, Any] = {}  # found once for each open branch: strategies ask at every step
@@ -73,13 +76,22 @@ class Adapters:
         """The mixer that weighs the live branches now, trained or restored."""
         return self._mixing.mixer if self._mixing is not None else None
 
-    def restore(self, past: list[Factors], past_full: list[dict[str, Tensor]], mixer: Mixer | None = None) -> None:
+    def restore(
+        self,
+        past: list[Factors],
+        past_full: list[dict[str, Tensor]],
+        mixer: Mixer | None = None,
+        prototypes: Mapping[str, Prototypes] | None = None,
+    ) -> None:
         """Put the model where it was after `past` (in order); close an open branch without keeping it.
 
         Args:
             past, past_full: branches, and deltas of parameters trained in full.
             mixer: weighs the branches, which then run live; None where they are summed.
+            prototypes: of classes, by the digest of their list.
         """
+        self.past_prototypes = dict(prototypes or {})
+        self._hold(self.past_prototypes)
         # take off whatever runs beside the base weights
         self.branch, self._start = None, None
         if self._mixing is not None:
@@ -118,6 +130,8 @@ class Adapters:
         if mixer is not None:
             self._run_live(mixer, [] if branch.carried else past)
         self.branch = branch
+        if branch.prototypes is not None:
+            self._hold({OPEN: branch.prototypes})
         self._add(OPEN, branch.A, branch.B, branch.alpha, self.dropout)
         if mixer is not None:
             shares, first = mixer.shares or 1, 0 if branch.carried else len(past)
@@ -170,8 +184,10 @@ class Adapters:
         """Give what was added to the parameters trained in full since the branch was opened."""
         return self._pristine.shifted(self.past_full)
 
-    def load(self, factors: Factors, full: dict[str, Tensor]) -> None:
+    def load(self, factors: Factors, full: dict[str, Tensor], prototypes: Prototypes | None = None) -> None:
         """Set the open branch to trained factors (a run continued after training)."""
+        if prototypes is not None:
+            assign(self.prototypes().P, prototypes.P.detach())
         A, B = factors.A, factors.B
         if self.branch.B and not self.branch.carried and "A" in self.branch.train:
             ranks = self.branch.ranks
@@ -181,6 +197,10 @@ class Adapters:
             B = {layer: each + self.branch.B[layer] for layer, each in B.items()}
         self._fill(OPEN, A, B)
         self._pristine.shift([*self.past_full, full] if full else self.past_full)
+
+    def prototypes(self) -> Prototypes | None:
+        """Give the prototypes that train beside the open branch."""
+        return held_by(self.base).get(OPEN)
 
     def weight(self, layer: str) -> Tensor:
         """Give the current weight (d_out, d_in) of a target layer: base and past, without any open branch."""
@@ -243,6 +263,15 @@ class Adapters:
 
     # -- parts of the above ---------------------------------------------------------------------------------------
 
+    def _hold(self, prototypes: Mapping[str, Prototypes]) -> None:
+        """Let the base's family find prototypes on its model: of the open branch, or of lists by their digest."""
+        from torch.nn import ModuleDict
+
+        if hasattr(self.base, HELD):
+            delattr(self.base, HELD)
+        if prototypes:
+            setattr(self.base, HELD, ModuleDict(prototypes).to(next(self.base.parameters()).device))
+
     def _run_live(self, mixer: Mixer, past: list[Factors]) -> None:
         """Run past branches as one whose rank coordinates the mixer weighs."""
         from mllm_keeplora.adapters.mixers.mixing import Mixing
@@ -300,6 +329,7 @@ class Adapters:
         chosen, marks, self._trained = set(), [], {}
         if self.branch is not None:
             chosen = {*self.full, *(self._mixing.names if self._mixing is not None else ())}
+            chosen |= {f"{HELD}.{OPEN}.P"}
             marks = [f".lora_{part}.{OPEN}." for part in self.branch.train]
         for name, parameter in self.model.named_parameters():
             trains = name.removeprefix(PREFIX) in chosen or any(mark in name for mark in marks)

@@ -21,15 +21,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters.mixers.mixing import Mixer
+    from mllm_keeplora.adapters.prototypes import Prototypes
 
 PREFIX = "base_model.model."
-MIXER = "mixer|"
+MIXER, PROTOTYPES = "mixer|", "prototypes"
 
 
 class Settings(TypedDict):
     """What is read here of peft's settings."""
 
     alpha_pattern: dict[str, FiniteFloat]
+
+
+class PrototypeFacts(TypedDict):
+    """What says which list of classes prototypes are for, and the scale of their logits."""
+
+    classes: str
+    scale: FiniteFloat
 
 
 class BranchFacts(TypedDict):
@@ -39,6 +47,7 @@ class BranchFacts(TypedDict):
     train: list[Literal["A", "B"]]
     carried: NotRequired[bool]
     mixer: NotRequired[dict[str, Any] | None]
+    prototypes: NotRequired[PrototypeFacts]
 
 
 @dataclass
@@ -52,6 +61,7 @@ class Branch:
     Attributes:
         carried: A and B are those of the domain before, trained on: the branch stands in place of the whole past.
         mixer: weighs this branch and those of the past, which then stay live; None where they are merged or summed.
+        prototypes: of the domain's classes, which train beside the branch; None where there are none.
     """
 
     A: dict[str, Tensor]
@@ -60,6 +70,7 @@ class Branch:
     B: dict[str, Tensor] = field(default_factory=dict)
     carried: bool = False
     mixer: Mixer | None = None
+    prototypes: Prototypes | None = None
 
     def __post_init__(self):
         assert self.A.keys() == self.alpha.keys(), "every layer of a branch needs A and alpha"
@@ -77,6 +88,9 @@ class Branch:
         if self.mixer is not None:
             facts["mixer"], stored = self.mixer.stored()
             tensors |= {f"{MIXER}{name}": tensor for name, tensor in stored.items()}
+        if self.prototypes is not None:
+            facts["prototypes"] = self.prototypes.facts()
+            tensors[PROTOTYPES] = self.prototypes.P.detach()
         files.write_tensors(path, tensors, {"branch": json.dumps(facts)})  # safetensors keeps no order of keys
 
     @classmethod
@@ -88,7 +102,12 @@ class Branch:
         if facts.get("mixer") is not None:
             own = {name.removeprefix(MIXER): each for name, each in tensors.items() if name.startswith(MIXER)}
             mixer = read_mixer(path, facts["mixer"], own)
-        return cls(A, facts["alpha"], tuple(facts["train"]), B, facts.get("carried", False), mixer)
+        prototypes = None
+        if (told := facts.get("prototypes")) is not None:
+            from mllm_keeplora.adapters.prototypes import Prototypes
+
+            prototypes = Prototypes(_tensor(path, tensors, PROTOTYPES), **told)
+        return cls(A, facts["alpha"], tuple(facts["train"]), B, facts.get("carried", False), mixer, prototypes)
 
 
 @dataclass

@@ -28,7 +28,7 @@ class PlacedModel:
         place = (len(units), asked if is_oracle(self.run, units) else None)
         if place != self._place:
             past = past_of(self.run, units, asked)
-            self.adapters.restore(past.factors, past.full, past.mixer)
+            self.adapters.restore(past.factors, past.full, past.mixer, past.prototypes)
             self._place = place
         return self.adapters.model
 

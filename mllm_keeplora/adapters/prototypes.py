@@ -10,22 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import FiniteFloat
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from typing_extensions import TypedDict
 
+from mllm_keeplora.adapters.factors import PrototypeFacts
 from mllm_keeplora.errors import UserError, shortened
+from mllm_keeplora.models.partition import copy_of
 from mllm_keeplora.system import files
 
 SCALE = 30.0
-
-
-class Facts(TypedDict):
-    """What a file says beside its tensor."""
-
-    classes: str
-    scale: FiniteFloat
 
 
 class Prototypes(nn.Module):
@@ -52,13 +45,16 @@ class Prototypes(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write a safetensors file that says which list the prototypes are for."""
-        facts: Facts = {"classes": self.classes, "scale": self.scale}
-        files.write_tensors(path, {"P": self.P}, {"prototypes": json.dumps(facts)})
+        files.write_tensors(path, {"P": copy_of(self.P).float()}, {"prototypes": json.dumps(self.facts())})
+
+    def facts(self) -> PrototypeFacts:
+        """Say which list the prototypes are for, and their scale."""
+        return {"classes": self.classes, "scale": self.scale}
 
     @classmethod
     def load(cls, path: Path) -> Prototypes:
         """Read what `save` wrote; a UserError names a file that is missing or damaged."""
-        tensors, facts = files.read_tensors(path), files.read_facts(path, "prototypes", Facts)
+        tensors, facts = files.read_tensors(path), files.read_facts(path, "prototypes", PrototypeFacts)
         if "P" not in tensors or tensors["P"].ndim != 2:
             raise UserError(f"{path} is damaged: it holds no prototypes")
         return cls(tensors["P"], **facts)

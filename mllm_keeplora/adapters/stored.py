@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_keeplora.adapters.mixers.mixing import Mixer
+    from mllm_keeplora.adapters.prototypes import Prototypes
     from mllm_keeplora.linalg import Basis
 
 LIVE = ("gate", "route")  # weighed by the question: such branches cannot be merged
@@ -33,25 +34,33 @@ class Manifest(TypedDict):
     carried: NotRequired[bool]
     projector: NotRequired[str]
     mixer: NotRequired[str]
+    prototypes: NotRequired[str]
 
 
 @dataclass
 class Past:
     """What makes a model of the pristine base: branches and deltas of parameters trained in full, both in order.
 
-    `mixer` weighs the branches by the question; None where they are summed.
+    `mixer` weighs the branches by the question; None where they are summed. `prototypes` are of classes, by the digest
+    of their list.
     """
 
     factors: list[Factors] = field(default_factory=list)
     full: list[dict[str, Tensor]] = field(default_factory=list)
     mixer: Mixer | None = None
+    prototypes: dict[str, Prototypes] = field(default_factory=dict)
 
-    def merged(self, purpose: str) -> tuple[list[Factors], list[dict[str, Tensor]]]:
+    def merged(self, purpose: str, without_prototypes: bool = False) -> tuple[list[Factors], list[dict[str, Tensor]]]:
         """Give branches and deltas for a purpose that needs one weight for all questions.
 
         Raises:
-            UserError: how the branches combine depends on the question.
+            UserError: how the branches combine depends on the question, or prototypes have no place there.
         """
+        if self.prototypes and not without_prototypes:
+            raise UserError(
+                f"{purpose} has no place for the prototypes of this run's {len(self.prototypes)} lists of classes; "
+                "--without-prototypes leaves them out, and answers will differ"
+            )
         if self.mixer is not None:
             raise UserError(
                 f"{purpose} cannot exist: how this run's branches combine depends on the question "
@@ -67,6 +76,8 @@ def write_manifest(folder: DomainDir, combine: str, start_from: str, carried: bo
         manifest["carried"] = True
     if folder.projector.is_file():
         manifest["projector"] = folder.projector.name
+    if folder.prototypes.is_file():
+        manifest["prototypes"] = folder.prototypes.name
     if mixer is not None:
         save_mixer(folder.mixer, mixer)
         manifest["mixer"] = folder.mixer.name
@@ -92,6 +103,12 @@ def past_of(run: RunDir, units: list[Unit], asked: str | None = None) -> Past:
         answering = [unit for unit in units if unit.domains == (asked,)]
     adapters, projectors = _standing(run, answering)
     past = Past([Factors.load(path) for path in adapters], [files.read_tensors(path) for path in projectors])
+    for unit in answering:
+        if "prototypes" in _manifest(run, unit):
+            from mllm_keeplora.adapters.prototypes import Prototypes
+
+            own = Prototypes.load(run.folder(unit).prototypes)
+            past.prototypes[own.classes] = own
     if "mixer" in manifest:
         mixer = load_mixer(run.folder(units[-1]).mixer)
         past = mixer.summed(past) if manifest["combine"] == "sum" else replace(past, mixer=mixer)
@@ -129,7 +146,10 @@ def stored_files(run: RunDir, units: list[Unit]) -> dict[str, list[Path]]:
     bases = [run.kept_by_prepare, *(run.folder(unit).basis for unit in units)]
     last = [run.folder(unit) for unit in units[-1:]]
     found = {
-        "answering": weights + projectors + [folder.mixer for folder in last],
+        "answering": weights
+        + projectors
+        + [run.folder(unit).prototypes for unit in units]
+        + [folder.mixer for folder in last],
         "learning": bases + [folder.strategy for folder in last],
     }
     return {use: [path for path in paths if path.is_file()] for use, paths in found.items()}

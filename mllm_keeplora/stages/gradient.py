@@ -26,7 +26,8 @@ def gradient(learner: Learner, unit: Unit) -> dict[str, Any]:
     if distributed.world_size() > 1:
         # Singular vectors may differ in sign or order between processes: all start from the main one's file.
         distributed.barrier()
-        learner.adapters.restore(learner.adapters.past, learner.adapters.past_full, learner.adapters.past_mixer)
-        learner.adapters.open(Branch.load(folder.init))
+        now = learner.adapters
+        now.restore(now.past, now.past_full, now.past_mixer, now.past_prototypes)
+        now.open(Branch.load(folder.init))
     learner.open_unit = unit
     return {"rank_min": min(branch.ranks.values(), default=0), "rank_max": max(branch.ranks.values(), default=0)}

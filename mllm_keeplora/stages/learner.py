@@ -32,6 +32,7 @@ from mllm_keeplora.training.seeds import stage_seed
 from mllm_keeplora.training.state import read_training_state
 
 if TYPE_CHECKING:
+    from mllm_keeplora.adapters.prototypes import Prototypes
     from mllm_keeplora.linalg import Basis
 
 
@@ -114,11 +115,21 @@ class Learner:
         self.adapters.open(Branch.load(folder.init))
         if trained:
             full = files.read_tensors(folder.projector) if files.is_there(folder.projector) else {}
-            self.adapters.load(Factors.load(folder.adapter), full)
+            prototypes = self._prototypes_of(folder)
+            self.adapters.load(Factors.load(folder.adapter), full, prototypes)
             if self.adapters.mixer is not None:
                 self.adapters.mixer.load_state_dict(load_mixer(folder.trained_mixer).state_dict())
             read_training_state(self.strategy, folder.training_state)
         self.open_unit = unit
+
+    @staticmethod
+    def _prototypes_of(folder: DomainDir) -> Prototypes | None:
+        """Read the prototypes that trained beside a unit's branch, if any did."""
+        if not files.is_there(folder.prototypes):
+            return None
+        from mllm_keeplora.adapters.prototypes import Prototypes
+
+        return Prototypes.load(folder.prototypes)
 
     def context(self, unit: Unit, stage: str, records: Sequence[Record] | None = None) -> Context:
         """Seed a stage and describe the unit to the strategy; with its training records, if no others are given."""

@@ -67,6 +67,8 @@ def _train(learner: Learner, unit: Unit) -> dict[str, Any]:
             factors.save(folder.adapter, config.adapters.dropout)
             if full:
                 files.write_tensors(folder.projector, full)
+            if (prototypes := learner.adapters.prototypes()) is not None:
+                prototypes.save(folder.prototypes)
             if learner.adapters.mixer is not None:
                 save_mixer(folder.trained_mixer, learner.adapters.mixer)
             write_training_state(learner.strategy, folder.training_state)

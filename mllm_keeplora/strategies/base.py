@@ -44,6 +44,19 @@ class StrategyOptions(BaseModel):
         """The names of further record sets that the strategy reads (`Passes.features`), checked before a run."""
         return ()
 
+    def refuse_unfit(self, sizes: Mapping[str, tuple[int, int]], towers: Mapping[str, str | None]) -> None:
+        """Raise a UserError for each option that the base's target layers do not allow.
+
+        Args:
+            sizes: (d_out, d_in) of every target layer.
+            towers: what each belongs to, as `Layers.tower` says.
+        """
+
+    @property
+    def every_class(self) -> bool:
+        """Whether each class of a domain's list needs a training record."""
+        return False
+
 
 class Strategy:
     """A strategy derives from this class. `stream` and the other declarations tell the sequence how to drive it.

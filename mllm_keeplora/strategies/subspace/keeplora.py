@@ -1,8 +1,9 @@
-"""KeepLoRA (KeepLoRA++ with `layer_scale`): train outside the main directions of weights and of past features.
+"""KeepLoRA (+ with `prototypes`, ++ with `layer_scale`): train outside main directions of weights and past features.
 
 Kept are the leading input directions of the pre-trained weights and the dominant feature directions of past domains
 (and of an anchor set, if one is named); A spans the top of the residual of the domain's mean gradient and stays frozen,
-only B is trained. KeepLoRA++ scales each layer's update by its depth.
+only B is trained. KeepLoRA++ scales each layer's update by its depth; KeepLoRA+ trains, beside B, a vector for each
+class of a dual encoder, to which pictures are compared beside the classes' texts.
 Source: KeepLoRA (ICLR 2026, arXiv 2601.19659), Eqs. (1)-(10), and KeepLoRA++ (arXiv 2606.16256), Eq. (11), by the
 numbers of docs/keeplora.md; anchors are our own. CorDA's knowledge-preserving mode, AlphaEdit and LLaVA-c keep the
 features of general data, too, by other means.
@@ -24,6 +25,7 @@ from mllm_keeplora.system.log import log
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mllm_keeplora.adapters.prototypes import Prototypes
     from mllm_keeplora.linalg import Basis, FrequentDirections
     from mllm_keeplora.probes.plans import Features
 
@@ -124,7 +126,7 @@ class KeepLoRA(Strategy):
         scales = options.layer_scales(depths, towers)
         alpha = {layer: scaling * scales[layer] * directions.shape[0] for layer, directions in A.items()}
         context.log({"gradient": facts, "layer_scale": scales})
-        return Branch(A, alpha, self.trains, B)
+        return Branch(A, alpha, self.trains, B, prototypes=self._prototypes(context))
 
     def after_domain(self, context: Context) -> None:
         """Grow every kept basis by the domain's dominant feature directions, Eqs. (8)-(10)."""
@@ -150,6 +152,14 @@ class KeepLoRA(Strategy):
         self.usage = dict(state)
 
     # -- parts of the above --------------------------------------------------------------------------------------
+
+    def _prototypes(self, context: Context) -> Prototypes | None:
+        """Begin prototypes at the mean of each class's pictures, as the model sees them before the domain."""
+        if self.options.prototypes is None:
+            return None
+        classes = context.data.records[0].classes
+        means = context.passes.class_means()
+        return means.prototypes(classes.names, classes.digest, self.options.prototype_scale)
 
     def _directions(self, kept: Basis, gradient: Any, noise: Tensor | None) -> Tensor:
         """Find rows of A (r', d_in); none where the layer is to be left alone."""

@@ -103,13 +103,6 @@ class KeepLoRAOptions(StrategyOptions):
             raise ValueError("must be above 0 and finite")
         return value
 
-    @field_validator("prototypes")
-    @classmethod
-    def _not_yet(cls, value: str | None) -> str | None:
-        if value is not None:
-            raise ValueError("must be null: prototypes are not trained yet")
-        return value
-
     @field_validator("sketch_width")
     @classmethod
     def _wide_enough(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -129,6 +122,10 @@ class KeepLoRAOptions(StrategyOptions):
                 return energies[name]
         return getattr(self, name)
 
+    @property
+    def every_class(self) -> bool:
+        return self.prototypes is not None
+
     def refuse_idle_patterns(self, layers: Iterable[str]) -> None:
         """Raise a UserError if a pattern of `thresholds` matches no target layer."""
         layers = list(layers)
@@ -137,12 +134,6 @@ class KeepLoRAOptions(StrategyOptions):
                 raise UserError(f"strategy.thresholds: {pattern!r} matches none of {len(layers)} layers as {layers[0]}")
 
     def refuse_unfit(self, sizes: Mapping[str, tuple[int, int]], towers: Mapping[str, str | None]) -> None:
-        """Raise a UserError for each option that the base's target layers do not allow.
-
-        Args:
-            sizes: (d_out, d_in) of every target layer.
-            towers: what each belongs to, as `Layers.tower` says.
-        """
         faults, present = [], sorted({tower for tower in towers.values() if tower is not None})
         oblong = [layer for layer, (d_out, d_in) in sizes.items() if d_out != d_in]
         if self.weight_side == "output_legacy" and oblong:
@@ -155,6 +146,10 @@ class KeepLoRAOptions(StrategyOptions):
             faults.append(f"strategy.layer_scale_towers: the base has no {', '.join(absent)}; it has {known(present)}")
         if self.feature_padding and "text" not in present:
             faults.append("strategy.feature_padding is true, but the base has no text tower that pads; allowed: false")
+        if self.prototypes is not None and "text" not in present:
+            faults.append(
+                "strategy.prototypes is cosine, but the base does not compare pictures with classes; allowed: null"
+            )
         if faults:
             raise several(faults)
 
