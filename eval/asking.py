@@ -1,65 +1,125 @@
-"""One question to a saved run, a model or an adapter."""
+"""One question to a saved run, a model or an adapter; of a dual encoder, which of some classes a picture shows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from mllm_keeplora.adapters.stored import is_oracle
+from mllm_keeplora.data.classes import ClassList
 from mllm_keeplora.data.media.images import read_image
+from mllm_keeplora.data.naming import PROMPTS
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.eval.checkpoints import Checkpoint
 from mllm_keeplora.eval.harness import generate
-from mllm_keeplora.eval.saved import load_run
-from mllm_keeplora.models.shipped import notes_of
+from mllm_keeplora.eval.saved import SavedRun, load_run
+from mllm_keeplora.models.base import family_of
+from mllm_keeplora.models.dual import DualFamily
+from mllm_keeplora.models.shipped import notes_of, resolve
+
+TOLD = 5  # classes of a picture
 
 
 def ask(
     target: str | Path,
-    question: str,
+    question: str | None = None,
     images: Sequence[Path] = (),
     after: int | None = None,
     base: str | None = None,
     max_new_tokens: int = 128,
     domain: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> str:
     """Answer a question about pictures greedily, put as it is: no prompt suffix of a benchmark is added.
 
     Args:
         target: a run directory, a model, or a peft adapter's folder.
-        question: may hold `<image>` marks, one for each picture; without any the pictures come first.
+        question: may hold `<image>` marks, one for each picture; without any the pictures come first. None for a dual
+            encoder, which is shown one picture.
         images: files.
         after: of a run: number of learnt units; None for all.
         base: of an adapter that does not name its own.
         max_new_tokens: longest answer.
-        domain: whose branch answers, of a run where each domain has its own.
+        domain: whose branch answers, of a run where each domain has its own; of a dual encoder, whose classes compete.
+        classes: that compete, of a dual encoder.
+
+    Returns:
+        The answer; of a dual encoder the likeliest classes with their probabilities, a line each.
 
     Raises:
-        UserError: an unreadable picture, marks that do not fit the pictures, a checkpoint that cannot be loaded.
+        UserError: an unreadable picture, marks that do not fit the pictures, a question to a dual encoder or classes
+            for another base, a checkpoint that cannot be loaded.
     """
-    marks = question.count(IMAGE_MARK)
-    if marks not in (0, len(images)):
-        raise UserError(f"the question has {marks} image marks, but {len(images)} pictures are given")
-    if not question.strip():
-        raise UserError("the question is empty")
     is_run = (Path(target) / "run.json").is_file()
     for option, given in ({"--base": base} if is_run else {"--after": after, "--domain": domain}).items():
         if given is not None:
             raise UserError(f"{target} is {'a run' if is_run else 'not a run'}, for which there is no {option}")
-    # Pictures are shown as in training, where the target tells; they are looked at before a model is loaded.
     saved = load_run(target) if is_run else None
+    checkpoint = None if is_run else Checkpoint.named(target, base)
+    config = saved.config if saved is not None else checkpoint.config("mini_dcl", Path("runs/ask"))  # touches no data
+    compares = issubclass(family_of(config.base, resolve(config.base)), DualFamily)
+    if compares:
+        _refuse_question(target, question, images)
+        record = Record("picture", (), (Turn("user", ""),), classes=_class_list(target, saved, domain, classes))
+        # The domain names classes; it has a branch of its own only where all have.
+        domain = domain if saved is not None and is_oracle(saved.run, saved.first(after)) else None
+    else:
+        _refuse_unfit(target, question, images, classes)
+        record = Record("question", (), (Turn("user", question),), origin="the question")
+
+    # Pictures are shown as in training, where the target tells; they are looked at before a model is loaded.
     if saved is not None:
         modes = {part.image_mode for part in saved.benchmark.domains.values()}
     else:
         modes = notes_of(target).get("image_modes", ())
-    media = tuple(Media("image", Path(image), pad="pad" in modes) for image in images)
-    for each in media:
+    record = replace(record, media=tuple(Media("image", Path(image), pad="pad" in modes) for image in images))
+    for each in record.media:
         read_image(each)
     if saved is not None:
         saved.refuse_domain(domain, after)
         opened, model = saved.base, saved.restore(after, domain)
     else:
-        checkpoint = Checkpoint.named(target, base)
-        opened, model = checkpoint.load(checkpoint.config("mini_dcl", Path("runs/ask")))  # touches no data and folder
-    record = Record("question", media, (Turn("user", question),), origin="the question")
+        opened, model = checkpoint.load(config)
+    if compares:
+        ranked = opened.family.ranked(model, record, TOLD)
+        return "\n".join(f"{100 * probability:5.1f} %  {name}" for name, probability in ranked)
     return generate(opened, model, [record], [""], max_new_tokens)[0].text
+
+
+def _refuse_unfit(
+    target: str | Path, question: str | None, images: Sequence[Path], classes: Sequence[str] | None
+) -> None:
+    """Refuse what is no question about the pictures."""
+    if classes is not None:
+        raise UserError(f"{target} answers questions; --classes are for a base that compares pictures with texts")
+    if question is None or not question.strip():
+        raise UserError("the question is empty")
+    marks = question.count(IMAGE_MARK)
+    if marks not in (0, len(images)):
+        raise UserError(f"the question has {marks} image marks, but {len(images)} pictures are given")
+
+
+def _refuse_question(target: str | Path, question: str | None, images: Sequence[Path]) -> None:
+    """Refuse whatever a dual encoder cannot be asked."""
+    usage = f"use: mllm-keeplora ask {target} --image FILE --classes 'cat, dog'"
+    if question is not None:
+        raise UserError(f"{target} compares pictures with texts and cannot be asked {question!r}; {usage}")
+    if len(images) != 1:
+        raise UserError(f"{target} is shown one picture, got {len(images)}; {usage}")
+
+
+def _class_list(
+    target: str | Path, saved: SavedRun | None, domain: str | None, classes: Sequence[str] | None
+) -> ClassList:
+    """Give the classes that compete: those that are named, or a domain's."""
+    if (classes is None) == (domain is None):
+        raise UserError(f"{target} chooses from classes: give --classes 'cat, dog', or --domain of a run, and not both")
+    if classes is not None:
+        if len(set(classes)) < len(classes) or not all(classes):
+            raise UserError(f"--classes must be names that differ, got {', '.join(map(repr, classes))}")
+        return ClassList.of(classes, PROMPTS)
+    if domain not in saved.names:
+        raise UserError(f"{target} has no --domain {domain!r}; known: {known(saved.names)}")
+    return saved.benchmark.naming(domain).classes

@@ -31,6 +31,8 @@ class Row(TypedDict):
     prediction: str
     score: float | None
     cut: NotRequired[bool]
+    probability: NotRequired[float]
+    second: NotRequired[str | None]
 
 
 class HowAsked(TypedDict, total=False):
@@ -70,7 +72,8 @@ def write_graded(
     """Grade answers and write the predictions file with the set's figures beside it (main process).
 
     Args:
-        predictions: gets a row a record: id, question, answer, prediction, score; `cut` where the token limit ended it.
+        predictions: gets a row a record: id, question, answer, prediction, score; `cut` where the token limit ended it,
+            `probability` and `second` where it was chosen from a list of classes.
         part: gives the rule.
         records, answers: in the same order.
         how: tells how the set was asked, by the keys of `HOW`.
@@ -87,6 +90,8 @@ def write_graded(
         for record, answer, value in zip(records, answers, scores, strict=True):
             row = {"id": record.id, "question": record.question, "answer": record.answer}
             row |= {"prediction": answer.text, "score": value}
+            if answer.probability is not None:
+                row |= {"probability": answer.probability, "second": answer.second}
             rows.append({**row, "cut": True} if answer.is_cut else row)
         files.write_json_lines(predictions, rows)
         rules = {"scorer": part.scorer, "prompt_suffix": part.prompt_suffix, "image_mode": part.image_mode}
@@ -164,6 +169,9 @@ def regrade(predictions: Path, part: TestSet, records: Sequence[Record]) -> floa
     rows = stored_rows(predictions)
     if not answers_to(rows, records):
         raise ValueError(f"{predictions} answers other questions than the set has now")
-    answers = [Answer(row["prediction"], row.get("cut", False)) for row in rows]
+    answers = [
+        Answer(row["prediction"], row.get("cut", False), False, row.get("probability"), row.get("second"))
+        for row in rows
+    ]
     how = {key: value for key, value in stored_figures(predictions).items() if key in HOW}
     return write_graded(predictions, part, records, answers, how)

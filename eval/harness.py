@@ -58,7 +58,8 @@ def evaluate_set(
     """
     plan = _plan(base, records, settings.batch_size)
     tokens = settings.max_new_tokens or part.max_new_tokens
-    identity = _identity(base, records, part, [settings.batch_size, tokens, settings.settle_ties, asked_of])
+    how = [settings.batch_size, tokens, settings.settle_ties, asked_of]
+    identity = _identity(base, records, part, how if settings.prompts == "first" else [*how, settings.prompts])
     # Each process answers its batches, but for those that its journal has.
     journal = Journal(predictions.with_name(f"{predictions.name}.rank{distributed.rank()}.part"), identity)
     own = range(distributed.rank(), len(plan), distributed.world_size())
@@ -66,7 +67,8 @@ def evaluate_set(
     # Where processes answer in step, all run as many batches as the one with most left; the added ones are not kept.
     idle = max(distributed.gather(len(left))) - len(left) if keeps_step(model) else 0
     title, most = f"{predictions.parent.parent.name}: {predictions.stem}", settings.batch_size
-    with progress_bar(title, sum(len(plan[number]) for number in own)) as advance:
+    length, asking = sum(len(plan[number]) for number in own), base.family.asking(settings.prompts == "ensemble")
+    with progress_bar(title, length) as advance, asking:
         advance(sum(len(plan[number]) for number in own if number not in left))
         for number in left + [None] * idle:
             batch = [records[index] for index in plan[number or 0]]
@@ -195,7 +197,7 @@ class Journal:
         files.write_text(path, "\n".join(whole) + "\n")
 
     def add(self, number: int, answers: dict[int, Answer]) -> None:
-        self.answers[number] = {str(index): [answer.text, answer.is_cut] for index, answer in answers.items()}
+        self.answers[number] = {str(index): _told(answer) for index, answer in answers.items()}
         files.append_line(self.path, self._line(number))
 
     def by_index(self) -> dict[int, Answer]:
@@ -203,6 +205,12 @@ class Journal:
 
     def _line(self, number: int) -> str:
         return json.dumps({"batch": number, "answers": self.answers[number]})  # ASCII: a cut line can still be read
+
+
+def _told(answer: Answer) -> list:
+    """Fields of an answer, those that it has; a near tie is settled."""
+    chosen = [] if answer.probability is None else [False, answer.probability, answer.second]
+    return [answer.text, answer.is_cut, *chosen]
 
 
 def _plan(base: Base, records: Sequence[Record], batch_size: int) -> list[list[int]]:
@@ -221,6 +229,8 @@ def _identity(base: Base, records: Sequence[Record], part: TestSet, asked_how: l
     asked = hashlib.sha256()
     for record in records:
         asked.update(f"{record.id}\0{record.turns}\0{part.suffix_for(record)}".encode())
+        if record.classes is not None:
+            asked.update(record.classes.digest.encode())
         for media in record.media:
             asked.update(f"{media.path}\0{media.pad}".encode() + hashlib.sha1(media.data or b"").digest())
     parameter = next(base.model.parameters())

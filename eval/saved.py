@@ -219,13 +219,13 @@ def evaluate(
                 f"--suite: {path} has answers to another file's questions, which would be lost; give "
                 f"{benchmark.suites[name].test} another name"
             )
+    benchmark = benchmark.after({each for unit in saved.first(after) for each in unit.domains})
     with saved.run.locked():
         saved.run.adopt()
         for name in names:
             model = saved.restore(after, asked=name)
-            scores[name] = evaluate_named(saved.base, model, benchmark, name, config, folder, keep_journal=True)[
-                "score"
-            ]
+            facts = evaluate_named(saved.base, model, benchmark, name, config, folder, keep_journal=True)
+            scores[name] = facts["score"]
         forget_journals(folder, names)
         saved.run.save()
     return scores

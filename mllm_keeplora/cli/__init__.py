@@ -107,6 +107,9 @@ def export(
     to: Annotated[str, typer.Option(help="merged: a whole model for transformers; adapter: one for peft")] = "merged",
     after: Annotated[int | None, typer.Option(help="after so many domains; default: all that are learnt")] = None,
     domain: Annotated[str | None, typer.Option(help="of a run with a branch for each domain: whose")] = None,
+    without_prototypes: Annotated[
+        bool, typer.Option("--without-prototypes", help="leave out a CLIP's prototypes, for which others have no place")
+    ] = False,
 ) -> None:
     """Write what a run has learnt as a checkpoint that plain transformers or peft loads.
 
@@ -114,7 +117,7 @@ def export(
     """
     from mllm_keeplora.exports.checkpoint import export as export_run
 
-    export_run(run, to, folder, after, domain)
+    export_run(run, to, folder, after, domain, without_prototypes)
     typer.echo(f"written  {folder}")
 
 
@@ -232,10 +235,10 @@ def check(
 
 def _show_record(config: RunConfig, which: str) -> None:
     """Print one training record, by domain and number, as the model will see it."""
-    from mllm_keeplora.checks.records import as_seen, load_prompt
+    from mllm_keeplora.checks.records import as_seen, load_family
     from mllm_keeplora.data import load_benchmark
     from mllm_keeplora.errors import UserError, known
-    from mllm_keeplora.models.shipped import prompt_style, resolve
+    from mllm_keeplora.models.shipped import resolve
 
     benchmark = load_benchmark(config)
     domain, _, number = which.rpartition("/")
@@ -245,10 +248,10 @@ def _show_record(config: RunConfig, which: str) -> None:
     records = benchmark.train_records(domain)
     if int(number) >= len(records):
         raise UserError(f"--show {which}: {domain} has {len(records)} training records, numbered from 0")
-    prompt = load_prompt(resolve(config.base), prompt_style(config.base), config.base.trust_remote_code)
-    if prompt is None:
+    family = load_family(config.base, resolve(config.base))
+    if family is None:
         raise UserError(f"--show needs the processor of {config.base.model}, which is not on this machine")
-    _show(as_seen(prompt, records[int(number)]))
+    _show(as_seen(family, records[int(number)]))
 
 
 @app.command(name="list")

@@ -75,22 +75,29 @@ def evaluate(
 
 def ask(
     target: Target,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="<image> marks a picture's place in the text")],
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="<image> marks a picture's place in the text")
+    ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="a picture; may be given several times")] = None,
     after: After = None,
     base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
-    domain: Annotated[str | None, typer.Option(help="of a run with a branch for each domain: which to ask")] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="of a run: whose branch answers, where each has one; of a CLIP, whose classes")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="of a CLIP: comma-separated names to choose from")] = None,
 ) -> None:
     """Ask a saved run, a model or an adapter one question.
 
     Example: mllm-keeplora ask runs/mini_dcl --image photo.png "what do you see ?"
+    Example: mllm-keeplora ask tiny-clip --image photo.png --classes "cat, dog"
     """
     from mllm_keeplora.eval.asking import ask as ask_one
     from mllm_keeplora.system.log import start_logging
 
     start_logging()
-    typer.echo(ask_one(target, question, image or (), after, base, max_new_tokens, domain))
+    names = [name.strip() for name in classes.split(",")] if classes is not None else None
+    typer.echo(ask_one(target, question, image or (), after, base, max_new_tokens, domain, names))
 
 
 def rescore(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:

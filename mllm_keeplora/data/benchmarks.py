@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,7 @@ class Benchmark(BaseModel):
     split: Literal["test", "validation"] = "test"
     home: Path = Field(Path(), exclude=True, description="folder of the benchmark's YAML")
     _drawn: tuple[int, int] | None = PrivateAttr(None)  # training records of each class, and the seed they come by
+    _seen: frozenset[str] = PrivateAttr(frozenset())  # domains that are learnt, whose classes may compete
     _namings: dict[str, Naming] = PrivateAttr(default_factory=dict)
 
     def has_training(self, domain: str) -> bool:
@@ -116,6 +118,12 @@ class Benchmark(BaseModel):
     def draw(self, shots: int | None, seed: int) -> None:
         """Take so many training records of each class from now on, drawn with a seed; None for all of them."""
         self._drawn = None if shots is None else (shots, seed)
+
+    def after(self, seen: Collection[str]) -> Benchmark:
+        """Give the benchmark as it is graded once some domains are learnt: their classes may compete."""
+        graded = self.model_copy()
+        graded._seen = frozenset(seen)
+        return graded
 
     def train_records(self, domain: str, whole: bool = False) -> Sequence[Record]:
         """Read the training records of a domain: those that are drawn, or the whole set."""
@@ -133,14 +141,10 @@ class Benchmark(BaseModel):
 
     def test_records(self, name: str) -> Sequence[Record]:
         """Read the graded records of a domain or a suite: its test set, or its validation set by `split`."""
-        part, role, naming = self.graded(name), self.file_of(name), self.naming(name)
-        path = self._existing(name, role, getattr(part, role))
-        images, pads = self._images(part, path), part.image_mode == "pad"
-        if part.layout is not None:
-            return read_published(part.layout, path, images, role, naming, pads, graded=True)
-        kept_apart = part.references is not None or part.scorer in UNGRADED
-        records = read_test(path, images, pads, not kept_apart, naming)
-        return records if part.references is None else with_references(records, self.root / part.references)
+        records, candidates = self._graded_records(name), self.candidates_of(name, self._seen)
+        if candidates is None or candidates == self.naming(name).classes:
+            return records
+        return [replace(record, classes=candidates) for record in records]
 
     def anchor_records(self, name: str) -> Sequence[Record]:
         """Read the training records of an anchor set: of a suite that names some, or a file.
@@ -222,6 +226,16 @@ class Benchmark(BaseModel):
     def file_of(self, name: str) -> str:
         """Say which file of a domain or suite is graded: `test` or `validation`."""
         return self.split if name in self.domains else "test"
+
+    def _graded_records(self, name: str) -> Sequence[Record]:
+        part, role, naming = self.graded(name), self.file_of(name), self.naming(name)
+        path = self._existing(name, role, getattr(part, role))
+        images, pads = self._images(part, path), part.image_mode == "pad"
+        if part.layout is not None:
+            return read_published(part.layout, path, images, role, naming, pads, graded=True)
+        kept_apart = part.references is not None or part.scorer in UNGRADED
+        records = read_test(path, images, pads, not kept_apart, naming)
+        return records if part.references is None else with_references(records, self.root / part.references)
 
     def _existing(self, name: str, role: str, file: str) -> Path:
         path = self.root / file

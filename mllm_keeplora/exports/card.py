@@ -6,19 +6,24 @@ import json
 from pathlib import Path
 
 from mllm_keeplora.eval.saved import SavedRun
-from mllm_keeplora.models.shipped import hub_id
+from mllm_keeplora.models.base import family_of
+from mllm_keeplora.models.shipped import hub_id, resolve
 from mllm_keeplora.system import files
 
+PIPELINES = {
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+}
 LOAD = {
-    "transformers": """from transformers import AutoModelForImageTextToText, AutoProcessor
+    "transformers": """from transformers import {auto}, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained(".")
+model = {auto}.from_pretrained(".")
 processor = AutoProcessor.from_pretrained(".")
 """,
     "peft": """from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import {auto}
 
-base = AutoModelForImageTextToText.from_pretrained({base})
+base = {auto}.from_pretrained({base})
 model = PeftModel.from_pretrained(base, ".")
 """,
 }
@@ -38,7 +43,8 @@ def model_card(saved: SavedRun, after: int, content: str, library: str) -> str:
     domains = ", ".join(domain for unit in saved.run.units[:after] for domain in unit.domains) or "no domain"
     scores = _scores(saved, after)
     front = {"base_model": public} if public is not None else {}
-    front |= {"library_name": library, "pipeline_tag": "image-text-to-text"}
+    family = family_of(config.base, resolve(config.base))
+    front |= {"library_name": library, "pipeline_tag": PIPELINES[family.auto]}
     parts = [
         "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---"]),
         f"# {config.name}",
@@ -53,9 +59,21 @@ def model_card(saved: SavedRun, after: int, content: str, library: str) -> str:
             f"In percent, by the scorers of `{saved.benchmark.name}`: the run's own scores, before its weights were\n"
             "rounded to what is stored here.",
         ]
-    parts.append("```python\n" + LOAD[library].format(base=json.dumps(name)) + "```")
+    if lists := _class_lists(saved):
+        parts += ["A picture is compared with the classes of its data set, by these texts:", lists]
+    parts.append("```python\n" + LOAD[library].format(base=json.dumps(name), auto=family.auto) + "```")
     parts += ["Settings of the run:", "```json\n" + json.dumps(config.result_defining(), indent=1) + "\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _class_lists(saved: SavedRun) -> str:
+    """List the domains' classes and what they are told by; empty of a run that asks questions."""
+    lines = []
+    for name in saved.benchmark.domains:
+        if (naming := saved.benchmark.naming(name)) is not None:
+            texts = ", ".join(json.dumps(each[0]) for each in naming.classes.texts)
+            lines.append(f"- {name}: {texts}")
+    return "\n".join(lines)
 
 
 def _scores(saved: SavedRun, after: int) -> dict[str, float]:

@@ -12,7 +12,6 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.saved import SavedRun, load_run
 from mllm_keeplora.exports.card import model_card
 from mllm_keeplora.models import Base
-from mllm_keeplora.models.causal.parts import projector_names
 from mllm_keeplora.models.reading import read_config
 from mllm_keeplora.models.shipped import NOTES, hub_id, prompt_style, resolve
 from mllm_keeplora.system import files, owners
@@ -25,7 +24,12 @@ PREFIX = "base_model.model."
 
 
 def export(
-    run: str | Path | SavedRun, form: str, folder: Path, after: int | None = None, domain: str | None = None
+    run: str | Path | SavedRun,
+    form: str,
+    folder: Path,
+    after: int | None = None,
+    domain: str | None = None,
+    without_prototypes: bool = False,
 ) -> None:
     """Write what a run has learnt as a checkpoint that plain transformers or peft loads.
 
@@ -39,6 +43,7 @@ def export(
         folder: written whole or not at all; must not exist yet.
         after: number of learnt units; None for all that are finished.
         domain: the one to answer, of a run where each has a branch of its own.
+        without_prototypes: leave out the prototypes of classes, for which no other library has a place.
 
     Raises:
         UserError: unknown form, a folder that exists, an unfinished unit; a run whose branches combine by the question.
@@ -51,7 +56,8 @@ def export(
     after = len(saved.run.finished_units) if after is None else after
     saved.refuse_domain(domain, after)
     past = past_of(saved.run, saved.first(after), domain)
-    learnt = past.merged("a merged checkpoint" if form == "merged" else "an adapter for plain peft")
+    purpose = "a merged checkpoint" if form == "merged" else "an adapter for plain peft"
+    learnt = past.merged(purpose, without_prototypes)
     part = owners.staged(folder, "part")  # renamed when all is there
     with files.written(folder.parent):
         files.make_folder(part)
@@ -93,7 +99,7 @@ def _adapter(saved: SavedRun, after: int, past: list[Factors], full: list[dict[s
     if full:
         base = _stored_base(saved)
         merge_for_good(base.model, [], full)
-        settings["modules_to_save"] = projector_names(base.model)
+        settings["modules_to_save"] = base.family.projector_names(base.model)
         tensors |= {f"{PREFIX}{name}": base.model.get_parameter(name).detach() for name in full[0]}
     files.write_json(folder / "adapter_config.json", settings)
     files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})

@@ -18,9 +18,11 @@ def evaluate(learner: Learner, unit: Unit) -> None:
     config, run, benchmark = learner.config, learner.run, learner.benchmark
     shared = config.eval.base_answers if unit == BASE_UNIT else None
 
+    graded = benchmark.after({each for learnt in run.units[: unit.index] for each in learnt.domains})
+
     def answered(name: str) -> dict[str, Any]:
         learner.bring_to(unit.index, asked=name)
-        return evaluate_named(learner.base, learner.adapters.model, benchmark, name, config, run.folder(unit))
+        return evaluate_named(learner.base, learner.adapters.model, graded, name, config, run.folder(unit))
 
     def ask(name: str) -> dict[str, Any]:
         if shared is None:

@@ -5,6 +5,7 @@ Reads what each unit wrote (`gradient.json`, `diagnostics.json`); opens no run a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+BLOCK = r".*\.layers?\.(\d+)\."  # of a target layer's name; a projector's has none
 SHARES = {  # as they are stored, and as they are shown
     "protected": "protected",
     "captured": "captured",
@@ -104,7 +106,7 @@ def capacity(units: Sequence[UnitFacts]) -> DataFrame:
     layers = _frame(_last(units).get("capacity", {}))
     if layers.empty:
         return layers
-    kinds = ["projector" if ".layers." not in layer else layer.rsplit(".", 1)[-1] for layer in layers.index]
+    kinds = [_kind(layer) for layer in layers.index]
     parts = _frame(dict(layers["parts"]))
     growth = parts.iloc[:, 1:].mean(axis=1)
     layers["domains left"] = layers["free"] / growth.where(growth > 0)
@@ -115,6 +117,16 @@ def capacity(units: Sequence[UnitFacts]) -> DataFrame:
     sizes = sizes["min"].where(sizes["min"] == sizes["max"], sizes["min"] + "-" + sizes["max"]).rename("d_in")
     kept = shares.groupby(kinds, sort=False).median()
     return pd.concat([sizes, kept, by_kind[["free", "domains left"]].min()], axis=1)
+
+
+def _kind(layer: str) -> str:
+    """Name a layer's kind, as q_proj, with its tower where a base has several that learn."""
+    return f"{_tower(layer)} {layer.rsplit('.', 1)[-1]}".strip() if re.search(BLOCK, layer) else "projector"
+
+
+def _tower(layer: str) -> str:
+    """Name the tower of a dual encoder's layer; empty for other bases."""
+    return next((tower for tower in ("vision", "text") if layer.startswith(f"{tower}_model.")), "")
 
 
 def gradient_split(units: Sequence[UnitFacts]) -> DataFrame:
@@ -134,11 +146,13 @@ def changes(units: Sequence[UnitFacts]) -> DataFrame:
 
 
 def update_by_depth(units: Sequence[UnitFacts]) -> DataFrame:
-    """Average ||dW|| / ||W|| over the layers of a block (column), in percent; the projector has no depth."""
+    """Average ||dW|| / ||W|| over the layers of a block (column), in percent, of each tower that learns."""
     found = {}
     for name, layers in _changed(units).items():
-        depth = layers.index.str.extract(r".*\.layers\.(\d+)", expand=False).astype(float)
-        found[name] = 100 * layers["update"].groupby(depth).mean()
+        depth, towers = layers.index.str.extract(BLOCK, expand=False).astype(float), layers.index.map(_tower)
+        for tower in towers.unique():
+            own = layers["update"].where(towers == tower)
+            found[f"{name} {tower}".strip()] = 100 * own.groupby(depth).mean()
     return _frame(found).dropna(how="all")
 
 
