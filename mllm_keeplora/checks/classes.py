@@ -10,6 +10,7 @@ from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.classes import ClassList
 from mllm_keeplora.data.naming import untrained_classes
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.models.dual.texts import ClassTexts
 
 
 def class_faults(benchmark: Benchmark, name: str, every_class: bool = False) -> Iterator[str]:
@@ -47,6 +48,15 @@ def _readable(read: Callable[[str], Sequence[Record]], name: str) -> Sequence[Re
         return read(name)
     except UserError:
         return None
+
+
+def text_faults(benchmark: Benchmark, name: str, texts: ClassTexts) -> Iterator[str]:
+    """Yield a sentence for each class of a set whose texts a dual encoder's text tower cannot read."""
+    if (naming := benchmark.naming(name)) is None:
+        yield f"{name}: its records name no class, but the base compares pictures with `classes` of a domain"
+        return
+    for fault in prompt_faults(naming.classes, texts.tokenizer, texts.positions):
+        yield f"{name}: {fault}"
 
 
 def prompt_faults(classes: ClassList, tokenizer: Any, positions: int) -> Iterator[str]:

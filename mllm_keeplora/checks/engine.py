@@ -13,10 +13,35 @@ from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.system import files
 from mllm_keeplora.training.deepspeed import deepspeed_file
 
+WEIGHED = ("gate", "route")  # how branches combine that are weighed by the question
 IN_ZERO3 = {  # what a strategy may need that it does not have there
     "parameters": "needs its trained parameters whole, which ZeRO-3 divides",
     "forwards": "runs the model more often in one process than in another, which ZeRO-3 does not allow",
 }
+
+
+def unfit_for_towers(config: RunConfig, strategy: Strategy, stage: int | None) -> Iterator[str]:
+    """Say what of a run is not for a base that compares pictures with texts of classes."""
+    name, base = config.strategy.name, config.base.model
+    if strategy.combine in WEIGHED:
+        yield (
+            f"strategy {name} weighs its branches by what frozen parts of a base see, but both towers of {base} learn; "
+            "take a strategy that sums its branches"
+        )
+    if stage == 3:  # which cannot divide a temperature without a dimension, nor an attention that is one fused function
+        yield (
+            f"deepspeed {config.deepspeed!r}: ZeRO-3 does not divide the towers of {base}, which are small; deepspeed "
+            "may be null, zero1 or zero2"
+        )
+    unused = {
+        "base.quantization": config.base.quantization,
+        "train.max_length": config.train.max_length,
+        "eval.max_new_tokens": config.eval.max_new_tokens,
+        "base.prompt": None if config.base.prompt == "auto" else config.base.prompt,
+    }
+    for key, value in unused.items():
+        if value is not None:
+            yield f"{key} is {value!r}, but {base} compares pictures with texts of classes; leave it out"
 
 
 def unfit_for(config: RunConfig, strategy: Strategy, stage: int | None) -> list[str]:

@@ -18,8 +18,7 @@ from mllm_keeplora.training.deepspeed import zero_settings
 if TYPE_CHECKING:
     import torch
 
-    from mllm_keeplora.models.causal.parts import Parts
-    from mllm_keeplora.models.family import Family
+    from mllm_keeplora.models.family import Family, Parts
 
 ADAM, GRADIENT, MASTER = 8, 4, 4  # bytes of a trained number: two moments, its gradient, itself; all float32
 QUANTISED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a number: a float32 scale for each 64, for each row
@@ -51,6 +50,7 @@ def estimate(
     dtype: torch.dtype,
     on_gpu: bool,
     world: int = 1,
+    classes: int = 0,
 ) -> Estimate:
     """Estimate the memory of every stage of a run in which the strategy or the run has something to do.
 
@@ -61,6 +61,7 @@ def estimate(
         domains: learnt before and by this run.
         dtype: of the weights in memory; on_gpu: moments are float32 there, float64 on a CPU.
         world: processes that ZeRO divides over.
+        classes: of the longest list whose texts are read in a training batch.
     """
     train, rank = config.train, getattr(strategy.options, "rank", 0)
     layers = tuple((m.out_features, m.in_features) for m in map(model.get_submodule, parts.target_layers))
@@ -88,6 +89,7 @@ def estimate(
         question=(whole, without),
         checkpointing=train.gradient_checkpointing,
         trains_a="A" in strategy.trains,
+        classes=classes,
     )
     # What ZeRO leaves to each process, and what it moves to the host.
     divided = {1: ADAM, 2: ADAM + GRADIENT, 3: ADAM + GRADIENT + MASTER}.get(stage, 0)

@@ -14,27 +14,34 @@ from mllm_keeplora.data.media.images import Looks, Size, images_of
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import IGNORED, ChatPrompt
-from mllm_keeplora.models.base import prompt_of
-from mllm_keeplora.models.reading import read_generation, read_processor
+from mllm_keeplora.models.base import family_of
+from mllm_keeplora.models.causal import CausalFamily
+from mllm_keeplora.models.reading import read_config, read_generation, read_processor
+from mllm_keeplora.models.shipped import prompt_style
 from mllm_keeplora.system.known import Known, key_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from mllm_keeplora.config import BaseConfig
+    from mllm_keeplora.models.family import Family
+
 RULES = 1  # of trying records: raised when they change, so that every record is tried anew
 ALIKE_ONLY = {"MllamaProcessor"}  # fail on batches of which only some records have pictures
 
 
-def load_prompt(location: str, style: str, trusted: bool = False) -> ChatPrompt | None:
-    """Load the prompt of a base whose processor is on this machine; None where it would have to be downloaded."""
+def load_family(config: BaseConfig, location: str) -> Family | None:
+    """Make the family of a base whose processor is on this machine; None where it would have to be downloaded."""
     from_hub = not Path(location).is_dir()
+    trusted, here = config.trust_remote_code, {"local_files_only": from_hub}
     try:
-        processor = read_processor(location, trusted, local_files_only=from_hub)
+        processor, settings = read_processor(location, trusted, **here), read_config(location, trusted, **here)
+        kind = family_of(config, location, **here)
     except UserError as error:
         if from_hub and isinstance(error.__cause__, (OSError, ValueError)):
             return None
         raise
-    return prompt_of(processor, style, read_generation(location, local_files_only=from_hub))
+    return kind.of(processor, settings, prompt_style(config), read_generation(location, **here))
 
 
 def gold_faults(part: TestSet, records: Sequence[Record]) -> Iterator[str]:
@@ -195,11 +202,14 @@ def mixed_faults(
             yield f"{name} mixes records with images ({kinds[True]}) and without ({kinds[False]}): {why}"
 
 
-def as_seen(prompt: ChatPrompt, record: Record) -> RenderableType:
-    """Show a training record as the model will see it: prompt with the trained tokens marked, pictures, counts."""
+def as_seen(family: Family, record: Record) -> RenderableType:
+    """Show a training record as the model will see it: its text with what is trained marked, pictures, counts."""
     from rich.console import Group
     from rich.text import Text
 
+    if not isinstance(family, CausalFamily):
+        return _compared(family, record)
+    prompt = family.prompt
     pictures = images_of(record, prompt.background)
     batch = prompt.training_batch([record], [pictures], None)
     tokens, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
@@ -215,6 +225,18 @@ def as_seen(prompt: ChatPrompt, record: Record) -> RenderableType:
         facts.append(f"pixel values {', '.join(shapes)}")
     facts.append(f"{len(tokens)} tokens, {trained} of them trained (green)")
     return Group(*(Text(fact, style="dim") for fact in facts), text)
+
+
+def _compared(family: Family, record: Record) -> RenderableType:
+    """Show a picture's label among the classes that it is compared with."""
+    from rich.text import Text
+
+    batch = family.training_batch([record])
+    shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.items())
+    text = Text(f"{record.origin}, id {record.id or '-'}\n{shapes}\n", style="dim")
+    for name, texts in zip(record.classes.names, record.classes.texts, strict=True):
+        text.append(f"{texts[0]}\n", style="bold green" if name == record.turns[-1].text else "")
+    return text
 
 
 def _shortened(prompt: ChatPrompt, tokens: list[int]) -> str:

@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mllm_keeplora.checks.classes import class_faults
-from mllm_keeplora.checks.engine import settings_faults, unfit_for
+from mllm_keeplora.checks.classes import class_faults, text_faults
+from mllm_keeplora.checks.engine import settings_faults, unfit_for, unfit_for_towers
 from mllm_keeplora.checks.memory import Estimate, estimate
-from mllm_keeplora.checks.records import ProcessorTrial, gold_faults, load_prompt, mixed_faults
+from mllm_keeplora.checks.records import ProcessorTrial, gold_faults, load_family, mixed_faults
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
-from mllm_keeplora.data.media.images import Looks, image_size
+from mllm_keeplora.data.media.images import Looks
 from mllm_keeplora.errors import REFUSED, UserError, first_line, several
-from mllm_keeplora.models import ChatPrompt
-from mllm_keeplora.models.base import compute_dtype, refuse_original_llava
+from mllm_keeplora.models.base import compute_dtype, family_of, refuse_original_llava
 from mllm_keeplora.models.causal import CausalFamily
-from mllm_keeplora.models.causal.parts import name_parts, summary_of
+from mllm_keeplora.models.dual import DualFamily
+from mllm_keeplora.models.family import Family
 from mllm_keeplora.models.fingerprint import fingerprint
 from mllm_keeplora.models.reading import skeleton
-from mllm_keeplora.models.shipped import prompt_style, resolve
+from mllm_keeplora.models.shipped import resolve
 from mllm_keeplora.models.weights import refuse_small_vocabulary, refuse_unfit
 from mllm_keeplora.strategies import Strategy, build_strategy
 from mllm_keeplora.system import distributed
@@ -106,7 +106,7 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
         if is_folder := Path(location).is_dir():
             base_fingerprint = faults.of(fingerprint, Path(location))
         if base_fingerprint is not None or not is_folder:
-            anatomy = faults.of(_anatomy, config, location, base_fingerprint, unseen) or anatomy
+            anatomy = faults.of(_anatomy, config, location, base_fingerprint, strategy, unseen) or anatomy
     stage = faults.of(zero_stage, config.deepspeed)
     faults += settings_faults(config, stage)
     benchmark = faults.of(load_benchmark, config, _drawing())
@@ -120,7 +120,9 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
         asked = [*benchmark.domains, *benchmark.suites]
         graded = {name: faults.of(benchmark.test_records, name) or () for name in asked}
         for name in asked if share[0] == 0 else ():
-            faults.of(faults.extend, class_faults(benchmark, name))
+            faults.of(
+                faults.extend, class_faults(benchmark, name, strategy is not None and strategy.options.every_class)
+            )
         counts = {name: {"train": len(records)} for name, records in trained.items()}
         for name, records in graded.items():
             counts.setdefault(name, {})["test"] = len(records)
@@ -128,7 +130,11 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
             records = faults.of(benchmark.anchor_records, name) or ()
             trained[f"anchors of {name}"] = [record.first_exchange() for record in records]
         if look_inside:
-            prompt = faults.of(_prompt, config, location, unseen, anatomy) if location is not None else None
+            family = faults.of(_family, config, location, unseen, anatomy) if location is not None else None
+            prompt = family.prompt if isinstance(family, CausalFamily) else None
+            if isinstance(family, DualFamily):
+                for name in asked:
+                    faults.of(faults.extend, text_faults(benchmark, name, family.texts))
             rank, world = share
             if rank == 0:  # over all sets, whole: engines change, domains are appended, a share may be of one kind
                 faults += mixed_faults(trained, graded, prompt, stage, strategy is not None and strategy.joins_domains)
@@ -147,6 +153,8 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
                         notes.append(f"no {kind} record of {name} has a picture")
     if strategy is not None:
         faults += unfit_for(config, strategy, stage)
+    if strategy is not None and anatomy.kind is DualFamily:
+        faults += unfit_for_towers(config, strategy, stage)
     if faults:
         raise several(list(dict.fromkeys(faults)), more=faults.more)  # what two readers met is told once
     return Checked(
@@ -173,55 +181,64 @@ class _Faults(list[str]):
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a base's config tells: a line for each part, how many tokens it has places for, and how many it knows."""
+    """What a base's config tells: a line a part, how many tokens it has places for and knows, and its family."""
 
     parts: list[str] = field(default_factory=list)
     positions: int | None = None
     vocabulary: int | None = None
+    kind: type[Family] | None = None
 
 
-def _anatomy(config: RunConfig, location: str, known_as: str | None, unseen: list[str]) -> Anatomy:
+def _anatomy(
+    config: RunConfig, location: str, known_as: str | None, strategy: Strategy | None, unseen: list[str]
+) -> Anatomy:
     """Look at a base by its config and the names of its weights; `unseen` is told if it is not on this machine."""
-    trusted = config.base.trust_remote_code
-    if Path(location).is_dir():
+    trusted, is_folder = config.base.trust_remote_code, Path(location).is_dir()
+    if is_folder:
         refuse_original_llava(config.base.model, location)
-        refuse_unfit(Path(location), trusted, known_as)
     try:
-        model = skeleton(location, trusted=trusted)
+        kind = family_of(config.base, location, local_files_only=not is_folder)
+        if is_folder:
+            refuse_unfit(Path(location), trusted, known_as, kind.auto)
+        model = skeleton(location, trusted=trusted, auto=kind.auto)
     except UserError as error:
-        if Path(location).is_dir() or not isinstance(error.__cause__, (OSError, ValueError)):
+        if is_folder or not isinstance(error.__cause__, (OSError, ValueError)):
             raise
         unseen.append(f"the base's layers ({error})")
         return Anatomy()
-    parts = summary_of(model, name_parts(model, config.adapters.projector, config.adapters.target))
+    parts = kind.name_parts(model, config.adapters.projector, config.adapters.target)
+    if strategy is not None:
+        layers = {name: model.get_submodule(name) for name in parts.target_layers}
+        sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        strategy.options.refuse_unfit(sizes, {name: parts.tower(name) for name in layers})
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Anatomy(parts, positions, getattr(model.get_input_embeddings(), "num_embeddings", None))
+    return Anatomy(kind.summary(model, parts), positions, kind.vocabulary(model), kind)
 
 
 def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
     """Estimate a faultless run's memory on this machine; None where the base cannot be looked at beforehand."""
     import torch
 
-    trusted = config.base.trust_remote_code
-    prompt = load_prompt(checked.base_location, prompt_style(config.base), trusted)
-    dtype = compute_dtype(config.base.dtype)
-    if prompt is None:
+    family, dtype = load_family(config.base, checked.base_location), compute_dtype(config.base.dtype)
+    if family is None:
         log.info("memory is not estimated: the processor of %s is not on this machine", checked.base_location)
         return None
     try:
-        model = skeleton(checked.base_location, dtype, trusted)
-        parts = name_parts(model, config.adapters.projector, config.adapters.target)
+        model = skeleton(checked.base_location, dtype, config.base.trust_remote_code, family.auto)
+        parts = family.name_parts(model, config.adapters.projector, config.adapters.target)
         # The longest of some records of every domain, and the one with the most tokens that carry loss.
         sets = map(checked.benchmark.train_records, checked.benchmark.domains)
         some = [record for records in sets for record in evenly_spaced(records, LOOKED_AT)]
+        tokens, answer_tokens = map(max, zip(*map(family.extent, some), strict=True))
         return estimate(
             config,
             checked.strategy,
-            CausalFamily(prompt),
+            family,
             model,
             parts,
-            tokens=max(prompt.total_tokens(record, list(map(image_size, record.media))) for record in some),
-            answer_tokens=max(map(prompt.trained_tokens, some)),
+            tokens=tokens,
+            answer_tokens=answer_tokens,
+            classes=max(len(record.classes.names) if record.classes else 0 for record in some),
             domains=len(checked.benchmark.domains),
             dtype=dtype,
             on_gpu=torch.cuda.is_available(),
@@ -232,13 +249,13 @@ def memory_of(config: RunConfig, checked: Checked) -> Estimate | None:
         return None
 
 
-def _prompt(config: RunConfig, location: str, unseen: list[str], anatomy: Anatomy) -> ChatPrompt | None:
-    prompt = load_prompt(location, prompt_style(config.base), config.base.trust_remote_code)
-    if prompt is not None:
-        refuse_small_vocabulary(location, prompt.processor, anatomy.vocabulary)
+def _family(config: RunConfig, location: str, unseen: list[str], anatomy: Anatomy) -> Family | None:
+    family = load_family(config.base, location)
+    if family is not None:
+        refuse_small_vocabulary(location, family.processor, anatomy.vocabulary)
     else:
         unseen.append(f"records as its processor sees them (that of {location} is not on this machine)")
-    return prompt
+    return family
 
 
 def _look_inside(
