@@ -249,13 +249,13 @@ def test_several_projector_modules_trained_in_full_leave_as_one_adapter(remote_s
 
 
 def test_records_with_and_without_pictures_are_told_apart_where_a_processor_cannot_batch_them(remote_sensing, tmp_path):
-    from mllm_keeplora.checks.records import load_prompt, mixed_faults
+    from mllm_keeplora.checks.records import load_family, mixed_faults
     from mllm_keeplora.data import load_benchmark
 
     folder = build_family("mllama", tmp_path / "base")
     config = parse_config(config_of("mllama", folder, remote_sensing, tmp_path / "run"), origin="test")
     record = load_benchmark(config).train_records("RS")[0]
-    bare, prompt = replace(record, media=()), load_prompt(str(folder), "chat_template")
+    bare, prompt = replace(record, media=()), load_family(BaseConfig(model=str(folder)), str(folder)).prompt
     alike, mixed = [record, record], [bare, record]
     for trained, graded, together, named in (
         ({"A": alike}, {"A": [bare]}, False, []),

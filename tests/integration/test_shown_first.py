@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_keeplora.checks.records import load_prompt
+from mllm_keeplora.checks.records import load_family
 from mllm_keeplora.checks.run import check_run
 from mllm_keeplora.config import BaseConfig, parse_config
 from mllm_keeplora.data.readers import read_test, read_train
@@ -192,7 +192,7 @@ def test_check_says_what_it_could_not_look_at(config, tmp_path, command, monkeyp
 
 
 def test_the_prompt_of_a_base_knows_its_control_tokens(world):
-    prompt = load_prompt(str(world / "base"), "chat_template")
+    prompt = load_family(BaseConfig(model=str(world / "base")), str(world / "base")).prompt
     assert prompt._controls.search("a <s> b") and not prompt._controls.search("a < s > <unknown> b")
 
 
