@@ -164,7 +164,7 @@ def bases_of(home: Path) -> list[Target]:
         resolve(config.base)
         fingerprint(base)
         refuse_original_llava(str(base), str(base))
-        _anatomy(config, str(base), None, [])
+        _anatomy(config, str(base), None, None, [])
 
     def adapter(path: Path) -> None:
         Checkpoint.named(path.parent).config("mini_dcl", home / "out")

@@ -23,7 +23,8 @@ NOT_GRADED = {"Math", "APP"}
 
 def test_every_shipped_benchmark_has_a_miniature_here():
     with_classes = {"mtil", "mtil_coop", "mtil_xtail"}  # their published folders: tests/unit/data/test_layouts.py
-    assert {*MINIATURES, *with_classes, "mini_dcl"} == set(shipped("benchmarks"))
+    made_here = {"mini_dcl", "mini_mtil", "mini_mtil_cells"}
+    assert {*MINIATURES, *with_classes, *made_here} == set(shipped("benchmarks"))
 
 
 @pytest.mark.parametrize(
