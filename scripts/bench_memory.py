@@ -102,7 +102,7 @@ def measured(strategy: Strategy, base: Base, records: list) -> dict[str, int]:
 
 def step(adapters: Adapters, batch: dict) -> None:
     """Forward and backward of one training step; the optimizer's states are added by their size."""
-    with adapters.family.supervised(adapters.base, batch["labels"]):
+    with adapters.family.supervised(adapters.base, batch):
         outputs = adapters.model(**inputs_of(batch))
     answer_loss(adapters.family, outputs, batch["labels"]).backward()
 
