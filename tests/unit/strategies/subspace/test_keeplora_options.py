@@ -385,7 +385,6 @@ def test_defaults_are_those_that_the_comparison_of_code_and_paper_recommends():
         ("feature_samples", -0.2),
         ("anchor_samples", 0),
         ("prototypes", "linear"),
-        ("prototypes", "cosine"),
         ("prototype_scale", 0.0),
         ("statistics_memory_gb", 0.0),
         ("freeze_b", True),
