@@ -112,11 +112,10 @@ def family_of(config: BaseConfig, location: str, **hub: Any) -> type[Family]:
     """
     if config.task != "auto":
         return FAMILIES[TASKS[config.task]]
-    name = settings_of(config.model).get("family")
+    settings = settings_of(config.model)
+    name = settings.get("family", "causal" if settings else None)
     if name is not None and name not in FAMILIES:
         raise UserError(f"family {name!r} is not known; known: {known(FAMILIES)} (YAML of base.model {config.model!r})")
-    if name is None and settings_of(config.model):
-        return CausalFamily
     if name is not None:
         return FAMILIES[name]
     from transformers.models.auto import modeling_auto
