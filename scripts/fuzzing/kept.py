@@ -141,8 +141,13 @@ def bases_of(home: Path) -> list[Target]:
     from safetensors.torch import save
 
     from mllm_keeplora.adapters.factors import Branch, Factors, peft_settings
+    from mllm_keeplora.adapters.prototypes import Prototypes
+    from mllm_keeplora.checks.classes import prompt_faults
+    from mllm_keeplora.checks.records import load_family
     from mllm_keeplora.checks.run import _anatomy
     from mllm_keeplora.config import parse_config
+    from mllm_keeplora.data.classes import ClassList
+    from mllm_keeplora.errors import several
     from mllm_keeplora.eval.checkpoints import Checkpoint
     from mllm_keeplora.models.base import refuse_original_llava
     from mllm_keeplora.models.fingerprint import fingerprint
@@ -166,6 +171,19 @@ def bases_of(home: Path) -> list[Target]:
         refuse_original_llava(str(base), str(base))
         _anatomy(config, str(base), None, None, [])
 
+    shutil.copytree(resolve_path("tiny-clip"), dual := home / "dual_base")
+    dual_config = parse_config({**values, "base": {"model": str(dual)}}, "fuzz")
+    classes = ClassList.of(["cat", "dog"], ["a photo of a {}.", "the {}"])
+
+    def compares(path: Path) -> None:
+        resolve(dual_config.base)
+        fingerprint(dual)
+        _anatomy(dual_config, str(dual), None, None, [])
+        family = load_family(dual_config.base, str(dual))
+        if faults := list(prompt_faults(classes, family.texts.tokenizer, family.texts.positions)):
+            raise several(faults)
+        family.example()
+
     def adapter(path: Path) -> None:
         Checkpoint.named(path.parent).config("mini_dcl", home / "out")
         Factors.load(path.parent)
@@ -182,6 +200,9 @@ def bases_of(home: Path) -> list[Target]:
         "base_model_name_or_path": str(base),
     }
     Branch(A, dict.fromkeys(layers, 4.0)).save(home / "branch.safetensors")
+    prototypes = Prototypes(torch.ones(2, 3), classes.digest)
+    prototypes.save(home / "prototypes.safetensors")
+    Branch(A, dict.fromkeys(layers, 4.0), prototypes=prototypes).save(home / "dual_branch.safetensors")
     notes = {"prompt": "chat_template"}
     (folder / "mllm_keeplora.json").write_text(json.dumps(notes))
     tensors = save({"a": torch.ones(2), "b": torch.ones(3, 3)}, {"format": "pt"})
@@ -209,6 +230,24 @@ def bases_of(home: Path) -> list[Target]:
             home / "branch.safetensors",
             (home / "branch.safetensors").read_bytes(),
             lambda path: Branch.load(path),
+        ),
+        Target(
+            "prototypes",
+            "tensors",
+            home / "prototypes.safetensors",
+            (home / "prototypes.safetensors").read_bytes(),
+            lambda path: Prototypes.load(path).logits(torch.ones(1, 3)),
+        ),
+        Target(
+            "prototypes of a branch",
+            "tensors",
+            home / "dual_branch.safetensors",
+            (home / "dual_branch.safetensors").read_bytes(),
+            lambda path: Branch.load(path),
+        ),
+        *(
+            Target(f"dual base {file}", "json", dual / file, (dual / file).read_bytes(), compares)
+            for file in ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
         ),
         Target("prompt notes", "json", folder / "mllm_keeplora.json", json.dumps(notes).encode(), adapter),
         Target("deepspeed json", "json", home / "zero.json", zero, engine),

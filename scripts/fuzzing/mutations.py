@@ -1,11 +1,16 @@
-"""Ways to spoil an input: its bytes, values of JSON or YAML, fields of a picture's or a tensor file's header."""
+"""Ways to spoil an input: its bytes, words, values of JSON or YAML, steps of a pickle, fields of a file's header."""
 
 from __future__ import annotations
 
 import copy
+import gzip
+import itertools
 import json
+import pickletools
 import random
+import re
 import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +33,13 @@ ODD_YAML = [
     "!!null x", "!!timestamp x", "!!python/object:os.system {}", "!x y", "&a [*a]", "*missing", "<<: {a: 1}",
     "{<<: [1]}", "? [a]", "9" * 5000, "{a: 1, a: 2}", "yes", "~", "|", ">", "@", "`", "%", "[" * 2000, "{a: " * 2000,
     "- " * 2000, '"\\ud800"', '"\\0"', "1e5000", "0x" + "f" * 9000,
+]  # fmt: skip
+ODD_STEPS = [  # of a pickle: numbers and texts without end, places far out, what it asks for, odd bases of a value
+    b"\x8a\xff" + b"\xff" * 255, b"\x8b\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 7 + b"\x7f", b"X\xff\xff\xff\xff",
+    b"\x95" + b"\xff" * 7 + b"\x7f", b"r\x00\x00\x00\x03", b"r\xff\xff\xff\x7f", b"cnumpy\nndarray\n",
+    b"cnumpy\ndtype\n", b"cos\nsystem\n", b"cbuiltins\neval\n", b"N", b"]", b"}", b")", b"\x85", b"R", b"b", b"0", b"2",
+    b"\x81", b"K\xff", b"J\xff\xff\xff\xff", b"G\x7f\xf8\0\0\0\0\0\0", b"X\x02\0\0\0V8", b"X\x01\0\0\0O", b"(", b"t",
+    b"u", b"e", b"s", b"h\x00", b"h\x01", b"h\x05", b"I" + b"9" * 6000 + b"\n", b"P1\n", b"Q", b"\x82\x01",
 ]  # fmt: skip
 ENDS = [
     b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xe2\x80\xae", b"\r", b"\n", b'"', b"[", b"{",
@@ -162,6 +174,62 @@ def in_yaml(rng: random.Random, data: bytes) -> bytes:
     return b"\n".join(lines)
 
 
+def in_words(rng: random.Random, data: bytes) -> bytes:
+    """Put an odd text where a word stood, or leave a line out, or tell it twice or somewhere else."""
+    lines = data.splitlines(keepends=True)
+    place = rng.randrange(len(lines))
+    kind = rng.randrange(6)
+    if kind == 0:
+        del lines[place]
+    elif kind == 1:
+        lines.append(lines[place])
+    elif kind == 2:
+        rng.shuffle(lines)
+    else:
+        words = re.split(rb"([ ,/._]+)", lines[place])
+        words[rng.randrange(len(words))] = rng.choice((*ODD_TEXTS, "-1", "0", "9" * 5000)).encode(
+            errors="surrogatepass"
+        )
+        lines[place] = b"".join(words)
+    return b"".join(lines)
+
+
+def in_pickle(rng: random.Random, data: bytes) -> bytes:
+    """Leave out a step of a pickle, tell one twice or elsewhere, or put an odd one there."""
+    starts = [place for _, _, place in pickletools.genops(data)] + [len(data)]
+    steps = [data[start:stop] for start, stop in itertools.pairwise(starts)]
+    place, kind = rng.randrange(len(steps)), rng.randrange(6)
+    if kind == 0:
+        del steps[place]
+    elif kind == 1:
+        steps[place] += steps[rng.randrange(len(steps))]
+    elif kind == 2:
+        other = rng.randrange(len(steps))
+        steps[place], steps[other] = steps[other], steps[place]
+    elif kind == 3:
+        steps[place] = rng.choice(ODD_STEPS)
+    elif kind == 4:
+        steps.insert(place, rng.choice(ODD_STEPS))
+    else:
+        steps[place] = (
+            steps[place][:1] + flip(rng, steps[place][1:]) if len(steps[place]) > 1 else rng.choice(ODD_STEPS)
+        )
+    return b"".join(steps)
+
+
+def in_gzip(rng: random.Random, data: bytes) -> bytes:
+    """Change what is compressed, or let it go on for gigabytes."""
+    if len(data) > 1 << 16:  # goes on so already
+        return flip(rng, data)
+    if rng.random() < 0.02:
+        return data + gzip.compress(bytes(1 << 28)) * 12
+    try:
+        whole = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error):  # an earlier mutation was here
+        return flip(rng, data)
+    return gzip.compress(in_picture(rng, whole) if rng.random() < 0.5 else rng.choice(BYTES)(rng, whole))
+
+
 def in_picture(rng: random.Random, data: bytes) -> bytes:
     """Write odd numbers over 2 or 4 bytes of the first kilobyte: that is where sizes, depths and counts stand."""
     changed = bytearray(data)
@@ -176,8 +244,6 @@ def in_picture(rng: random.Random, data: bytes) -> bytes:
 
 def _with_checksums(data: bytes) -> bytes:
     """Make the checksums of a PNG's chunks right again, so that a changed header is believed."""
-    import zlib
-
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     out, place = data[:8], 8
@@ -206,6 +272,10 @@ KINDS: dict[str, list[Mutation]] = {
     "lines": [in_json_lines] * 12 + BYTES,
     "yaml": [in_yaml] * 12 + BYTES,
     "picture": [in_picture] * 8 + BYTES,
+    "words": [in_words] * 8 + BYTES,
+    "pickle": [in_pickle] * 10 + BYTES,
+    "header": [in_picture] * 8 + BYTES,
+    "gzip": [in_gzip] * 8 + BYTES,
     "tensors": [in_tensors] * 10 + BYTES,
 }
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fuzzing.classes import classes_of
 from fuzzing.configs import configs_of
 from fuzzing.data import pictures_of, records_of
 from fuzzing.kept import bases_of, runs_of
+from fuzzing.layouts import layouts_of
 from fuzzing.samples import Target, written_data
 
 
@@ -22,6 +24,8 @@ def targets(home: Path) -> list[Target]:
         *pictures_of(home),
         *runs_of(home, data),
         *bases_of(home),
+        *classes_of(home, data),
+        *layouts_of(home),
     ]
     for target in found:
         target.path.parent.mkdir(parents=True, exist_ok=True)

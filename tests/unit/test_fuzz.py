@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -45,11 +47,14 @@ def test_the_same_seed_makes_the_same_input_and_another_one_another(mutations):
     assert made[0] == made[1] and len(set(made)) > 100
 
 
-@pytest.mark.parametrize("kind", ["bytes", "json", "lines", "yaml", "picture", "tensors"])
+@pytest.mark.parametrize(
+    "kind", ["bytes", "json", "lines", "yaml", "picture", "words", "pickle", "header", "gzip", "tensors"]
+)
 def test_every_kind_of_input_is_changed(kind, mutations):
     import numpy as np
     from safetensors.numpy import save
 
-    data = {"tensors": save({"a": np.ones(3)}), "yaml": b"a: 1\nb: {c: d}\n"}.get(kind, b'{"a": [1, 2]}')
+    data = {"tensors": save({"a": np.ones(3)}), "yaml": b"a: 1\nb: {c: d}\n", "pickle": pickle.dumps({"a": [1, 2]})}
+    data = {**data, "gzip": gzip.compress(b"a" * 99)}.get(kind, b'{"a": [1, 2]}')
     changed = [mutations.mutated(random.Random(seed), kind, data) != data for seed in range(100)]
     assert sum(changed) > 60
