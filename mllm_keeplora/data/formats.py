@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from mllm_keeplora.data.naming import Naming
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn, without_marks
+from mllm_keeplora.system import given
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SHAPES = (
@@ -179,11 +180,10 @@ def class_record(row: Any, naming: Naming) -> Record:
 
 
 def unwritable_text(record: Record) -> str:
-    """Find half a character (a lone surrogate) in what a record says, which no file and no tokeniser takes."""
+    """Find half a character in what a record says."""
     answers = (record.answer,) if isinstance(record.answer, str) else record.answer or ()
     names = (str(media.path) for media in record.media)
-    whole = "".join((record.id, record.kind, *answers, *names, *(turn.text for turn in record.turns)))
-    return "" if whole.isascii() else next((each for each in whole if "\ud800" <= each <= "\udfff"), "")
+    return given.half_character("".join((record.id, record.kind, *answers, *names, *(t.text for t in record.turns))))
 
 
 def _object(row: Any) -> dict:

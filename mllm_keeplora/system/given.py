@@ -94,6 +94,11 @@ def as_text(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
+def half_character(text: str) -> str:
+    """Find half a character (a lone surrogate), which no file and no tokeniser takes; nothing of a whole text."""
+    return "" if text.isascii() else next((each for each in text if "\ud800" <= each <= "\udfff"), "")
+
+
 def lines(handle: TextIO) -> Iterator[str]:
     """Yield the lines of a text, cut at line feeds alone, without holding more than one.
 

@@ -14,6 +14,7 @@ from typing import Any
 from mllm_keeplora.data.layouts import folders, labelled, packed
 from mllm_keeplora.data.layouts.published import Published
 from mllm_keeplora.errors import UserError
+from mllm_keeplora.system import given
 
 LAYOUTS: dict[str, Callable[[Path, str], Published]] = {
     "aircraft": labelled.aircraft,
@@ -42,7 +43,11 @@ def published(layout: str, path: Path, split: str) -> Published:
     Raises:
         UserError: a file is missing or damaged, or the set has no such split.
     """
-    return LAYOUTS[layout](path, split)
+    found = LAYOUTS[layout](path, split)
+    for label in found.labels:
+        if given.half_character(label):
+            raise UserError(f"{path}: half a character stands in {label!a}, what layout {layout} calls a class")
+    return found
 
 
 def published_rows(layout: str, path: Path, split: str) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from mllm_keeplora.data.layouts.published import Published, json_of, lines_of, mat_of, named
 from mllm_keeplora.errors import UserError, shortened
@@ -38,10 +37,10 @@ def dtd(path: Path, split: str) -> Published:
 def flowers102(path: Path, split: str) -> Published:
     """Read Flowers102; its classes are numbers from 1."""
     key = named({"train": "trnid", "validation": "valid", "test": "tstid"}, split)
-    labels = _numbers(mat_of(path / "imagelabels.mat", "labels"))
+    labels = _numbers(path / "imagelabels.mat", "labels")
 
     def rows() -> Iterator[tuple[str, str]]:
-        for number in _numbers(mat_of(path / "setid.mat", key)):
+        for number in _numbers(path / "setid.mat", key):
             if not 1 <= number <= len(labels):
                 raise UserError(f"{path / 'setid.mat'} names picture {number}; imagelabels.mat has {len(labels)}")
             yield f"jpg/image_{number:05d}.jpg", str(labels[number - 1])
@@ -73,19 +72,18 @@ def oxford_pet(path: Path, split: str) -> Published:
 
 def stanford_cars(path: Path, split: str) -> Published:
     """Read Stanford Cars with its development kit."""
-    import numpy as np
-
     places = {"train": ("devkit/cars_train_annos.mat", "cars_train"),
               "test": ("cars_test_annos_withlabels.mat", "cars_test")}  # fmt: skip
     file, folder = named(places, split)
-    labels = [str(name) for name in np.atleast_1d(mat_of(path / "devkit/cars_meta.mat", "class_names"))]
+    labels = ["".join(map(str, name)) for name in mat_of(path / "devkit/cars_meta.mat", "class_names")]
 
     def rows() -> Iterator[tuple[str, str]]:
-        for each in np.atleast_1d(mat_of(path / file, "annotations")):
-            try:
-                number, name = int(each["class"]), str(each["fname"])
-            except (ValueError, IndexError, TypeError):
-                raise UserError(f"{path / file}: an annotation has no `class` and `fname`") from None
+        for each in mat_of(path / file, "annotations"):
+            match each:
+                case {"class": [int() | float() as number], "fname": [str() as name]} if number % 1 == 0:
+                    number = int(number)
+                case _:
+                    raise UserError(f"{path / file}: an annotation has no `class` and `fname`")
             if not 1 <= number <= len(labels):
                 raise UserError(f"{path / file}: {name} is of class {number}; cars_meta.mat has {len(labels)}")
             yield f"{folder}/{name}", labels[number - 1]
@@ -108,14 +106,17 @@ def coop(path: Path, split: str) -> Published:
     return Published([name for _, name in numbered], ((name, label) for name, _, label in values[key]))
 
 
-def _numbers(values: Any) -> list[int]:
-    import numpy as np
-
-    return [int(each) for each in np.atleast_1d(values)]
+def _numbers(path: Path, key: str) -> list[int]:
+    """Read whole numbers of a MATLAB file."""
+    values = mat_of(path, key)
+    if not all(isinstance(each, int | float) and each % 1 == 0 for each in values):  # nan and inf are none either
+        raise UserError(f"{path}: {key} must hold whole numbers")
+    return list(map(int, values))
 
 
 def _food(path: Path) -> dict[str, list[str]]:
     values = json_of(path)
-    if not isinstance(values, dict) or not all(isinstance(names, list) for names in values.values()):
+    lists = values.values() if isinstance(values, dict) else (None,)
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         raise UserError(f"{path} must map classes to lists of pictures")
     return values

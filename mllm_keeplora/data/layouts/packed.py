@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import Unpickler
-from typing import TYPE_CHECKING, Any
+from pickletools import genops
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mllm_keeplora.data.layouts.published import Published, named
 from mllm_keeplora.errors import UserError, first_line, shortened
@@ -18,17 +20,49 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOST_PACKED = 1 << 29  # bytes of a packed file, and of what a compressed one holds
+MOST_TUPLES = 20  # in a pickle: an array has three
 DIGITS = [str(digit) for digit in range(10)]
 IDX_BYTES = 0x08  # the kind of number in an idx file: unsigned bytes
 
 
-class _Plain(Unpickler):
-    """Builds arrays, lists, dictionaries, numbers and strings; whatever else a pickle asks for is refused."""
+class _Kind:
+    """Stands for numpy's dtype: the name alone, whatever state a pickle would give it."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def __init__(self, name: Any = None, *_: Any):
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        """Pass over the order of bytes; a dtype of numpy's would take pointers from here, too."""
+
+
+class _Array:
+    """Stands for numpy's array: its shape and bytes."""
+
+    pixels: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        """Take version, shape, dtype, whether it goes by columns, and the bytes, which Python 2 wrote as text."""
         import numpy as np
 
-        allowed = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+        match state:
+            case (
+                _,
+                tuple(shape),
+                _Kind(name="u1"),
+                bool() | int() as by_columns,
+                bytes() | bytearray() | str() as data,
+            ):
+                data = data.encode("latin1") if isinstance(data, str) else data
+                self.pixels = np.frombuffer(data, np.uint8).reshape(shape, order="F" if by_columns else "C")
+            case _:
+                raise ValueError("it has an array of something else than bytes")
+
+
+class _Plain(Unpickler):
+    """Builds arrays of bytes, lists, dictionaries, numbers and strings; whatever else a pickle asks for is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {"_reconstruct": lambda *_: _Array(), "ndarray": _Array, "dtype": _Kind}
         if module not in {"numpy", "numpy.core.multiarray", "numpy._core.multiarray"} or name not in allowed:
             raise UserError(f"it asks for {module}.{name}, which is neither an array nor a plain value")
         return allowed[name]
@@ -37,15 +71,14 @@ class _Plain(Unpickler):
 def cifar100(path: Path, split: str) -> Published:
     """Read CIFAR100, the version for Python, with the fine labels."""
     labels = _plain(path / "meta", "fine_label_names")
+    if not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{path / 'meta'}: fine_label_names must be texts")
 
     def rows() -> Iterator[tuple[np.ndarray, str]]:
-        import numpy as np
-
         file = path / named({"train": "train", "test": "test"}, split)
         values = _plain(file)
-        pixels, fine = values.get("data"), values.get("fine_labels")
-        is_array = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
-        if not is_array or not isinstance(fine, list) or pixels.shape != (len(fine), 3 * 32 * 32):
+        pixels, fine = getattr(values.get("data"), "pixels", None), values.get("fine_labels")
+        if pixels is None or not isinstance(fine, list) or pixels.shape != (len(fine), 3 * 32 * 32):
             raise UserError(f"{file} does not hold `data` of n x 3072 bytes and as many `fine_labels`")
         for row, number in zip(pixels, fine, strict=True):
             yield row.reshape(3, 32, 32).transpose(1, 2, 0), _label(labels, number, file)
@@ -82,12 +115,23 @@ def _plain(path: Path, key: str | None = None) -> Any:
     """Read a pickled dictionary, or what it has under a key, without building anything but plain values."""
     with given.opened(path, MOST_PACKED) as handle:
         try:
+            _refuse_odd_steps(handle)
+            handle.seek(0)
             values = _Plain(handle, encoding="latin1").load()
         except Exception as error:  # of whatever kind a damaged pickle raises
             raise UserError(f"{path} is not a readable pickle of CIFAR100: {shortened(first_line(error))}") from None
     if not isinstance(values, dict) or (key is not None and not isinstance(values.get(key), list)):
         raise UserError(f"{path} must hold a dictionary" + (f" with a list {key}" if key else ""))
     return values if key is None else values[key]
+
+
+def _refuse_odd_steps(handle: BinaryIO) -> None:
+    """Refuse a pickle that asks for more room than it fills, or whose tuples hold one another without end."""
+    tuples = 0
+    for number, (step, value, _) in enumerate(genops(handle)):
+        tuples += step.name.startswith("TUPLE")
+        if tuples > MOST_TUPLES or ("PUT" in step.name and value > number):  # what is kept is counted from 0 or 1
+            raise ValueError("it is not put together as the data set is")
 
 
 def _idx(path: Path, axes: int) -> np.ndarray:
@@ -99,7 +143,7 @@ def _idx(path: Path, axes: int) -> np.ndarray:
     with given.opened(source, MOST_PACKED) as handle:
         try:
             data = handle.read() if source == path else gzip.GzipFile(fileobj=handle).read(MOST_PACKED)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{source} cannot be unpacked: {first_line(error)}") from None
     start = 4 * (axes + 1)
     sizes = struct.unpack(f">{axes}I", data[4:start]) if len(data) >= start else ()
@@ -110,5 +154,6 @@ def _idx(path: Path, axes: int) -> np.ndarray:
 
 def _label(labels: list[str], number: Any, path: Path) -> str:
     if not isinstance(number, int) or not 0 <= number < len(labels):
-        raise UserError(f"{path}: a picture is of class {number!r}; there are {len(labels)}")
+        told = number if isinstance(number, int) else type(number).__name__
+        raise UserError(f"{path}: a picture is of class {told}; there are {len(labels)}")
     return labels[number]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mllm_keeplora.data.layouts import matlab
 from mllm_keeplora.errors import UserError, first_line, known, shortened
 from mllm_keeplora.system import given
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SPLIT_SEED = 42  # of the data sets that MTIL splits itself
-MOST_MAT = 1 << 26  # bytes of a MATLAB file
+MOST_MAT = 1 << 24  # bytes of a MATLAB file, and of a variable that is compressed in it
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,15 @@ def json_of(path: Path) -> Any:
         raise UserError(f"{path} is not readable JSON: {given.why(error)}") from None
 
 
-def mat_of(path: Path, key: str) -> Any:
-    """Read one variable of a MATLAB file (version 5), without axes of length one."""
-    from scipy.io import loadmat
-
-    with given.opened(path, MOST_MAT) as handle:
-        try:
-            return loadmat(handle, squeeze_me=True, variable_names=[key])[key]
-        except KeyError:
-            raise UserError(f"{path} has no variable {key}") from None
-        except Exception as error:  # of whatever kind the reader raises
-            raise UserError(f"{path} is not a readable MATLAB file: {shortened(first_line(error))}") from None
+def mat_of(path: Path, key: str) -> list[Any]:
+    """Read one variable of a MATLAB file (version 5) as a list, as `matlab.variable` gives it."""
+    data = given.read_bytes(path, MOST_MAT)
+    try:
+        return matlab.variable(data, key, MOST_MAT)
+    except KeyError:
+        raise UserError(f"{path} has no variable {key}") from None
+    except (ValueError, struct.error, zlib.error, RecursionError) as error:
+        raise UserError(f"{path} is not a readable MATLAB file: {shortened(first_line(error))}") from None
 
 
 def subfolders(path: Path) -> list[str]:
