@@ -18,6 +18,7 @@ from mllm_keeplora.eval.saved import SavedRun, load_run
 from mllm_keeplora.models.base import family_of
 from mllm_keeplora.models.dual import DualFamily
 from mllm_keeplora.models.shipped import notes_of, resolve
+from mllm_keeplora.system.given import half_character
 
 TOLD = 5  # classes of a picture
 
@@ -119,6 +120,8 @@ def _class_list(
     if classes is not None:
         if len(set(classes)) < len(classes) or not all(classes):
             raise UserError(f"--classes must be names that differ, got {', '.join(map(repr, classes))}")
+        if half := half_character("".join(classes)):
+            raise UserError(f"--classes must be text in UTF-8, got half a character, {half!a}")
         return ClassList.of(classes, PROMPTS)
     if domain not in saved.names:
         raise UserError(f"{target} has no --domain {domain!r}; known: {known(saved.names)}")

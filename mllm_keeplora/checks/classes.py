@@ -9,7 +9,7 @@ from typing import Any
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.data.classes import ClassList
 from mllm_keeplora.data.naming import untrained_classes
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, shortened
 from mllm_keeplora.models.dual.texts import ClassTexts
 
 
@@ -39,7 +39,7 @@ def class_faults(benchmark: Benchmark, name: str, every_class: bool = False) -> 
             yield f"{name}: {len(records):,} {role} records, but the published set has {published[role]:,}"
     missing = untrained_classes(naming, trained) if trained is not None else ()
     if missing:
-        yield f"{name}: no training record shows {', '.join(map(repr, missing))}"
+        yield f"{name}: no training record shows {shortened(', '.join(map(repr, missing)), 2000)}"
 
 
 def _readable(read: Callable[[str], Sequence[Record]], name: str) -> Sequence[Record] | None:
@@ -73,4 +73,5 @@ def prompt_faults(classes: ClassList, tokenizer: Any, positions: int) -> Iterato
         lengths = list(map(len, tokenizer(list(texts))["input_ids"])) if texts else [0]
         if max(lengths) > positions:
             text = texts[lengths.index(max(lengths))]
-            yield f"class {name!r}: {text!r} has {max(lengths)} tokens, the text tower has places for {positions}"
+            told = f"class {shortened(repr(name))}: {shortened(repr(text))}"
+            yield f"{told} has {max(lengths)} tokens, the text tower has places for {positions}"

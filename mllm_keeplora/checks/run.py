@@ -253,6 +253,8 @@ def _family(config: RunConfig, location: str, unseen: list[str], anatomy: Anatom
     family = load_family(config.base, location)
     if family is not None:
         refuse_small_vocabulary(location, family.processor, anatomy.vocabulary)
+        if isinstance(family, DualFamily):
+            family.example()  # a processor that prepares no picture is told before any is shown to it
     else:
         unseen.append(f"records as its processor sees them (that of {location} is not on this machine)")
     return family

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from mllm_keeplora.data.classes import HOLE, ClassList
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import Selection
-from mllm_keeplora.errors import UserError, several, validation_faults
+from mllm_keeplora.errors import UserError, several, shortened, validation_faults
 from mllm_keeplora.system import given
 
 PROMPTS = ("a photo of a {}.",)  # where neither the domain nor its file of classes says
@@ -113,13 +113,14 @@ def list_faults(names: Sequence[str], prompts: Sequence[str], origin: str) -> It
         alike[name.replace("_", " ").strip().casefold()].append(name)  # as an answer is compared
     for same in alike.values():
         if len(same) > 1:
-            told = " and ".join(map(repr, same)) if len(set(same)) > 1 else f"{same[0]!r} twice"
+            quoted = " and ".join(shortened(repr(each)) for each in same[:5])
+            told = quoted if len(set(same)) > 1 else f"{shortened(repr(same[0]))} twice"
             yield f"{origin}: class names must differ, also with spaces for _ and in lower case; there is {told}"
     if not prompts:
         yield f"{origin}: prompts is empty; at least one is needed"
     for prompt in prompts:
         if prompt.count(HOLE) != 1:
-            yield f"{origin}: a prompt holds one {HOLE}, the place of the class name; got {prompt!r}"
+            yield f"{origin}: a prompt holds one {HOLE}, the place of the class name; got {shortened(repr(prompt))}"
 
 
 def untrained_classes(naming: Naming, records: Sequence[Record]) -> list[str]:
@@ -153,4 +154,4 @@ def _unlike(published: Sequence[str], listed: Sequence[str], origin: str) -> Ite
 
 def _few(names: Sequence[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(map(repr, names[:most]))}{more}"
+    return f"{', '.join(shortened(repr(name)) for name in names[:most])}{more}"

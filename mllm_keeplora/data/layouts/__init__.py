@@ -13,7 +13,7 @@ from typing import Any
 
 from mllm_keeplora.data.layouts import folders, labelled, packed
 from mllm_keeplora.data.layouts.published import Published
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, shortened
 from mllm_keeplora.system import given
 
 LAYOUTS: dict[str, Callable[[Path, str], Published]] = {
@@ -46,7 +46,9 @@ def published(layout: str, path: Path, split: str) -> Published:
     found = LAYOUTS[layout](path, split)
     for label in found.labels:
         if given.half_character(label):
-            raise UserError(f"{path}: half a character stands in {label!a}, what layout {layout} calls a class")
+            raise UserError(
+                f"{path}: half a character stands in {shortened(ascii(label))}, what layout {layout} calls a class"
+            )
     return found
 
 
@@ -67,6 +69,6 @@ def published_digest(layout: str, path: Path, split: str) -> str:
     """Digest what the rows of a split say (SHA-256): names of files, or pixels, and labels."""
     total = hashlib.sha256()
     for image, label in published(layout, path, split).rows:
-        total.update(image.encode("utf-8", "surrogateescape") if isinstance(image, str) else image.tobytes())
-        total.update(b"\0" + label.encode("utf-8", "surrogateescape") + b"\n")
+        total.update(image.encode("utf-8", "surrogatepass") if isinstance(image, str) else image.tobytes())
+        total.update(b"\0" + label.encode("utf-8", "surrogatepass") + b"\n")
     return total.hexdigest()

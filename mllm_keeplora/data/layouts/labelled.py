@@ -85,7 +85,9 @@ def stanford_cars(path: Path, split: str) -> Published:
                 case _:
                     raise UserError(f"{path / file}: an annotation has no `class` and `fname`")
             if not 1 <= number <= len(labels):
-                raise UserError(f"{path / file}: {name} is of class {number}; cars_meta.mat has {len(labels)}")
+                raise UserError(
+                    f"{path / file}: {shortened(name)} is of class {number}; cars_meta.mat has {len(labels)}"
+                )
             yield f"{folder}/{name}", labels[number - 1]
 
     return Published(labels, rows())

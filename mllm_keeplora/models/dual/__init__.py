@@ -17,6 +17,7 @@ from mllm_keeplora.models.dual.parts import name_parts, projector_names, sees_pi
 from mllm_keeplora.models.dual.sizes import patches, sizes_of
 from mllm_keeplora.models.dual.texts import ClassTexts
 from mllm_keeplora.models.family import OF_LOSSES, Answer, Batch
+from mllm_keeplora.models.reading import said
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,8 +96,8 @@ class DualFamily:
         import torch
         from PIL import Image
 
-        pictures = self.processor.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")
-        return {**dict(pictures), **self.texts.tokens(["a", "b"]), "labels": torch.tensor([0])}
+        pictures = self._prepared([Image.new("RGB", (8, 8))])
+        return {**pictures, **self.texts.tokens(["a", "b"]), "labels": torch.tensor([0])}
 
     def length(self, record: Record) -> int:
         return 0
@@ -159,7 +160,15 @@ class DualFamily:
         for record, own in zip(records, pictures, strict=True):
             if len(own) != 1:
                 raise UserError(f"{record.origin}: a dual encoder is shown one picture, got {len(own)}")
-        return dict(self.processor.image_processor([own[0] for own in pictures], return_tensors="pt"))
+        return self._prepared([own[0] for own in pictures])
+
+    def _prepared(self, pictures: list[Any]) -> Batch:
+        try:
+            return dict(self.processor.image_processor(pictures, return_tensors="pt"))
+        except MemoryError:
+            raise
+        except Exception as error:  # of whatever kind a processor raises
+            raise UserError(f"the base's processor cannot prepare pictures: {said(error)}") from error
 
 
 def _classes_of(record: Record) -> ClassList:

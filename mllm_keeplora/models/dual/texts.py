@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from mllm_keeplora.errors import UserError
+from mllm_keeplora.errors import UserError, shortened
+from mllm_keeplora.models.reading import said
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +31,18 @@ class ClassTexts:
 
     @classmethod
     def of(cls, tokenizer: Any, config: Any) -> ClassTexts:
-        """Take from a base's config what its text tower wants."""
+        """Take from a base's config what its text tower wants.
+
+        Raises:
+            UserError: the tokenizer makes no tokens of texts.
+        """
         full = config.model_type.startswith("siglip") or "attention_mask" not in tokenizer.model_input_names
-        return cls(tokenizer, min(config.text_config.max_position_embeddings, tokenizer.model_max_length), full)
+        try:
+            positions = min(config.text_config.max_position_embeddings, tokenizer.model_max_length)
+            tokenizer(["a", "a b"], padding="longest", return_tensors="pt")
+        except Exception as error:  # of whatever kind: its files may hold anything
+            raise UserError(f"the base's tokenizer cannot be used: {said(error)}") from error
+        return cls(tokenizer, positions, full)
 
     @property
     def pad(self) -> int:
@@ -67,7 +77,7 @@ def _tokens(texts: ClassTexts, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     if ids.shape[1] > texts.positions:
         longest = max(wanted, key=texts.length)
         raise UserError(
-            f"the text of a class, {longest!r}, is {texts.length(longest)} tokens long; the base's text tower has "
+            f"the text of a class, {shortened(repr(longest))}, is {texts.length(longest)} tokens long; the base's text tower has "
             f"places for {texts.positions}"
         )
     if texts.full:

@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
+from mllm_keeplora.checks.classes import prompt_faults
+from mllm_keeplora.data.classes import ClassList
 from mllm_keeplora.data.layouts import matlab, packed, published, published_rows
+from mllm_keeplora.data.naming import ClassFile, list_faults, make_naming
+from mllm_keeplora.data.readers import read_published
 from mllm_keeplora.errors import UserError
 from tests.support.mtil_trees import TREES
 
@@ -60,14 +64,41 @@ def test_a_matlab_file_is_read_as_scipy_reads_it(packs):
         matlab.variable(data, "other", MOST)
 
 
-def test_a_matlab_file_of_the_other_order_of_bytes_is_read():
-    def element(kind, content):
-        return struct.pack(">II", kind, len(content)) + content + bytes(-len(content) % 8)
+def element(kind: int, content: bytes) -> bytes:
+    return struct.pack(">II", kind, len(content)) + content + bytes(-len(content) % 8)
 
-    inside = element(6, struct.pack(">II", 6, 0)) + element(5, struct.pack(">ii", 1, 2))
-    inside += struct.pack(">I", 1 << 16 | 1) + b"x\0\0\0" + element(9, struct.pack(">dd", 1, 2.5))
-    data = bytes(124) + b"\x01\x00MI" + element(14, inside)
-    assert matlab.variable(data, "x", MOST) == [1, 2.5]
+
+def array(kind: int, sizes: tuple[int, int], content: bytes) -> bytes:
+    """A file of the other order of bytes, with one variable."""
+    inside = element(6, struct.pack(">II", kind, 0)) + element(5, struct.pack(">II", *sizes))
+    inside += struct.pack(">I", 1 << 16 | 1) + b"x\0\0\0" + content
+    return bytes(124) + b"\x01\x00MI" + element(14, inside)
+
+
+def test_a_matlab_file_of_the_other_order_of_bytes_is_read():
+    assert matlab.variable(array(6, (1, 2), element(9, struct.pack(">dd", 1, 2.5))), "x", MOST) == [1, 2.5]
+    assert matlab.variable(array(4, (1, 2), element(4, "ab".encode("utf-16-be"))), "x", MOST) == ["ab"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "content", "told"),
+    [
+        (6, (1, 2), element(9, struct.pack(">d", 1)), "it has 1 values where 2 belong"),
+        (6, (1, 1), struct.pack(">II", 9, 1 << 30) + bytes(8), "it is cut off"),
+        (6, (1, 1), struct.pack(">I", 9 << 16 | 9) + bytes(8), "it is cut off"),
+        (1, (1, 1), element(9, bytes(8)), "an element of kind 9 where an array belongs"),
+        (1, (1 << 31, 1 << 31), element(14, b""), "unpack_from requires"),
+        (17, (1, 1), element(9, bytes(8)), "values of kind 17, stored as 9"),
+    ],
+)
+def test_an_array_that_is_not_put_together_rightly_is_refused(kind, sizes, content, told):
+    with pytest.raises((ValueError, struct.error), match=told):
+        matlab.variable(array(kind, sizes, content), "x", MOST)
+
+
+def test_structs_without_fields_take_no_time_and_room():
+    empty = element(5, struct.pack(">I", 8)) + element(1, b"")
+    assert matlab.variable(array(2, (1 << 20, 1), empty), "x", MOST) == []
 
 
 def test_no_change_of_a_matlab_file_is_more_than_refused():
@@ -135,7 +166,7 @@ def test_an_array_of_pointers_is_never_built(cifar):
     assert "an array of something else than bytes" in refusal("cifar100", cifar)
 
 
-@pytest.mark.parametrize("step", [b"r\xff\xff\xff\x7f", b"\x96" + (1 << 40).to_bytes(8, "little")])
+@pytest.mark.parametrize("step", [b"r\0\0\0\1", b"\x96" + (1 << 40).to_bytes(8, "little")])
 def test_a_pickle_gets_no_more_room_than_it_fills(step, cifar):
     (cifar / "train").write_bytes(b"\x80\x05}" + step + b".")
     tracemalloc.start()
@@ -168,7 +199,7 @@ def test_a_label_that_is_no_number_is_told_by_its_kind(cifar):
 def test_a_damaged_stream_of_a_compressed_file_is_named(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     data = bytearray(gzip.compress(bytes(range(256)) * 40))
-    data[20:24] = b"\xff" * 4
+    data[10:14] = b"\xff" * 4  # begins no block
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"ubyte\.gz cannot be unpacked: "):
         packed._idx(path.with_suffix(""), 3)
@@ -192,3 +223,21 @@ def test_half_a_character_in_the_name_of_a_folder_is_refused(tmp_path):
     TREES["EuroSAT"][0](tmp_path)
     (tmp_path / "eurosat/2750" / "Stra\udcdfe").mkdir()
     assert "half a character stands in 'Stra\\udcdfe'" in refusal("eurosat", tmp_path / "eurosat/2750")
+
+
+def test_half_a_character_in_the_name_of_a_picture_is_told_by_its_record(tmp_path):
+    TREES["Food"][0](tmp_path)
+    folder = tmp_path / "food-101"
+    (folder / "meta/train.json").write_text('{"soup": ["\\ud800"]}')
+    naming = make_naming(None, ["soup"], None, "?", "test")
+    with pytest.raises(UserError, match=r"food-101 record 0: half a character, '\\ud800', stands in a text"):
+        read_published("food101", folder, folder, "train", naming)
+
+
+def test_sentences_about_names_without_end_end():
+    long = "a" * 5000
+    faults = list(list_faults([long, long, "b", f"{long}b", f"{long}_b", f"{long} b"], [long], "test"))
+    faults += make_naming(None, [long], [long], "?", "test").faults
+    faults += make_naming(ClassFile(names=[long]), ["other"], None, "?", "test").faults
+    faults += prompt_faults(ClassList.of([long], ["a {}"]), lambda texts: {"input_ids": [[0] * 99] * len(texts)}, 77)
+    assert len(faults) == 7 and max(map(len, faults)) < 1500
