@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -140,14 +141,17 @@ def _idx(path: Path, axes: int) -> np.ndarray:
 
     packed = path.with_name(f"{path.name}.gz")
     source = path if path.is_file() or not packed.is_file() else packed
+    start = 4 * (axes + 1)
     with given.opened(source, MOST_PACKED) as handle:
         try:
-            data = handle.read() if source == path else gzip.GzipFile(fileobj=handle).read(MOST_PACKED)
+            unpacked = handle if source == path else gzip.GzipFile(fileobj=handle)
+            data = unpacked.read(start)
+            sizes = struct.unpack(f">{axes}I", data[4:]) if len(data) == start else ()
+            count = math.prod(sizes)
+            data += unpacked.read(min(count, MOST_PACKED) + 1)  # no further than the header says
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{source} cannot be unpacked: {first_line(error)}") from None
-    start = 4 * (axes + 1)
-    sizes = struct.unpack(f">{axes}I", data[4:start]) if len(data) >= start else ()
-    if data[:4] != bytes([0, 0, IDX_BYTES, axes]) or len(data) - start != int(np.prod(sizes, dtype=np.int64)):
+    if data[:4] != bytes([0, 0, IDX_BYTES, axes]) or len(data) - start != count:
         raise UserError(f"{source} is not an idx file of bytes with {axes} axes, or is cut off")
     return np.frombuffer(data, np.uint8, offset=start).reshape(sizes)
 

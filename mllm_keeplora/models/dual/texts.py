@@ -77,8 +77,8 @@ def _tokens(texts: ClassTexts, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     if ids.shape[1] > texts.positions:
         longest = max(wanted, key=texts.length)
         raise UserError(
-            f"the text of a class, {shortened(repr(longest))}, is {texts.length(longest)} tokens long; the base's text tower has "
-            f"places for {texts.positions}"
+            f"the text of a class, {shortened(repr(longest))}, is {texts.length(longest)} tokens long; the base's text "
+            f"tower has places for {texts.positions}"
         )
     if texts.full:
         from torch.nn.functional import pad

@@ -241,3 +241,16 @@ def test_sentences_about_names_without_end_end():
     faults += make_naming(ClassFile(names=[long]), ["other"], None, "?", "test").faults
     faults += prompt_faults(ClassList.of([long], ["a {}"]), lambda texts: {"input_ids": [[0] * 99] * len(texts)}, 77)
     assert len(faults) == 7 and max(map(len, faults)) < 1500
+
+
+def test_a_compressed_file_is_unpacked_no_further_than_its_header_says(tmp_path):
+    header = struct.pack(">4I", 0x0803, 2, 28, 28)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(header + bytes(1 << 25)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="is not an idx file of bytes with 3 axes, or is cut off"):
+            packed._idx(path.with_suffix(""), 3)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
