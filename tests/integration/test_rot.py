@@ -101,17 +101,21 @@ def test_whoever_reads_a_damaged_file_names_it_and_says_where_to_go_back(copy, s
         assert not (tmp_path / "exported").exists()
 
 
+def graded_otherwise(line: str) -> str:
+    return line.replace("0.0", "1.0") if "0.0" in line else line.replace("1.0", "0.0")
+
+
 @pytest.mark.parametrize("edit", ["lost", "doubled", "edited"])
 def test_a_line_of_answers_that_is_lost_doubled_or_edited_moves_no_score(copy, edit):
     lines = (copy / ANSWERS).read_text().splitlines(keepends=True)
-    lines = {"lost": lines[1:], "doubled": [lines[0], *lines], "edited": [lines[0].replace("0.0", "1.0"), *lines[1:]]}
+    lines = {"lost": lines[1:], "doubled": [lines[0], *lines], "edited": [graded_otherwise(lines[0]), *lines[1:]]}
     (copy / ANSWERS).write_text("".join(lines[edit]))
     assert "--redo 02_Beta/evaluate/Beta` makes it again" in refusal(refresh_results, load_run(copy))
 
 
 def test_answers_that_were_edited_are_graded_as_they_are_but_not_in_silence(copy):
     rows = [json.loads(line) for line in (copy / ANSWERS).read_text().splitlines()]
-    rows[0]["prediction"] = rows[0]["answer"]
+    rows[0]["prediction"] = "neither" if rows[0]["score"] else rows[0]["answer"]
     (copy / ANSWERS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = command_in_child("rescore", copy)
     assert said.code == 0 and "is not what the run has written" in " ".join(said.err.split())

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 import mllm_keeplora
@@ -88,7 +90,8 @@ def test_code_of_a_bases_own_is_not_run(kind, tiny_folder, tmp_path):
 def test_code_of_a_bases_own_is_run_where_the_config_says_so_which_is_told(kind, tiny_folder, tmp_path, caplog):
     folder = write_hostile(tiny_folder, tmp_path / "base", kind)
     load(folder, trust_remote_code=True)
-    assert (tmp_path / MARK).exists()
+    is_passed_over = kind == "tokenizer" and Version(transformers.__version__) < Version("5.13")
+    assert (tmp_path / MARK).exists() is not is_passed_over  # older ones take a tokenizer of their own for LLaVA
     assert f"base {folder}: code that it brings is RUN on this machine" in caplog.text
 
 

@@ -52,12 +52,20 @@ def domains(tiny_records):
 
 
 def second_domain(base, records, folder, dropout=0.0, **options):
-    """A strategy that has learnt the first domain, and the context of the second with its branch open."""
+    """A strategy that has learnt the first domain, and the context of the second with its branch open.
+
+    The second domain's words are those most at odds with the first's; which they are hangs on the random base.
+    """
     adapters, strategy = adapters_of(base, dropout), strategy_of(**options)
     learn(strategy, context_of(base, adapters, records, 0), folder / "first")
     context = context_of(base, adapters, records, 1)
     open_branch(strategy, context)
-    return strategy, context
+    if "second" not in records:
+        return strategy, context
+    reference = alone(base, adapters, references_of(strategy, context, records)[1])[1]
+    choices = [answering(records["second"], colour, place) for colour in COLOURS for place in PLACES]
+    records["second"] = min(choices, key=lambda chosen: agem.inner(alone(base, adapters, chosen)[1], reference))
+    return strategy, context_of(base, adapters, records, 1)
 
 
 def references_of(strategy, context, records, count=BATCH):

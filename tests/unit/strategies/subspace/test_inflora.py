@@ -224,7 +224,7 @@ def test_the_growing_memory_and_dual_gpm_are_the_same_subspace_and_give_the_same
             assert dual.stored.shape[1] <= d_in / 2
             stored = dual.stored.shape[1]
             assert memory.rank == (stored if dual.mode == "remove" else d_in - stored)
-            assert np.linalg.norm(dual.free.T @ memory.columns.double().numpy(), 2) < 1e-4
+            assert np.linalg.norm(dual.free.T @ memory.columns.double().numpy()) < 1e-4
     assert {"remove", "retain"} == set(modes)
 
 
