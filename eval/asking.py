@@ -11,7 +11,7 @@ from mllm_keeplora.data.classes import ClassList
 from mllm_keeplora.data.media.images import read_image
 from mllm_keeplora.data.naming import PROMPTS
 from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
-from mllm_keeplora.errors import UserError, known
+from mllm_keeplora.errors import UserError, known, shortened
 from mllm_keeplora.eval.checkpoints import Checkpoint
 from mllm_keeplora.eval.harness import generate
 from mllm_keeplora.eval.saved import SavedRun, load_run
@@ -119,7 +119,7 @@ def _class_list(
         raise UserError(f"{target} chooses from classes: give --classes 'cat, dog', or --domain of a run, and not both")
     if classes is not None:
         if len(set(classes)) < len(classes) or not all(classes):
-            raise UserError(f"--classes must be names that differ, got {', '.join(map(repr, classes))}")
+            raise UserError(f"--classes must be names that differ, got {shortened(', '.join(map(repr, classes)))}")
         if half := half_character("".join(classes)):
             raise UserError(f"--classes must be text in UTF-8, got half a character, {half!a}")
         return ClassList.of(classes, PROMPTS)

@@ -11,10 +11,13 @@ number make the same input. Cases run in processes of their own, whose memory is
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked child that computes would wait for threads that it has not
 
 from fuzzing.workers import BAD, KINDS, judged_cases, prepared, spoil
 

@@ -163,6 +163,7 @@ def test_pictures_are_compared_with_named_classes(kind, whole, dual_world):
         ({}, "chooses from classes: give --classes"),
         ({"domain": "Bta"}, "has no --domain 'Bta'; known: Alpha, Beta"),
         ({"classes": ["a", "a"]}, "must be names that differ"),
+        ({"classes": ["a" * 3000] * 2}, r"differ, got .a{199}\.\.\.$"),
     ):
         with pytest.raises(UserError, match=said):
             ask(whole, images=[picture], **asked)
