@@ -121,6 +121,8 @@ def training_arguments(
         raise UserError(f"train: the Trainer refuses its arguments: {error}") from error
     if arguments.n_gpu > 1:  # one process a GPU: several in one would multiply the batch
         arguments._n_gpu = 1
+    if arguments.device.type == "cpu":  # transformers before 5.13 reads checkpoints to "cpu:0", which torch refuses
+        arguments._setup_devices = torch.device("cpu")
     return arguments
 
 
