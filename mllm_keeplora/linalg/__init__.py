@@ -11,6 +11,7 @@ from .frequent_directions import FrequentDirections
 from .gradient_range import GradientRange
 from .leftover import moment_rows
 from .low_rank import fit_last, gram_of_products
+from .merging import damped, dropped, elected_mean, nearest_product, regressed, trimmed
 
 __all__ = [
     "Basis",
@@ -20,12 +21,18 @@ __all__ = [
     "GradientSketch",
     "MomentAccumulator",
     "RandomizedSVD",
+    "damped",
+    "dropped",
+    "elected_mean",
     "fit_last",
     "gradient_capture",
     "gram_of_products",
     "leak",
     "moment_rows",
+    "nearest_product",
     "principal_subspace",
     "rank_for_energy",
+    "regressed",
     "top_residual_directions",
+    "trimmed",
 ]

@@ -18,6 +18,7 @@ from mllm_keeplora.strategies.baselines.finetune import Finetune
 from mllm_keeplora.strategies.baselines.independent import Independent
 from mllm_keeplora.strategies.baselines.joint import Joint
 from mllm_keeplora.strategies.baselines.lwf import LwF
+from mllm_keeplora.strategies.baselines.merged import Merged
 from mllm_keeplora.strategies.baselines.replay import Replay
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
 from mllm_keeplora.strategies.mixture.moelora import MoELoRA
@@ -40,6 +41,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "joint": Joint,
     "keeplora": KeepLoRA,
     "lwf": LwF,
+    "merged": Merged,
     "moelora": MoELoRA,
     "olora": OLoRA,
     "replay": Replay,

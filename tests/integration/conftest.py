@@ -20,6 +20,7 @@ TRAIN, TEST = 12, 8  # records a domain: with batches of 4 and two epochs six op
 OPTIONS = {  # what a strategy needs to run on the tiny world; all questions begin with the same one
     "gainlora": {"pictures": True, "base_options": {"feature_samples": TRAIN}},
     "keeplora": {"grad_samples": TRAIN, "feature_samples": TRAIN},
+    "merged": {"rule": "regmean", "samples": TRAIN},
     "moelora": {"experts": 2},
 }
 
