@@ -6,6 +6,7 @@ Everything is float32 or float64 inside, whatever came in; values that are not f
 from .accumulators import GradientAccumulator, GradientSketch, MomentAccumulator
 from .basis import Basis, leak
 from .directions import RandomizedSVD, gradient_capture, top_residual_directions
+from .energies import general_directions, isolated_directions, orthonormal_rows, recalibration
 from .energy import principal_subspace, rank_for_energy
 from .frequent_directions import FrequentDirections
 from .gradient_range import GradientRange
@@ -25,13 +26,17 @@ __all__ = [
     "dropped",
     "elected_mean",
     "fit_last",
+    "general_directions",
     "gradient_capture",
     "gram_of_products",
+    "isolated_directions",
     "leak",
     "moment_rows",
     "nearest_product",
+    "orthonormal_rows",
     "principal_subspace",
     "rank_for_energy",
+    "recalibration",
     "regressed",
     "top_residual_directions",
     "trimmed",
