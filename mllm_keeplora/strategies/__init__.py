@@ -20,6 +20,7 @@ from mllm_keeplora.strategies.baselines.joint import Joint
 from mllm_keeplora.strategies.baselines.lwf import LwF
 from mllm_keeplora.strategies.baselines.merged import Merged
 from mllm_keeplora.strategies.baselines.replay import Replay
+from mllm_keeplora.strategies.baselines.slao import SLAO
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
 from mllm_keeplora.strategies.mixture.moelora import MoELoRA
 from mllm_keeplora.strategies.mixture.routed import Routed
@@ -47,6 +48,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "replay": Replay,
     "routed": Routed,
     "sdlora": SDLoRA,
+    "slao": SLAO,
 }
 
 
