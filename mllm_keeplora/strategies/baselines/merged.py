@@ -31,7 +31,7 @@ from mllm_keeplora.adapters import Factors, concatenate
 from mllm_keeplora.probes.plans import by_identity
 from mllm_keeplora.strategies.base import Branch, Context, Samples, Strategy, StrategyOptions
 from mllm_keeplora.strategies.baselines.plain import fresh_branch
-from mllm_keeplora.strategies.footprint import Footprint, PassSizes, feature_pass
+from mllm_keeplora.strategies.footprint import ALWAYS, Footprint, PassSizes, feature_pass
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,10 @@ class MergedOptions(StrategyOptions):
 
 
 class Merged(Strategy):
-    """Stores the merged branch, and to go on one branch a domain; with regmean also moments of every layer's input."""
+    """Stores the merged branch, and to go on one branch a domain; with regmean also moments of every distinct input.
+
+    These are (d_in, d_in): 20 GiB in float32 for all layers of LLaVA-1.5-7B, 6 GiB without those of `down_proj`.
+    """
 
     Options: ClassVar[type[StrategyOptions]] = MergedOptions
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -86,7 +89,8 @@ class Merged(Strategy):
 
     def footprint(self, sizes: PassSizes) -> Footprint:
         if self.options.rule == "regmean":
-            return {"consolidate": feature_pass(sizes)}
+            summed = sizes.moment * sum(d_in**2 for d_in in sizes.base.input_widths)
+            return {"consolidate": feature_pass(sizes), ALWAYS: {"summed moments": summed}}
         dense = 0 if self.options.rule == "sum" else DENSE * 8 * max(d_out * d_in for d_out, d_in in sizes.layers)
         return {"consolidate": {"task vectors": dense}}
 
@@ -175,7 +179,7 @@ class Merged(Strategy):
             before = self.moments.get(layer)
             key = id(each), id(before)
             if key not in sums:  # layers with one input share it
-                sums[key] = moments if before is None else moments + before.to(moments)
+                sums[key] = (moments if before is None else moments + before.to(moments)).cpu()
             self.inner[layer] = torch.cat([self.inner[layer], rows]) if layer in self.inner else rows
             self.moments[layer] = sums[key]
 
@@ -183,9 +187,11 @@ class Merged(Strategy):
         from mllm_keeplora.linalg import regressed
 
         mean = scaled(concatenate(branches), 1 / len(branches))
+        device = next(context.branches.model.parameters()).device
 
         def solve(layer: str, moments: Tensor) -> Tensor | None:
             # A layer that no input ever reached has the mean.
+            moments = moments.to(device)
             return regressed([self.inner[layer].to(moments)], moments).float().cpu() if moments.any() else None
 
         found = context.processes.dealt(self.moments.__getitem__, solve)
