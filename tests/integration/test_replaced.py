@@ -27,7 +27,7 @@ from tests.support import replacing
 from tests.support.plugins import plugin, registries_restored
 
 MODULE = "tests.support.replacing"
-KINDS = ("halved", "averaged", "resumed")
+KINDS = ("halved", "averaged", "resumed", "folded")
 CONSOLIDATED = "adapter_consolidated/adapter_model.safetensors"
 
 
@@ -76,6 +76,8 @@ def test_what_answers_is_what_was_given_and_what_was_trained_is_beside_it(whole)
         if kind == "resumed":
             mean = (trained[0].B[layer] + trained[1].B[layer]) / 2
             wanted = trained[1].scaling(layer) * (mean @ trained[1].A[layer])
+        elif kind == "folded":
+            wanted = trained[0].delta(layer) / 4 + trained[1].delta(layer) / 2
         else:
             wanted = summed(trained, layer) / 2
         found = summed(past.factors, layer)
@@ -121,8 +123,10 @@ def test_its_bytes_are_counted_to_answer_and_those_that_are_recalled_to_learn(wh
     assert f"domains/02_Beta/{CONSOLIDATED}" in answering and (f"domains/01_Alpha/{CONSOLIDATED}" in answering) == (
         kind == "halved"
     )
+    projector = {"domains/02_Beta/projector_consolidated.safetensors"} & answering
+    assert bool(projector) == (kind == "averaged") and answering | learning <= run.ledger.artefacts.keys()
     trained = {name for name in learning if name.endswith("adapter/adapter_model.safetensors")}
-    of = {"halved": [], "averaged": ["01_Alpha", "02_Beta"], "resumed": ["02_Beta"]}[kind]
+    of = {"halved": [], "averaged": ["01_Alpha", "02_Beta"], "resumed": ["02_Beta"], "folded": []}[kind]
     assert trained == {f"domains/{unit}/adapter/adapter_model.safetensors" for unit in of}
     assert not set(found["answering"]) & set(found["learning"])
 
