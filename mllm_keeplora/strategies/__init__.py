@@ -28,6 +28,7 @@ from mllm_keeplora.strategies.mixture.sdlora import SDLoRA
 from mllm_keeplora.strategies.subspace.gpm import GPM
 from mllm_keeplora.strategies.subspace.inflora import InfLoRA
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA
+from mllm_keeplora.strategies.subspace.loda import LoDA
 from mllm_keeplora.strategies.subspace.olora import OLoRA
 from mllm_keeplora.system.plugins import ENTERED
 
@@ -41,6 +42,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "inflora": InfLoRA,
     "joint": Joint,
     "keeplora": KeepLoRA,
+    "loda": LoDA,
     "lwf": LwF,
     "merged": Merged,
     "moelora": MoELoRA,

@@ -50,3 +50,19 @@ def recalibrated_diagonally(A, old, new, gamma):
         g_old, g_new = max(0.0, float(row @ old @ row)), max(0.0, float(row @ new @ row))
         found.append(gamma * g_new / (g_old + gamma * g_new))
     return np.array(found)
+
+
+def aligned(theta, gradient, counts, rho):
+    """One step's gradient: that of either half where a step of length rho down the other half's, per tensor, leads.
+
+    theta: tensors by name; gradient(half, theta): of the half's mean loss over its tokens, of which counts[half] are.
+    """
+    total = {name: np.zeros(values.shape) for name, values in theta.items()}
+    for half, other in ((1, 0), (0, 1)):
+        slope = gradient(other, theta)
+        ahead = {}
+        for name, values in theta.items():
+            ahead[name] = values - rho * slope[name] / (np.sqrt((slope[name] ** 2).sum()) + 1e-12)
+        for name, values in gradient(half, ahead).items():
+            total[name] += counts[half] / sum(counts) * values
+    return total
