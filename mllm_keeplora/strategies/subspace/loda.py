@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 ROW = 1 / math.sqrt(3)  # length of a row of A, as plain LoRA starts it
 SOLVING = 8  # float64 matrices of the largest width alive in the generalised eigenproblem
+TRAINED = 16  # bytes for a number that trains: itself, its gradient, and Adam's two
 
 
 class LoDAOptions(StrategyOptions):
@@ -103,14 +104,21 @@ class LoDA(Strategy):
         return frozenset({"gradients"}) if self.options.rho_max else frozenset()
 
     def footprint(self, sizes: PassSizes) -> Footprint:
-        """Estimate three feature passes and the eigenproblems, moments of the past, and what a step ahead holds."""
-        passed = feature_pass(sizes)
-        solved = {"decomposition": SOLVING * 8 * max(d_in for _, d_in in sizes.layers) ** 2}
+        """Estimate feature passes, eigenproblems and moments of the past; what later branches take beyond the first."""
+        passed, options = feature_pass(sizes), self.options
+        widest = max(d_in for _, d_in in sizes.layers)
         summed = sizes.moment * sum(d_in**2 for d_in in sizes.base.input_widths)
-        found = {"gradient": passed | solved, "consolidate": passed, ALWAYS: {"summed moments": summed}}
-        if self.options.rho_max:
-            found["train"] = {"steps ahead": HELD * 4 * sizes.numbers}
-        return found
+        outputs, inputs = (sum(each) for each in zip(*sizes.layers, strict=True))
+        beyond = options.isolated * (TRAINED * outputs + 4 * inputs) - options.rank * (TRAINED - 4) * inputs
+        train = {"isolated branch": max(0, beyond)}
+        if options.rho_max:
+            train["steps ahead"] = HELD * 4 * sizes.numbers
+        return {
+            "gradient": {**passed, "decomposition": SOLVING * 8 * widest**2},
+            "train": train,
+            "consolidate": passed,
+            ALWAYS: {"summed moments": summed},
+        }
 
     def before_domain(self, context: Context) -> Branch:
         import torch

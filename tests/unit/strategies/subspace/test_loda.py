@@ -15,15 +15,17 @@ from mllm_keeplora.config import StrategyConfig, load_config
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models import IGNORED
+from mllm_keeplora.models.family import Sizes
 from mllm_keeplora.strategies import build_strategy
 from mllm_keeplora.strategies.context import Step
+from mllm_keeplora.strategies.footprint import PassSizes
 from mllm_keeplora.strategies.subspace import aligned
 from mllm_keeplora.strategies.subspace.aligned import classes_of
 from mllm_keeplora.strategies.subspace.loda import LoDA, LoDAOptions
 from mllm_keeplora.system.files import read_tensors, write_tensors
 from tests.oracles import loda as oracle
 from tests.support.strategies import alone, context_of, fit, learn, open_branch
-from tests.unit.adapters.conftest import adapt
+from tests.unit.adapters.conftest import adapt, projector_parameters, random_shift
 from tests.unit.conftest import captured_tokens, encode, logits_of
 
 RANK, RIDGE = 3, 1e-6
@@ -321,3 +323,33 @@ def test_deepspeed_is_refused_only_where_steps_look_ahead():
         config = load_config("mini_dcl_finetune", ["strategy.name=loda", f"strategy.rho_max={rho}", "deepspeed=zero2"])
         faults = unfit_for(config, build_strategy(config.strategy), 2)
         assert len(faults) == told and all("loda needs the gradients" in fault for fault in faults)
+
+
+def test_what_trains_in_full_is_left_as_it_was_trained(new_base, tiny_records):
+    """While the recalibrated branch is looked at beside it; it answers as it is."""
+    base, strategy = new_base("full"), strategy_of()
+    names = projector_parameters(base)
+    adapters = adapt(base, full=names)
+    for index in range(2):
+        context = context_of(base, adapters, tiny_records, index)
+        open_branch(strategy, context)
+        adapters.load(drawn_b(adapters, context), random_shift(base, index))
+        trained = {name: base.model.get_parameter(name).detach().clone() for name in names}
+        strategy.after_domain(context)
+        assert all(torch.allclose(base.model.get_parameter(n), each, atol=1e-6) for n, each in trained.items())
+        adapters.restore([*adapters.past, adapters.read()], [*adapters.past_full, adapters.read_full()])
+    assert context.replacement.instead_of == "unit" and context.replacement.full is None
+
+
+def test_the_estimate_counts_what_later_branches_and_steps_ahead_take():
+    wide = Sizes(saved=1.0, input_widths=(8, 6), blocks=1, width=8, loss=1.0, cached=1.0, text=0.0)
+    sizes = PassSizes(wide, ((4, 8), (5, 6)), 3, 100, 10, 1.0, 4, 8, 1, 1, (1, 1))
+    found = strategy_of(isolated_rank=2, rho_max=0.1).footprint(sizes)
+    first = 16 * 3 * (4 + 5 + 8 + 6)  # A and B train, each with its gradient and Adam's two numbers
+    later = 16 * (3 + 2) * (4 + 5) + 4 * (3 + 2) * (8 + 6)  # B trains
+    assert found["train"] == {"isolated branch": max(0, later - first), "steps ahead": 4 * 4 * 100}
+    assert found["always"] == {"summed moments": 8 * (64 + 36)}
+    assert found["gradient"]["decomposition"] > found["consolidate"]["decomposition"]
+    square = PassSizes(wide, ((8, 8),), 3, 100, 10, 1.0, 4, 8, 1, 1, (1, 1))
+    later = 16 * 6 * 8 + 4 * 6 * 8 - 16 * 3 * 16
+    assert strategy_of().footprint(square)["train"] == {"isolated branch": later} and later > 0
