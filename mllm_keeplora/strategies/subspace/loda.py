@@ -18,8 +18,8 @@ halves of a batch agree (`aligned`).
 Source: LoDA (ICML 2026, arXiv 2603.00191), its code, and third-party notes. Weights w are those in effect where both
 branches are on; the code may give the first domain twice w_G. It adds a domain to S_old twice, before and after the
 recalibration (`stats_per_task: double`).
-Departures: the loss is this toolkit's. The ridge eps is relative to the mean diagonal of S_old. Moments are over all
-tokens but padding. Those of steps are at `aligned`.
+Departures: the loss is this toolkit's. The ridge eps is relative to the mean diagonal of S_old. Moments leave
+out padding and, as its activations may be huge, the first token of a text. Those of steps are at `aligned`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pydantic import Field
 
 from mllm_keeplora.adapters import Factors
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.probes.plans import by_identity
+from mllm_keeplora.probes.plans import FeaturePlan, by_identity
 from mllm_keeplora.strategies.base import Branch, Context, Need, Samples, Step, Strategy, StrategyOptions
 from mllm_keeplora.strategies.footprint import ALWAYS, Footprint, PassSizes, feature_pass
 from mllm_keeplora.strategies.subspace.aligned import HELD, Partition, replace_gradients
@@ -66,6 +66,7 @@ class LoDAOptions(StrategyOptions):
     rho_max: float = Field(0.05, ge=0.0, description="longest step ahead, in the norm of a tensor")
     partition: Partition = "answer"
     feature_samples: Samples = 512
+    first_token: bool = Field(False, description="whether moments count the first token of a text")
 
     @property
     def isolated(self) -> int:
@@ -136,7 +137,7 @@ class LoDA(Strategy):
             longest = max(weights)
             return ROW * torch.cat([w / longest * rows for w, rows in zip(weights, A, strict=False)]).float().cpu()
 
-        found = self._by_input(context, context.passes.features(options.feature_samples), begin)
+        found = self._by_input(context, self._look(context), begin)
         A = {layer: found[layer].clone() for layer in context.layers.names}
         scaling = options.alpha / options.rank * max(weights)
         return Branch(A, {layer: scaling * len(rows) for layer, rows in A.items()}, ("A", "B") if first else ("B",))
@@ -164,16 +165,14 @@ class LoDA(Strategy):
     def after_domain(self, context: Context) -> None:
         options = self.options
         trained, changes = context.branches.read(), bool(self.moments) and options.recalibration != "none"
-        before = (
-            context.passes.features(options.feature_samples) if changes or options.stats_per_task == "double" else None
-        )
+        before = self._look(context) if changes or options.stats_per_task == "double" else None
         if not changes:
-            after = before or context.passes.features(options.feature_samples)
+            after = before or self._look(context)
         else:
             answering = self._recalibrated(context, trained, before)
             full = context.branches.read_full()
             context.branches.load(answering, full)
-            after = context.passes.features(options.feature_samples)
+            after = self._look(context)
             context.branches.load(trained, full)
             context.answer_as(self._orthonormal(answering))
         seen = [before, after] if options.stats_per_task == "double" else [after]
@@ -220,6 +219,9 @@ class LoDA(Strategy):
         self.moments: dict[str, Tensor] = {}
         for layers, tensor in state.items():
             self.moments.update(dict.fromkeys(layers.split("|"), tensor))
+
+    def _look(self, context: Context) -> Features:
+        return context.passes.features(self.options.feature_samples, FeaturePlan(first=self.options.first_token))
 
     def _add(self, features: Features) -> None:
         for layers in self._inputs(features):

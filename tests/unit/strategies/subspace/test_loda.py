@@ -37,10 +37,14 @@ def strategy_of(**options) -> LoDA:
 
 
 def moments_of(base, adapters, records) -> dict[str, np.ndarray]:
-    """Second moments of every target layer's inputs, records one by one."""
-    modules = {name: base.model.get_submodule(name) for name in base.parts.target_layers}
-    tokens = captured_tokens(adapters.model, modules, [encode(base, [record]) for record in records])
-    return {name: rows.T @ rows / len(rows) for name, rows in tokens.items()}
+    """Second moments of every target layer's inputs, records one by one, the first token of a text left out."""
+    modules, parts = {name: base.model.get_submodule(name) for name in base.parts.target_layers}, []
+    for record in records:
+        sample = encode(base, [record])
+        tokens, length = captured_tokens(adapters.model, modules, [sample]), sample["input_ids"].shape[1]
+        parts.append({name: rows[len(rows) == length :] for name, rows in tokens.items()})
+    together = {name: np.concatenate([part[name] for part in parts]) for name in modules}
+    return {name: rows.T @ rows / len(rows) for name, rows in together.items()}
 
 
 @pytest.fixture
