@@ -37,7 +37,8 @@ LEAVES = {
     r"domains/(?P<unit>[^/]+)/(init\.safetensors|gradient\.json)": "{unit}/gradient",
     r"domains/(?P<unit>[^/]+)/(adapter/.*|checkpoints/finished\.safetensors)": "{unit}/train",
     r"domains/(?P<unit>[^/]+)/(projector|prototypes)\.safetensors": "{unit}/train",
-    r"domains/(?P<unit>[^/]+)/(basis|strategy|mixer)\.safetensors": "{unit}/consolidate",
+    r"domains/(?P<unit>[^/]+)/(basis|strategy|mixer|projector_consolidated)\.safetensors": "{unit}/consolidate",
+    r"domains/(?P<unit>[^/]+)/adapter_consolidated/.*": "{unit}/consolidate",
     r"domains/(?P<unit>[^/]+)/manifest\.json": "{unit}/consolidate",
     r"domains/(?P<unit>[^/]+)/diagnostics\.json": "{unit}/diagnose",
     r"domains/(?P<unit>[^/]+)/predictions/(?P<set>.+?)(\.figures\.json|(\.submit)?\.jsonl)": "{unit}/evaluate/{set}",
@@ -148,6 +149,8 @@ class DomainDir:
     init = Within("init.safetensors")
     adapter = Within("adapter")
     projector = Within("projector.safetensors")
+    adapter_consolidated = Within("adapter_consolidated")  # these two answer in the place of the trained ones
+    projector_consolidated = Within("projector_consolidated.safetensors")
     prototypes = Within("prototypes.safetensors")
     strategy = Within("strategy.safetensors")
     mixer = Within("mixer.safetensors")

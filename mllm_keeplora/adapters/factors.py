@@ -170,6 +170,21 @@ class Factors:
         return cls(A, B, alpha)
 
 
+@dataclass
+class Replacement:
+    """What answers in the place of the branch that a unit trained.
+
+    Attributes:
+        factors: the branch.
+        instead_of: `unit`, of that unit's branch alone, or `all`, also of those of all earlier units.
+        full: deltas of parameters trained in full, which stand in the place of as many; None leaves the trained ones.
+    """
+
+    factors: Factors
+    instead_of: Literal["unit", "all"] = "unit"
+    full: dict[str, Tensor] | None = None
+
+
 def _tensor(path: Path, stored: dict[str, Tensor], name: str) -> Tensor:
     if name not in stored:
         raise UserError(f"{path} is damaged: it has no tensor {shortened(name)}")

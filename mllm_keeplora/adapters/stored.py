@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
-from mllm_keeplora.adapters.factors import Factors, concatenate
+from mllm_keeplora.adapters.factors import Factors, Replacement, concatenate
 from mllm_keeplora.adapters.mixers import load_mixer, save_mixer
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.runs import DomainDir, RunDir, Unit
@@ -30,9 +30,11 @@ class Manifest(TypedDict):
 
     combine: Literal["merge", "sum", "gate", "route", "oracle"]
     start_from: Literal["previous", "base"]
-    adapter: NotRequired[str]
+    adapter: NotRequired[Literal["adapter", "adapter_consolidated"]]
+    instead_of: NotRequired[Literal["unit", "all"]]
+    recalls: NotRequired[Literal["last", "all"]]
     carried: NotRequired[bool]
-    projector: NotRequired[str]
+    projector: NotRequired[Literal["projector.safetensors", "projector_consolidated.safetensors"]]
     mixer: NotRequired[str]
     prototypes: NotRequired[str]
 
@@ -69,13 +71,35 @@ class Past:
         return self.factors, self.full
 
 
-def write_manifest(folder: DomainDir, combine: str, start_from: str, carried: bool, mixer: Mixer | None) -> None:
-    """State how this unit's branch combines with the earlier ones at answering time, and which files hold it."""
+def write_manifest(
+    folder: DomainDir,
+    combine: str,
+    start_from: str,
+    carried: bool,
+    mixer: Mixer | None,
+    replacement: Replacement | None = None,
+    recalls: str = "none",
+) -> None:
+    """State how this unit's branch combines with the earlier ones at answering time, and which files hold it.
+
+    Args:
+        folder, combine, start_from, carried, mixer: of the unit, its strategy and its branch.
+        replacement: is written, and answers in the place of what the unit trained; None: that itself answers.
+        recalls: which trained branches the strategy reads when a further domain is learnt (`Strategy.recalls`).
+    """
     manifest: dict[str, Any] = {"combine": combine, "start_from": start_from, "adapter": folder.adapter.name}
     if carried:
         manifest["carried"] = True
     if folder.projector.is_file():
         manifest["projector"] = folder.projector.name
+    if replacement is not None:
+        replacement.factors.save(folder.adapter_consolidated)
+        manifest |= {"adapter": folder.adapter_consolidated.name, "instead_of": replacement.instead_of}
+        if replacement.full is not None:
+            files.write_tensors(folder.projector_consolidated, replacement.full)
+            manifest["projector"] = folder.projector_consolidated.name
+    if recalls != "none":
+        manifest["recalls"] = recalls
     if folder.prototypes.is_file():
         manifest["prototypes"] = folder.prototypes.name
     if mixer is not None:
@@ -120,19 +144,26 @@ def is_oracle(run: RunDir, units: list[Unit]) -> bool:
     return bool(units) and _manifest(run, units[-1])["combine"] == "oracle"
 
 
+def trained_of(run: RunDir, unit: Unit) -> tuple[Factors, dict[str, Tensor]]:
+    """Read what a unit's training left, whatever answers: its branch, and deltas of parameters trained in full."""
+    folder = run.folder(unit)
+    full = files.read_tensors(folder.projector) if files.is_there(folder.projector) else {}
+    return Factors.load(folder.adapter), full
+
+
 def updates_of(run: RunDir, units: list[Unit]) -> list[Factors]:
-    """Read what each unit added by itself; of a carried branch, or of a sum that is weighed anew, its change."""
+    """Read what each unit added by itself; of a branch that stands for others, or of a sum weighed anew, its change."""
     found: list[Factors] = []
     before: Factors | None = None
     for number, unit in enumerate(units):
         manifest = _manifest(run, unit)
-        if manifest["combine"] == "sum":
+        factors = Factors.load(_answering(run.folder(unit), manifest))
+        if manifest["combine"] == "sum" or manifest.get("instead_of") == "all":
             now, earlier = (concatenate(past_of(run, units[:count]).factors) for count in (number + 1, number))
             found.append(now.less(earlier))
         else:
-            factors = Factors.load(run.folder(unit).adapter)
             found.append(factors.less(before) if manifest.get("carried") and before is not None else factors)
-            before = factors
+        before = factors
     return found
 
 
@@ -142,7 +173,13 @@ def stored_files(run: RunDir, units: list[Unit]) -> dict[str, list[Path]]:
     What only `--after` an earlier unit, or an interrupted one, needs is not among them.
     """
     adapters, projectors = _standing(run, units)
-    weights = [path / name for path in adapters for name in ("adapter_config.json", "adapter_model.safetensors")]
+    recalls = _manifest(run, units[-1]).get("recalls") if units else None
+    recalled = [run.folder(unit) for unit in (units if recalls == "all" else units[-1:] if recalls else ())]
+    weights, trained = (
+        [path / name for path in folders for name in ("adapter_config.json", "adapter_model.safetensors")]
+        for folders in (adapters, [folder.adapter for folder in recalled if folder.adapter not in adapters])
+    )
+    trained += [folder.projector for folder in recalled if folder.projector not in projectors]
     bases = [run.kept_by_prepare, *(run.folder(unit).basis for unit in units)]
     last = [run.folder(unit) for unit in units[-1:]]
     found = {
@@ -150,7 +187,7 @@ def stored_files(run: RunDir, units: list[Unit]) -> dict[str, list[Path]]:
         + projectors
         + [run.folder(unit).prototypes for unit in units]
         + [folder.mixer for folder in last],
-        "learning": bases + [folder.strategy for folder in last],
+        "learning": bases + trained + [folder.strategy for folder in last],
     }
     return {use: [path for path in paths if path.is_file()] for use, paths in found.items()}
 
@@ -160,14 +197,23 @@ def _standing(run: RunDir, units: list[Unit]) -> tuple[list[Path], list[Path]]:
     adapters, projectors = [], []
     for unit in units:
         folder, manifest = run.folder(unit), _manifest(run, unit)
-        if manifest.get("carried"):
-            adapters = []
-        elif manifest["combine"] == "merge" and manifest["start_from"] == "base":
+        is_whole = manifest.get("instead_of") == "all"
+        projector = folder.path / manifest["projector"] if "projector" in manifest else None
+        if manifest["combine"] == "merge" and manifest["start_from"] == "base":
             adapters, projectors = [], []
-        adapters.append(folder.adapter)
-        if "projector" in manifest:
-            projectors.append(folder.projector)
+        elif manifest.get("carried") or is_whole:
+            adapters = []
+        if is_whole and projector == folder.projector_consolidated:
+            projectors = []
+        adapters.append(_answering(folder, manifest))
+        if projector is not None:
+            projectors.append(projector)
     return adapters, projectors
+
+
+def _answering(folder: DomainDir, manifest: dict[str, Any]) -> Path:
+    """The folder of a unit's branch that answers: the trained one, or what stands in its place."""
+    return folder.path / manifest.get("adapter", folder.adapter.name)
 
 
 def _manifest(run: RunDir, unit: Unit) -> dict[str, Any]:

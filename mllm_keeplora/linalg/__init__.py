@@ -6,11 +6,13 @@ Everything is float32 or float64 inside, whatever came in; values that are not f
 from .accumulators import GradientAccumulator, GradientSketch, MomentAccumulator
 from .basis import Basis, leak
 from .directions import RandomizedSVD, gradient_capture, top_residual_directions
+from .energies import general_directions, isolated_directions, orthonormal_rows, recalibration
 from .energy import principal_subspace, rank_for_energy
 from .frequent_directions import FrequentDirections
 from .gradient_range import GradientRange
 from .leftover import moment_rows
 from .low_rank import fit_last, gram_of_products
+from .merging import damped, dropped, elected_mean, nearest_product, regressed, trimmed
 
 __all__ = [
     "Basis",
@@ -20,12 +22,22 @@ __all__ = [
     "GradientSketch",
     "MomentAccumulator",
     "RandomizedSVD",
+    "damped",
+    "dropped",
+    "elected_mean",
     "fit_last",
+    "general_directions",
     "gradient_capture",
     "gram_of_products",
+    "isolated_directions",
     "leak",
     "moment_rows",
+    "nearest_product",
+    "orthonormal_rows",
     "principal_subspace",
     "rank_for_energy",
+    "recalibration",
+    "regressed",
     "top_residual_directions",
+    "trimmed",
 ]

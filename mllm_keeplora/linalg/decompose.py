@@ -46,7 +46,7 @@ def leading_right_vectors(matrix: Tensor, count: Callable[[Tensor], int]) -> Ten
     left = _leading_eigenvectors(_lower_gram(matrix.mT), count)
     mapped = matrix.mT @ left
     mapped = mapped / mapped.norm(dim=0).clamp(min=torch.finfo(mapped.dtype).tiny)
-    return _signed_qr(mapped)[0]
+    return signed_qr(mapped)[0]
 
 
 def _leading_eigenvectors(lower: Tensor, count: Callable[[Tensor], int]) -> Tensor:
@@ -125,7 +125,7 @@ def orthonormal_complement(candidates: Tensor, columns: Tensor) -> Tensor:
         if candidates.shape[1] == 0:
             return candidates
         candidates = candidates - columns @ (columns.mT @ candidates)
-        candidates, remaining = _signed_qr(candidates)
+        candidates, remaining = signed_qr(candidates)
         candidates = candidates[:, remaining > 0.5]
     inside = (columns.mT @ candidates).norm(dim=0)
     return candidates[:, inside <= LEAK_TOLERANCE]
@@ -164,7 +164,7 @@ def fix_signs(columns: Tensor) -> Tensor:
     return columns * torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
 
 
-def _signed_qr(columns: Tensor) -> tuple[Tensor, Tensor]:
+def signed_qr(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Thin QR whose R has a non-negative diagonal: Q stays near the input; also returns that diagonal."""
     q, r = torch.linalg.qr(columns)
     diagonal = r.diagonal()

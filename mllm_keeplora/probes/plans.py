@@ -70,7 +70,8 @@ class FeaturePlan:
     and the directions that a threshold decides about are small beside them. On a GPU they are summed in float32.
     `tokens` limits how many tokens of each kind a sample contributes, evenly spaced; None counts every token.
     `normalise` divides each token by its length, so that a few huge activations do not decide alone. `spacing` is that
-    of the records that are looked at. `padding` counts tokens of a text tower behind the end of its texts, too.
+    of the records that are looked at. `padding` counts tokens of a text tower behind the end of its texts, too. Without
+    `first` the first token of a text does not count, where models of LLaMA's kind put activations of no meaning.
     """
 
     statistic: Statistic = "exact"
@@ -80,6 +81,7 @@ class FeaturePlan:
     normalise: bool = False
     spacing: Spacing = "even"
     padding: bool = False
+    first: bool = True
 
     def exact_rounds(
         self, unclear: Mapping[str, FrequentDirections], sketches: Sequence[FrequentDirections]

@@ -27,6 +27,8 @@ class ChosenRows:
         self.plan = plan
         self.budgets = plan.tokens or {}
         self.chosen = reduce(or_, (_evenly(mask, self.budgets.get(kind)) for kind, mask in kinds.items()))
+        if not plan.first and "instruction" in kinds:  # else pictures alone
+            self.chosen = self.chosen & (reduce(or_, kinds.values()).cumsum(1) != 1)
 
     @classmethod
     def by_layer(

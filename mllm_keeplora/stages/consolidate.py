@@ -19,10 +19,15 @@ def consolidate(learner: Learner, unit: Unit) -> dict[str, Any]:
     context = learner.context(unit, "consolidate")
     before = {layer: basis.rank for layer, basis in learner.kept.items()}
     learner.strategy.after_domain(context)
+    replacement = context.replacement
+    if replacement is not None and replacement.instead_of == "all" and learner.strategy.combine != "merge":
+        name = type(learner.strategy).__name__
+        raise RuntimeError(f"{name} answers as one branch instead of all, but combines by {learner.strategy.combine}")
     if distributed.is_main():
         mixer = context.answering or learner.adapters.mixer
         carried = learner.adapters.branch.carried
-        write_manifest(folder, learner.strategy.combine, learner.strategy.start_from, carried, mixer)
+        combine, start_from, recalls = (getattr(learner.strategy, key) for key in ("combine", "start_from", "recalls"))
+        write_manifest(folder, combine, start_from, carried, mixer, replacement, recalls)
         save_growth(folder, learner.kept, before, context.forgotten)
         state = learner.strategy.state_dict()
         if state:

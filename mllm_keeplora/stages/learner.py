@@ -6,7 +6,7 @@ killed goes on as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_keeplora.adapters import Adapters, Branch, Factors, adapters_for
 from mllm_keeplora.adapters.mixers import load_mixer
 from mllm_keeplora.adapters.placed import PlacedModel
-from mllm_keeplora.adapters.stored import kept_of
+from mllm_keeplora.adapters.stored import kept_of, trained_of
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record
 from mllm_keeplora.models import Base, cache_tower, load_base
@@ -32,6 +32,8 @@ from mllm_keeplora.training.seeds import stage_seed
 from mllm_keeplora.training.state import read_training_state
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mllm_keeplora.adapters.prototypes import Prototypes
     from mllm_keeplora.linalg import Basis
 
@@ -114,9 +116,7 @@ class Learner:
         folder = self.run.folder(unit)
         self.adapters.open(Branch.load(folder.init))
         if trained:
-            full = files.read_tensors(folder.projector) if files.is_there(folder.projector) else {}
-            prototypes = self._prototypes_of(folder)
-            self.adapters.load(Factors.load(folder.adapter), full, prototypes)
+            self.adapters.load(*trained_of(self.run, unit), self._prototypes_of(folder))
             if self.adapters.mixer is not None:
                 self.adapters.mixer.load_state_dict(load_mixer(folder.trained_mixer).state_dict())
             read_training_state(self.strategy, folder.training_state)
@@ -145,7 +145,23 @@ class Learner:
         names, size = [each.name for each in self.units], self.config.train.probe_batch_size
         info = DomainInfo(unit.index - 1, unit.name, len(names))
         sources = Sources(self.benchmark.anchor_records, self.benchmark.train_records, names)
-        return Context(self.base, self.adapters, self.kept, info, records, collate, rng, size, sources, seed)
+        return Context(
+            self.base, self.adapters, self.kept, info, records, collate, rng, size, sources, seed, self._recalling(unit)
+        )
+
+    def _recalling(self, unit: Unit) -> Callable[[int], tuple[Factors, dict[str, Tensor]]]:
+        """Read what domains trained, by their place: those that a strategy says it recalls, and the unit's own."""
+
+        def trained(index: int) -> tuple[Factors, dict[str, Tensor]]:
+            recalls, own = self.strategy.recalls, unit.index - 1
+            if not {"none": own, "last": own - 1, "all": 0}[recalls] <= index <= own:
+                raise RuntimeError(
+                    f"{type(self.strategy).__name__} asks in domain {own} for what domain {index} trained; its "
+                    f"`recalls` is {recalls!r}"
+                )
+            return trained_of(self.run, self.units[index])
+
+        return trained
 
 
 def add_facts(folder: DomainDir, facts: dict[str, Any]) -> None:

@@ -18,7 +18,9 @@ from mllm_keeplora.strategies.baselines.finetune import Finetune
 from mllm_keeplora.strategies.baselines.independent import Independent
 from mllm_keeplora.strategies.baselines.joint import Joint
 from mllm_keeplora.strategies.baselines.lwf import LwF
+from mllm_keeplora.strategies.baselines.merged import Merged
 from mllm_keeplora.strategies.baselines.replay import Replay
+from mllm_keeplora.strategies.baselines.slao import SLAO
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
 from mllm_keeplora.strategies.mixture.moelora import MoELoRA
 from mllm_keeplora.strategies.mixture.routed import Routed
@@ -26,6 +28,7 @@ from mllm_keeplora.strategies.mixture.sdlora import SDLoRA
 from mllm_keeplora.strategies.subspace.gpm import GPM
 from mllm_keeplora.strategies.subspace.inflora import InfLoRA
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA
+from mllm_keeplora.strategies.subspace.loda import LoDA
 from mllm_keeplora.strategies.subspace.olora import OLoRA
 from mllm_keeplora.system.plugins import ENTERED
 
@@ -39,12 +42,15 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "inflora": InfLoRA,
     "joint": Joint,
     "keeplora": KeepLoRA,
+    "loda": LoDA,
     "lwf": LwF,
+    "merged": Merged,
     "moelora": MoELoRA,
     "olora": OLoRA,
     "replay": Replay,
     "routed": Routed,
     "sdlora": SDLoRA,
+    "slao": SLAO,
 }
 
 

@@ -78,6 +78,8 @@ class Strategy:
     start_from: ClassVar[Literal["previous", "base"]] = "previous"
     # How branches answer: merged into the weights, summed with magnitudes, weighed by gates, routed to one, or told.
     combine: ClassVar[Literal["merge", "sum", "gate", "route", "oracle"]] = "merge"
+    # Which earlier domains' branches its hooks read as they were trained (`Context.trained`), beside what answers.
+    recalls: ClassVar[Literal["none", "last", "all"]] = "none"
     # Whether a question can be answered only if its domain is told (`oracle`).
     needs_domain_id: ClassVar[bool] = False
     # Whether a batch may hold records of several domains.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from mllm_keeplora.adapters.factors import Replacement
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.models.partition import assign, copy_of
 from mllm_keeplora.strategies.passes import Data, DomainInfo, Passes, Sources
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mllm_keeplora.adapters import Adapters
+    from mllm_keeplora.adapters import Adapters, Factors
     from mllm_keeplora.adapters.mixers.mixing import Mixer
     from mllm_keeplora.linalg import Basis
     from mllm_keeplora.models import Base
@@ -74,6 +75,7 @@ class Context:
         probe_batch_size: records per forward of a data pass.
         sources: gives the records of anchor sets and of earlier domains.
         seed: of the stage, for draws that depend on the step alone.
+        trained: reads what a domain trained, by its place.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Context:
         probe_batch_size: int,
         sources: Sources | None = None,
         seed: int = 0,
+        trained: Callable[[int], tuple[Factors, dict[str, Tensor]]] | None = None,
     ):
         self.base, self.branches, self.kept = base, branches, kept
         self.domain, self.rng, self.seed = domain, rng, seed
@@ -96,6 +99,8 @@ class Context:
         self.layers = Layers(base, branches, self.passes)
         self.processes = Processes(self.layers)
         self.answering: Mixer | None = None
+        self.replacement: Replacement | None = None
+        self._trained = trained
         self.facts: dict[str, Any] = {}
         self.forgotten: dict[str, list[int]] = {}
 
@@ -109,6 +114,39 @@ class Context:
     def answer_with(self, mixer: Mixer) -> None:
         """Let a mixer weigh the branches when questions are answered after this domain."""
         self.answering = mixer
+
+    def answer_as(
+        self, factors: Factors, instead_of: Literal["unit", "all"] = "unit", full: dict[str, Tensor] | None = None
+    ) -> None:
+        """Let a branch answer from now on in the place of the one that this domain trained; for `after_domain`.
+
+        The next domain starts from it, too. The trained one stays in the run (`trained`).
+
+        Args:
+            factors: (A (r, d_in), B (d_out, r), alpha) of layers, whatever their ranks; others answer as the base does.
+            instead_of: `unit`, of this domain's branch alone; `all`, also of those of all earlier domains, for a
+                strategy whose `combine` is `merge`.
+            full: deltas of parameters trained in full, in the place of as many; None leaves the trained ones.
+
+        Raises:
+            ValueError: a layer that is no target, or whose size is another; a parameter that was not trained in full.
+        """
+        for layer, A in factors.A.items():
+            if layer not in self.layers.names:
+                raise ValueError(f"{layer} is no target layer")
+            sizes, wanted = (len(factors.B[layer]), A.shape[1]), (self.layers.d_out(layer), self.layers.d_in(layer))
+            if sizes != wanted:
+                raise ValueError(f"the branch to answer has (d_out, d_in) {sizes} in {layer}, which has {wanted}")
+        if full is not None and set(full) != set(self.branches.full):
+            raise ValueError(f"parameters trained in full are {sorted(self.branches.full)}, got {sorted(full)}")
+        self.replacement = Replacement(factors, instead_of, full)
+
+    def trained(self, index: int) -> tuple[Factors, dict[str, Tensor]]:
+        """Give what a domain's training left, by its place: its branch, and deltas of parameters trained in full.
+
+        Of earlier domains those that the strategy `recalls`; of this one in `after_domain`. Files are read each time.
+        """
+        return self._trained(index)
 
     def edit_parameter(self, name: str, edit: Callable[[Tensor], Tensor]) -> None:
         """Change a trained parameter outside the optimizer, its float32 master copy included."""

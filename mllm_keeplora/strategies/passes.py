@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -177,16 +177,23 @@ class Passes:
 
         The references are this process's share of the records, which may be none.
         """
+        return self.mean_gradients(map(self.data.batch_of, batches(references, self.batch_size)))[0]
+
+    def mean_gradients(self, collated: Iterable[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+        """Give the gradient of batches' mean loss over supervised tokens by trained parameter, and how many these are.
+
+        Dropout is off. The batches, on the model's device, are this process's share, which may be none.
+        """
         import torch
 
         sums = {name: torch.zeros_like(parameter) for name, parameter in self.branches.trainable().items()}
         count = torch.zeros(1, device=next(iter(sums.values())).device)
-        for part in batches(references, self.batch_size):
-            found, tokens = self._gradients(self.data.batch_of(part))
+        for batch in collated:
+            found, tokens = self._gradients(batch)
             sums = {name: total + found[name] for name, total in sums.items()}
             count += tokens
         distributed.all_reduce([*sums.values(), count])
-        return {name: each / count for name, each in sums.items()}
+        return {name: each / count for name, each in sums.items()}, count
 
     def answer_logits(self, references: Sequence[Reference]) -> Tensor:
         """Give the model's logits now at the answers of training records, (n, classes); at least one record.

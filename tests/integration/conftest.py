@@ -20,6 +20,8 @@ TRAIN, TEST = 12, 8  # records a domain: with batches of 4 and two epochs six op
 OPTIONS = {  # what a strategy needs to run on the tiny world; all questions begin with the same one
     "gainlora": {"pictures": True, "base_options": {"feature_samples": TRAIN}},
     "keeplora": {"grad_samples": TRAIN, "feature_samples": TRAIN},
+    "loda": {"feature_samples": TRAIN, "rho_max": 0.3},
+    "merged": {"rule": "regmean", "samples": TRAIN},
     "moelora": {"experts": 2},
 }
 
@@ -27,9 +29,13 @@ TRAINED = {  # what a strategy trains in the tiny world, where that is not A and
     "gainlora": {"B", "down", "up", "key"},
     "inflora": {"B"},
     "keeplora": {"B"},
+    "loda": {"B"},
     "moelora": {"A", "B", "weight"},
     "sdlora": {"A", "B", "moved"},
 }
+
+
+TRAINED_AT_FIRST = {"loda": {"A", "B"}}  # and in the first domain, where that differs
 
 
 def strategy_of(name: str) -> dict[str, Any]:

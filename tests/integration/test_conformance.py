@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters.mixers.mixing import look_at
-from mllm_keeplora.adapters.stored import LIVE, stored_files
+from mllm_keeplora.adapters.stored import LIVE, stored_files, trained_of
 from mllm_keeplora.checks.memory import estimate
 from mllm_keeplora.config import load_config, parse_config
 from mllm_keeplora.errors import UserError
@@ -27,12 +27,12 @@ from mllm_keeplora.strategies import STRATEGIES, Strategy, build_strategy
 from mllm_keeplora.system import files
 from mllm_keeplora.training.fit import Reporter
 from mllm_keeplora.training.trainer import DomainTrainer
-from tests.integration.conftest import TRAINED, strategy_of
+from tests.integration.conftest import TRAINED, TRAINED_AT_FIRST, strategy_of
 from tests.integration.processes import differing, leftovers, results
 
 # Interrupted in the fast suite, too: a mixer with rules of its own, routers beside a branch.
 MOST_TO_LOSE = ("gainlora", "moelora")
-PLAIN_AT_FIRST = ("agem", "ewc", "finetune", "independent", "lwf", "olora", "replay", "routed")
+PLAIN_AT_FIRST = ("agem", "ewc", "finetune", "independent", "lwf", "merged", "olora", "replay", "routed", "slao")
 
 
 @dataclass
@@ -130,21 +130,35 @@ def test_what_is_not_declared_to_train_stays_bit_equal(seen):
 def test_exactly_what_is_declared_gets_a_gradient(seen):
     """And what is declared is what the method says that it trains, in every layer."""
     layers = len(load_run(seen.output).base.parts.target_layers)
-    for with_gradient, declared in seen.steps:
+    wanted = TRAINED.get(seen.strategy, {"A", "B"})
+    for number, (with_gradient, declared) in enumerate(seen.steps):
         assert with_gradient == declared and declared
-        kinds = [_kind(name) for name in declared]
-        assert set(kinds) == TRAINED.get(seen.strategy, {"A", "B"})
+        kinds, is_first = [_kind(name) for name in declared], number < len(seen.steps) / 2
+        assert set(kinds) == (TRAINED_AT_FIRST.get(seen.strategy, wanted) if is_first else wanted)
         assert all(kinds.count(factor) == layers for factor in {"A", "B"} & set(kinds))
 
 
 def test_a_saved_run_is_the_model_that_training_ended_with(seen):
-    """Logits of the last domain's open branch, over merged earlier ones or those of a mixer, found again from files."""
+    """Logits of the last domain's open branch, over merged earlier ones or those of a mixer, found again from files.
+
+    Where another branch answers in its place, those of the trained one that is beside it.
+    """
     batch, left = seen.left
     saved = load_run(seen.output)
     untouched = _logits(saved.base.model, batch)
     assert (untouched - left).abs().max() > 1e-2
-    loaded = _logits(saved.restore(len(saved.run.finished_units), asked=_asked(saved)), batch)
-    assert torch.allclose(loaded, left, atol=1e-4)
+    model, unit = saved.restore(len(saved.run.finished_units), asked=_asked(saved)), saved.run.finished_units[-1]
+    manifest = files.read_json(saved.run.folder(unit).manifest)
+    if "instead_of" in manifest:
+        # trained at the base, with no other beside it; or beside those before, which it does not answer for
+        alone = manifest["start_from"] == "base" or manifest.get("carried", False)
+        assert alone or manifest["instead_of"] == "unit"
+        assert not torch.allclose(_logits(model, batch), left, atol=1e-2)
+        factors, full = trained_of(saved.run, unit)
+        others = [] if alone else saved.placed.adapters.past[:-1]
+        saved.placed.adapters.restore([*others, factors], [full] if full else [])
+        model = saved.placed.adapters.model
+    assert torch.allclose(_logits(model, batch), left, atol=1e-4)
 
 
 @pytest.mark.parametrize("seen", PLAIN_AT_FIRST, indirect=True)
@@ -153,7 +167,7 @@ def test_a_first_domain_without_a_past_is_plain_lora_byte_for_byte(seen, two_pla
     assert own == plain != {}
 
 
-@pytest.mark.parametrize("seen", ["independent", "routed"], indirect=True)
+@pytest.mark.parametrize("seen", ["independent", "merged", "routed"], indirect=True)
 def test_a_branch_from_the_base_does_not_depend_on_the_domain_before(seen, settings, tmp_path):
     _run(settings, tmp_path / "run", seen.strategy, domains=("Gamma", "Beta"))
     found, wanted = (_files_of(output / "domains/02_Beta/adapter") for output in (tmp_path / "run", seen.output))
@@ -286,7 +300,7 @@ def test_memory_is_estimated_for_the_stages_whose_hooks_a_strategy_overrides(two
         }
         assert list(found.stages) == [stage for stage, has in overridden.items() if has], name
         rows.append(name)
-    assert len(rows) == 15
+    assert len(rows) == 18
 
 
 MEASURED = {

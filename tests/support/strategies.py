@@ -57,7 +57,10 @@ def learn(strategy, context: Context, folder, **settings) -> Factors:
     fit(strategy, context, folder, **settings)
     strategy.after_domain(context)
     factors, carried = branches.read(), branches.branch.carried
-    past = Past([factors] if carried else [*branches.past, factors])
+    replacement = context.replacement
+    answering = factors if replacement is None else replacement.factors
+    stands_alone = carried or (replacement is not None and replacement.instead_of == "all")
+    past = Past([answering] if stands_alone else [*branches.past, answering])
     mixer = context.answering or branches.mixer
     if strategy.combine == "sum":
         past = mixer.summed(past)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,3 +59,16 @@ def test_a_token_without_length_is_no_reason_to_divide_by_zero():
     features = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [0.0, 1e-20]]])
     rows = ChosenRows(token_kinds(batch, None), FeaturePlan(normalise=True)).of(features)
     assert rows.isfinite().all() and torch.allclose(rows[0], torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_first_tokens_of_texts_can_be_left_out_and_those_of_pictures_cannot(side):
+    """Of the text itself, whichever side padding is on and however many tokens count."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    mask = (mask if side == "right" else mask.flip(1)) > 0
+    features = torch.arange(10.0).reshape(2, 5, 1)
+    found = ChosenRows({"instruction": mask}, FeaturePlan(first=False)).of(features).flatten().tolist()
+    assert found == ([1, 2, 3, 4, 6, 7] if side == "right" else [1, 2, 3, 4, 8, 9])
+    few = ChosenRows({"instruction": mask}, FeaturePlan(first=False, tokens={"instruction": 2}))
+    assert set(few.of(features).flatten().tolist()) <= set(found)
+    assert len(ChosenRows({"image": mask}, FeaturePlan(first=False)).of(features)) == 8

@@ -25,8 +25,10 @@ def test_each_has_a_sentence_about_it_and_runs_with_its_defaults(name):
 
 @pytest.mark.parametrize("run", [name for name in shipped("runs") if name.startswith("mini_dcl_")])
 def test_a_shipped_run_is_of_the_strategy_that_it_is_named_for(run):
+    """And for its rule, where it has several that are not the default."""
     config = load_config(run)
-    assert run == f"mini_dcl_{config.strategy.name}"
+    rule = config.strategy.options.get("rule")
+    assert run == "_".join(filter(None, ("mini_dcl", config.strategy.name, rule)))
     assert unfit_for(config, build_strategy(config.strategy), None) == []
 
 
@@ -34,7 +36,7 @@ def test_every_strategy_of_the_comparison_has_a_run():
     sweep = load_sweep("mini_all")
     compared = {tune_cell(sweep, label, 1e-3).config().strategy.name for label in sweep.strategies}
     assert compared - {"keeplora"} == {
-        name.removeprefix("mini_dcl_") for name in shipped("runs") if name.startswith("mini_dcl_")
+        load_config(name).strategy.name for name in shipped("runs") if name.startswith("mini_dcl_")
     }
 
 
