@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make tables and pictures of docs/results.md again: every strategy, rate and seed on the mini benchmark, two at a time.
 # Usage: bash scripts/evidence.sh [SWEEP]...      default: mini_dcl; also: mini_dcl_variants, mini_all
-# On two CPU cores an hour and a quarter, four hours, five and a half. Run it again to continue after an interruption.
+# On two CPU cores an hour and a quarter, four hours, eight. Run it again to continue after an interruption.
 # Runs go to runs/sweeps/SWEEP; what that page shows, and every run's results, to docs/evidence/SWEEP.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
