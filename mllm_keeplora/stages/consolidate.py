@@ -26,8 +26,8 @@ def consolidate(learner: Learner, unit: Unit) -> dict[str, Any]:
     if distributed.is_main():
         mixer = context.answering or learner.adapters.mixer
         carried = learner.adapters.branch.carried
-        combine, start_from, recalls = (getattr(learner.strategy, key) for key in ("combine", "start_from", "recalls"))
-        write_manifest(folder, combine, start_from, carried, mixer, replacement, recalls)
+        how = learner.strategy
+        write_manifest(folder, how.combine, how.start_from, carried, mixer, replacement, how.recalls)
         save_growth(folder, learner.kept, before, context.forgotten)
         state = learner.strategy.state_dict()
         if state:

@@ -11,10 +11,12 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from matplotlib.figure import Figure
+from packaging.version import Version
 from rich.console import Console
 
 from mllm_keeplora.report.compared import Choice, load_results, write_comparison
@@ -143,8 +145,11 @@ def stored(name: str, text: str) -> str:
     return json.dumps(said(text), ensure_ascii=False, indent=0) + "\n" if name.endswith(".html") else text
 
 
+OLDER_RICH = Version(version("rich")) < Version("15")  # sets some columns wider
+
+
 def evened(text: str) -> str:
-    """A text without how wide it is set: versions of rich differ in that."""
+    """A table without how wide it is set."""
     return re.sub("[ ─]+", "", text)
 
 
@@ -157,8 +162,10 @@ def test_everything_reads_as_it_did(monkeypatch):
     now = written()
     assert {golden_name(name) for name in now} == {path.name for path in GOLDEN.iterdir()}
     for name, text in now.items():
-        before = (GOLDEN / golden_name(name)).read_text(encoding="utf-8")
-        assert evened(stored(name, text)) == evened(before), name
+        found, before = stored(name, text), (GOLDEN / golden_name(name)).read_text(encoding="utf-8")
+        if name.endswith(".txt") and OLDER_RICH:
+            found, before = evened(found), evened(before)
+        assert found == before, name
 
 
 def test_the_reader_of_pages_sees_texts_numbers_and_spoken_attributes():

@@ -60,7 +60,7 @@ def second_domain(base, records, folder, dropout=0.0, **options):
     learn(strategy, context_of(base, adapters, records, 0), folder / "first")
     context = context_of(base, adapters, records, 1)
     open_branch(strategy, context)
-    if "second" not in records:
+    if "second" not in records:  # a test of what the first domain leaves
         return strategy, context
     reference = alone(base, adapters, references_of(strategy, context, records)[1])[1]
     choices = [answering(records["second"], colour, place) for colour in COLOURS for place in PLACES]
