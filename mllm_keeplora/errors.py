@@ -108,17 +108,19 @@ def validation_faults(
     """
     faults = []
     for item in error.errors():
-        key = shortened(prefix + ".".join(str(part) for part in item["loc"]))
+        key = shortened((prefix + ".".join(str(part) for part in item["loc"])).removesuffix("."))
         got = shortened(repr(item["input"]))
+        said = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
             faults.append(f"{key} is missing ({origin})")
         elif item["type"] == "extra_forbidden":
             allowed = _allowed(model, item["loc"])
             faults.append(f"{key} is not a known key{of}, got {got}{allowed} ({origin})")
+        elif not item["loc"] and item["type"] == "value_error":  # of keys that do not go together, which it names
+            faults.append(f"{key or 'the whole'}: {said} ({origin})")
         elif item["type"] == "model_type" or not key:
             faults.append(f"{key or 'the whole'} must hold keys and values, got {got} ({origin})")
         else:
-            said = item["msg"].removeprefix("Value error, ")
             faults.append(f"{key}: {said[0].lower()}{said[1:]}, got {got} ({origin})")
     return faults
 

@@ -61,7 +61,9 @@ class MergedOptions(StrategyOptions):
     @model_validator(mode="after")
     def _no_scale_of_a_fit(self) -> MergedOptions:
         if self.rule == "regmean" and self.scale is not None:
-            raise ValueError("scale has no meaning with rule regmean, whose fit has a size of its own")
+            raise ValueError(
+                f"scale is {self.scale:g}, but has no meaning with rule regmean, whose fit has a size of its own"
+            )
         return self
 
 

@@ -50,7 +50,7 @@ class SDLoRAOptions(StrategyOptions):
     @model_validator(mode="after")
     def _one_norm(self) -> SDLoRAOptions:
         if self.compat == "official" and self.nu != "one":
-            raise ValueError("compat official shortens earlier branches to directions: it needs nu one")
+            raise ValueError(f"compat official shortens earlier branches to directions: it needs nu one, got {self.nu}")
         return self
 
     def in_domain(self, index: int) -> StrategyOptions:

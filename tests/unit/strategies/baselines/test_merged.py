@@ -125,7 +125,10 @@ def test_parameters_trained_in_full_merge_by_the_same_rule():
     ("options", "message"),
     [
         ({"rule": "mean"}, "rule"),
-        ({"rule": "regmean", "scale": 0.3}, "no meaning with rule regmean"),
+        (
+            {"rule": "regmean", "scale": 0.3},
+            r"^strategy: scale is 0\.3, but has no meaning with rule regmean, .* of its own \(config\)$",
+        ),
         ({"drop": 1.0}, "drop"),
     ],
 )

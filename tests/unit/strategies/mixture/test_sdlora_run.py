@@ -23,7 +23,7 @@ from tests.support.tiny import tiny_config, write_tiny_data
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compat": "official"}, "needs nu one"),
+        ({"compat": "official"}, r"^strategy: compat official .* it needs nu one, got norm \("),
         ({"later_ranks": {0: 4}}, "at least 1"),
         ({"later_ranks": {3: 0}}, "at least 1"),
         ({"kd_threshold": 1.5}, "kd_threshold"),
