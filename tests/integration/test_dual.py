@@ -86,7 +86,9 @@ def test_a_sequence_is_learnt_and_graded(whole):
         assert {row["prediction"], row["second"]} == {"left", "right"} and 0.5 <= row["probability"] <= 1.0
 
 
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=() if each == "train" else pytest.mark.slow) for each in KILLS]
+)
 def test_a_run_that_is_killed_ends_with_the_same_bytes(name, kind, whole, settings_of, tmp_path):
     values = settings_of(kind, tmp_path / "run", strategy={"prototypes": "cosine"})
     assert run_in_child(values, kill=KILLS[name]) == -signal.SIGKILL

@@ -111,7 +111,7 @@ def _checked(stage: str, failing: int, act: Callable, alone, before, whole, tmp_
 
 @pytest.mark.parametrize(
     ("stage", "failing", "act"),
-    [("01_Alpha/train", 1, killed), ("01_Alpha/evaluate/Alpha", 0, fails)],
+    [("01_Alpha/train", 1, killed), pytest.param("01_Alpha/evaluate/Alpha", 0, fails, marks=pytest.mark.slow)],
 )
 def test_a_failing_process_ends_the_other_one(stage, failing, act, alone, before, whole, tmp_path):
     _checked(stage, failing, act, alone, before, whole, tmp_path)
@@ -143,6 +143,7 @@ with process_group():
 """
 
 
+@pytest.mark.slow
 def test_processes_that_watch_each_other_open_no_port(tmp_path):
     launched(WATCHED, tmp_path)
 

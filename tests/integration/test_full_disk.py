@@ -74,6 +74,7 @@ def test_output_that_cannot_be_written_is_one_sentence_anywhere(place, number, s
     _fails_and_continues(MORE_PLACES[place], partial(full, number), os.strerror(number), settings, two, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_another_process_is_told_by_the_main_one(settings, tmp_path):
     act = ("mllm_keeplora.eval.harness:Journal.add", 1, full)
     ended = run_on_two(settings(tmp_path / "run", ("Alpha",)), tmp_path / "told", {1: act})

@@ -73,6 +73,7 @@ def test_a_training_that_diverges_says_where_and_is_not_stored_as_done(by, at, w
         assert not (tmp_path / "run" / ALPHA / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_too_high_is_told_like_any_other_divergence(settings, tmp_path):
     (tmp_path / "run.yaml").write_text(
         yaml.safe_dump(settings(tmp_path / "run", ("Alpha",), train={"lr": 1e30, "workers": 1}))
@@ -138,7 +139,11 @@ def test_a_training_that_goes_back_too_often_ends(stumbling, tmp_path):
 
 @pytest.mark.parametrize("on_nonfinite", ["skip(3)", "rollback"])
 @pytest.mark.parametrize(
-    "kill", [(f"{FIT}:Reporter.on_step_end", 4), ("+mllm_keeplora.training.nonfinite:Guard.save", 3)]
+    "kill",
+    [
+        ("+mllm_keeplora.training.nonfinite:Guard.save", 3),
+        pytest.param((f"{FIT}:Reporter.on_step_end", 4), marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_behind_such_a_step_ends_as_one_that_was_not(on_nonfinite, kill, stumbling, tmp_path):
     whole, output = tmp_path / "whole", tmp_path / "run"
@@ -151,7 +156,7 @@ def test_a_run_killed_behind_such_a_step_ends_as_one_that_was_not(on_nonfinite, 
 @pytest.mark.parametrize(
     "deepspeed", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3"))]
 )
-@pytest.mark.parametrize("on_nonfinite", ["skip(3)", "rollback"])
+@pytest.mark.parametrize("on_nonfinite", [pytest.param("skip(3)", marks=pytest.mark.slow), "rollback"])
 def test_processes_do_the_same_where_one_alone_sees_it(on_nonfinite, deepspeed, stumbling, tmp_path):
     values = stumbling(tmp_path / "run", [1, 3], on_nonfinite, rank_of=1, deepspeed=deepspeed)
     ended = run_on_two(values, tmp_path / "told")
@@ -162,6 +167,7 @@ def test_processes_do_the_same_where_one_alone_sees_it(on_nonfinite, deepspeed, 
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_that_diverges_ends_both_with_its_sentence(stumbling, tmp_path):
     ended = run_on_two(stumbling(tmp_path / "run", [1], rank_of=1), tmp_path / "told")
     assert [each.code for each in ended] == [3, 3], ended

@@ -155,7 +155,8 @@ KILLS = {
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param(name, marks=pytest.mark.slow if name == "in the training" else ()) for name in KILLS]
+    "place",
+    [pytest.param(name, marks=() if name == "before the manifest names it" else pytest.mark.slow) for name in KILLS],
 )
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(place, whole, values, tmp_path):
     run = tmp_path / "run"

@@ -48,6 +48,7 @@ def launched(settings, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_run_sequence_runs_on_as_many_processes_as_it_is_told(launched):
     assert "= 2 processes x 2" in (launched / "the run/log.txt").read_text()
     assert results(launched / "the run")["metrics"]["last"] is not None

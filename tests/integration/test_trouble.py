@@ -69,7 +69,7 @@ def reading(settings, tmp_path) -> Path:
     return tmp_path / "run.yaml"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_picture_that_has_vanished_since_the_check_is_named(workers, reading, tmp_path):
     gone = partial(shutil.rmtree, tmp_path / "data/Alpha/images", ignore_errors=True)
     place = ("rename:01_Alpha/gradient.json", 1)
