@@ -13,20 +13,23 @@ IMAGE_MARK = "<image>"
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One picture (video later), decoded only when a batch needs it.
+    """One picture or clip, decoded only when a batch needs it.
 
     Attributes:
-        path: the picture's file; of a picture that is kept inside a data file, the name it has there.
+        path: its file; of one that is kept inside a data file, the name it has there.
         folder: where `path` must lie, links followed; None where it may lie anywhere.
-        data: the encoded picture, where it is kept inside a data file.
+        data: the encoded picture or clip, where it is kept inside a data file.
         pad: pad it to a square before the processor sees it.
+        start, end: seconds of a clip between which it is shown; None for its own ends.
     """
 
-    type: Literal["image"]
+    type: Literal["image", "video"]
     path: Path
     folder: Path | None = None
     data: bytes | None = field(default=None, repr=False)
     pad: bool = False
+    start: float | None = None
+    end: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

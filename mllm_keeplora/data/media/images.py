@@ -199,7 +199,7 @@ def _digest(media: Media, known: Known) -> str:
     if media.data is not None:
         return hashlib.sha256(media.data).hexdigest()
     with _named(media):
-        _refuse_misplaced(media)
+        refuse_misplaced(media)
         return digest_file(media.path, known)
 
 
@@ -210,7 +210,7 @@ def _opened(media: Media) -> Iterator:
 
     with _named(media):
         if media.data is None:
-            _refuse_misplaced(media)
+            refuse_misplaced(media)
         source = given.opened(media.path) if media.data is None else io.BytesIO(media.data)
         with source, Image.open(source, formats=_formats()) as picture:
             width, height = picture.size
@@ -239,20 +239,20 @@ def _named(media: Media) -> Iterator[None]:
         raise UserError(f"image {media.path} cannot be read: {shortened(first_line(error))}") from None
 
 
-def _refuse_misplaced(media: Media) -> None:
-    """Raise a UserError if a picture's file is not there, or not in its folder; a name that is near is told."""
+def refuse_misplaced(media: Media) -> None:
+    """Raise a UserError if the file of a picture or clip is not there, or not in its folder; a name near it is told."""
     path, folder = media.path, media.folder
     # The name may not lead out of the data folder; links inside it are followed.
     if folder is not None and not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
         name = _name(path, folder)
-        raise UserError(f"image {str(name)!r} leaves the data folder {folder}; `images` may name one above it")
+        raise UserError(f"{media.type} {str(name)!r} leaves the data folder {folder}; `images` may name one above it")
     if not path.is_file():
         name, what = _name(path, folder), "is no file" if path.exists() else "does not exist"
         near = _near(path, folder or path.parent)
         hint = f"; there is {str(near)!r}" if near is not None else ""
         if near is not None and _composed(near) == _composed(name):
             hint += ", whose accents are written in another Unicode normal form"
-        raise UserError(f"image {str(name)!r} {what} in {folder or path.parent}{hint}")
+        raise UserError(f"{media.type} {str(name)!r} {what} in {folder or path.parent}{hint}")
 
 
 def _name(path: Path, folder: Path | None) -> Path:
