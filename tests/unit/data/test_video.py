@@ -1,6 +1,7 @@
 """Clips: which frames are seen, of every container alike, and what is told of one that is broken."""
 
 import re
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -215,7 +216,9 @@ def test_a_rate_that_varies_is_told_with_where_its_frames_come_from(tmp_path):
     stamps = [*range(11), *range(35, 160, 25)]  # 11 frames in 0.4 s, then one a second
     media = clip(write_clip(tmp_path / "a.mp4", frames=len(stamps), stamps=stamps))
     assert irregular(media, EIGHT) == "5 of its 8 frames come from the first 0.4 of 5.4 s"
-    assert irregular(media, VideoOptions(clock="time")).startswith("1 of its 8")
+    assert irregular(media, VideoOptions(clock="time")).startswith(
+        "2 of its 8"
+    )  # the second is looked for before a second has gone by
     assert seen(media, VideoOptions(frames=4, clock="time")) == [0, 11, 13, 15]  # at 0, 1.8, 3.6, 5.4 s
     assert irregular(clip(write_clip(tmp_path / "b.mp4")), EIGHT) == ""
 
@@ -271,6 +274,7 @@ def test_the_room_is_kept_and_what_was_not_used_for_longest_goes_first(counted, 
     clips = [clip(write_clip(tmp_path / f"{number}.mp4", frames=8 + number)) for number in range(6)]
     for media in (clips[0], clips[1], clips[0], clips[2], clips[3]):
         cache.clip(media, EIGHT)
+        time.sleep(0.02)  # file systems note the time of a use in ticks
         assert sum(each.stat().st_size for each in (tmp_path / "kept").glob("*/*")) <= 4 * size
     assert len(counted) == 4
     cache.clip(clips[0], EIGHT)
