@@ -8,9 +8,10 @@ from pathlib import Path
 
 from mllm_keeplora.adapters.stored import is_oracle
 from mllm_keeplora.data.classes import ClassList
-from mllm_keeplora.data.media.images import read_image
+from mllm_keeplora.data.media.images import images_of
+from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.data.naming import PROMPTS
-from mllm_keeplora.data.schema import IMAGE_MARK, Media, Record, Turn
+from mllm_keeplora.data.schema import IMAGE_MARK, MARKS, VIDEO_MARK, Media, Record, Turn
 from mllm_keeplora.errors import UserError, known, shortened
 from mllm_keeplora.eval.checkpoints import Checkpoint
 from mllm_keeplora.eval.harness import generate
@@ -32,25 +33,27 @@ def ask(
     max_new_tokens: int = 128,
     domain: str | None = None,
     classes: Sequence[str] | None = None,
+    videos: Sequence[Path] = (),
 ) -> str:
-    """Answer a question about pictures greedily, put as it is: no prompt suffix of a benchmark is added.
+    """Answer a question about pictures and clips greedily, put as it is: no prompt suffix of a benchmark is added.
 
     Args:
         target: a run directory, a model, or a peft adapter's folder.
-        question: may hold `<image>` marks, one for each picture; without any the pictures come first. None for a dual
-            encoder, which is shown one picture.
+        question: may hold `<image>` and `<video>` marks, one for each; without any the pictures come first, then the
+            clips. None for a dual encoder, which is shown one picture.
         images: files.
         after: of a run: number of learnt units; None for all.
         base: of an adapter that does not name its own.
         max_new_tokens: longest answer.
         domain: whose branch answers, of a run where each domain has its own; of a dual encoder, whose classes compete.
         classes: that compete, of a dual encoder.
+        videos: clips; their frames are chosen as the target's own domains say.
 
     Returns:
         The answer; of a dual encoder the likeliest classes with their probabilities, a line each.
 
     Raises:
-        UserError: an unreadable picture, marks that do not fit the pictures, a question to a dual encoder or classes
+        UserError: an unreadable picture or clip, marks that do not fit them, a question to a dual encoder or classes
             for another base, a checkpoint that cannot be loaded.
     """
     is_run = (Path(target) / "run.json").is_file()
@@ -62,22 +65,27 @@ def ask(
     config = saved.config if saved is not None else checkpoint.config("mini_dcl", Path("runs/ask"))  # touches no data
     compares = issubclass(family_of(config.base, resolve(config.base)), DualFamily)
     if compares:
-        _refuse_question(target, question, images)
+        _refuse_question(target, question, images, videos)
         record = Record("picture", (), (Turn("user", ""),), classes=_class_list(target, saved, domain, classes))
         # The domain names classes; it has a branch of its own only where all have.
         domain = domain if saved is not None and is_oracle(saved.run, saved.first(after)) else None
     else:
-        _refuse_unfit(target, question, images, classes)
+        _refuse_unfit(target, question, images, videos, classes)
         record = Record("question", (), (Turn("user", question),), origin="the question")
 
     # Pictures are shown as in training, where the target tells; they are looked at before a model is loaded.
     if saved is not None:
-        modes = {part.image_mode for part in saved.benchmark.domains.values()}
+        modes, video = {part.image_mode for part in saved.benchmark.domains.values()}, saved.benchmark.video
     else:
-        modes = notes_of(target).get("image_modes", ())
-    record = replace(record, media=tuple(Media("image", Path(image), pad="pad" in modes) for image in images))
-    for each in record.media:
-        read_image(each)
+        notes = notes_of(target)
+        modes, video = notes.get("image_modes", ()), notes.get("video", VideoOptions())
+    shown = {
+        IMAGE_MARK: [Media("image", Path(image), pad="pad" in modes) for image in images],
+        VIDEO_MARK: [Media("video", Path(clip), video=video) for clip in videos],
+    }
+    places = MARKS.findall(question or "") or [mark for mark, media in shown.items() for _ in media]
+    record = replace(record, media=tuple(shown[mark].pop(0) for mark in places))
+    images_of(record.as_pictures())
     if saved is not None:
         saved.refuse_domain(domain, after)
         opened, model = saved.base, saved.restore(after, domain)
@@ -90,25 +98,33 @@ def ask(
 
 
 def _refuse_unfit(
-    target: str | Path, question: str | None, images: Sequence[Path], classes: Sequence[str] | None
+    target: str | Path,
+    question: str | None,
+    images: Sequence[Path],
+    videos: Sequence[Path],
+    classes: Sequence[str] | None,
 ) -> None:
-    """Refuse what is no question about the pictures."""
+    """Refuse what is no question about the pictures and clips."""
     if classes is not None:
         raise UserError(f"{target} answers questions; --classes are for a base that compares pictures with texts")
     if question is None or not question.strip():
         raise UserError("the question is empty")
-    marks = question.count(IMAGE_MARK)
-    if marks not in (0, len(images)):
-        raise UserError(f"the question has {marks} image marks, but {len(images)} pictures are given")
+    if not MARKS.search(question):
+        return
+    for kind, mark, given in (("image", IMAGE_MARK, images), ("video", VIDEO_MARK, videos)):
+        if question.count(mark) != len(given):
+            what = "pictures" if kind == "image" else "clips"
+            raise UserError(f"the question has {question.count(mark)} {kind} marks, but {len(given)} {what} are given")
 
 
-def _refuse_question(target: str | Path, question: str | None, images: Sequence[Path]) -> None:
+def _refuse_question(target: str | Path, question: str | None, images: Sequence[Path], videos: Sequence[Path]) -> None:
     """Refuse whatever a dual encoder cannot be asked."""
     usage = f"use: mllm-keeplora ask {target} --image FILE --classes 'cat, dog'"
     if question is not None:
         raise UserError(f"{target} compares pictures with texts and cannot be asked {question!r}; {usage}")
-    if len(images) != 1:
-        raise UserError(f"{target} is shown one picture, got {len(images)}; {usage}")
+    if len(images) != 1 or videos:
+        got = f"{len(images)} and {len(videos)} clips" if videos else len(images)
+        raise UserError(f"{target} is shown one picture, got {got}; {usage}")
 
 
 def _class_list(

@@ -233,6 +233,8 @@ def _identity(base: Base, records: Sequence[Record], part: TestSet, asked_how: l
             asked.update(record.classes.digest.encode())
         for media in record.media:
             asked.update(f"{media.path}\0{media.pad}".encode() + hashlib.sha1(media.data or b"").digest())
+            if media.type == "video":
+                asked.update(f"{media.start}\0{media.end}\0{media.files}\0{media.video}".encode())
     parameter = next(base.model.parameters())
     here = [str(parameter.dtype), parameter.device.type, distributed.world_size()]
     return json.dumps([asked.hexdigest()[:16], *asked_how, *here])

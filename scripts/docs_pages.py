@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from mllm_keeplora.config import RunConfig, shipped
 from mllm_keeplora.data.benchmarks import Benchmark, Domain, Suite
+from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.metrics.scorers import SCORERS
 from mllm_keeplora.strategies import STRATEGIES, Strategy
 from mllm_keeplora.sweeps.plan import FinalConfig, SweepConfig, TuneConfig
@@ -204,7 +205,7 @@ def sweep_sections() -> str:
 
 
 def benchmark_sections() -> str:
-    kinds = {"Benchmark": Benchmark, "Domain": Domain, "Suite": Suite}
+    kinds = {"Benchmark": Benchmark, "Domain": Domain, "Suite": Suite, "VideoOptions": VideoOptions}
     return "\n\n".join(f"### {title}\n\n{options_of(kind)}" for title, kind in kinds.items())
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,15 +93,16 @@ class ProcessorTrial:
         )
 
         def fault(record: Record, sizes: list[Size]) -> str | None:
-            length = self.prompt.total_tokens(record, sizes)
-            if self.prompt.trained_tokens(record) == 0:
+            shown = record.as_pictures()
+            length = self.prompt.total_tokens(shown, sizes)
+            if self.prompt.trained_tokens(shown) == 0:
                 return "no token of its answers carries loss; does the chat template fit the base?"
-            if not self.prompt.ends_answers(record):
+            if not self.prompt.ends_answers(shown):
                 return no_end
             if limit is not None and length > limit:
                 return (
                     f"{length} tokens, {allows} {limit}; cutting would take image or answer tokens, so raise the limit "
-                    "or leave the record out"
+                    f"or leave the record out{self._fitting(record, limit, self.prompt.total_tokens)}"
                 )
             return None
 
@@ -126,12 +127,13 @@ class ProcessorTrial:
             suffix = part.suffix_for(record)
 
             def fault(record: Record, sizes: list[Size], suffix: str = suffix) -> str | None:
-                length = self.prompt.question_tokens(record, sizes, suffix)
+                length = self.prompt.question_tokens(record.as_pictures(), sizes, suffix)
                 if self.positions is None or length < self.positions:
                     return None
+                fitting = self._fitting(record, self.positions - 1, partial(self.prompt.question_tokens, suffix=suffix))
                 return (
                     f"{length} tokens, the base has places for {self.positions}, answer included; leave the question "
-                    "out"
+                    f"out{fitting}"
                 )
 
             told = self._tried(record, ("test", self.positions, suffix), fault)
@@ -141,9 +143,10 @@ class ProcessorTrial:
 
     def _tried(self, record: Record, how: tuple, fault: Callable[[Record, list[Size]], str | None]) -> str | None:
         """Say what is wrong with a record, unless one with the same turns and sizes of pictures had no fault before."""
+        shown = record.as_pictures()
         try:
-            sizes = list(map(self.looks.size, record.media))
-            key = self._prompt_key and key_of("record", RULES, self._prompt_key, how, record.turns, sizes)
+            sizes = list(map(self.looks.size, shown.media))
+            key = self._prompt_key and key_of("record", RULES, self._prompt_key, how, shown.turns, sizes)
             if key and self.known.get(key) is not None:
                 return None
             told = fault(record, sizes)
@@ -154,6 +157,22 @@ class ProcessorTrial:
         if key:
             self.known.put(key)
         return None
+
+    def _fitting(self, record: Record, limit: int, tokens: Callable[[Record, list[Size]], int]) -> str:
+        """Tell how many frames of its clips a record that is too long has room for; nothing of one without clips."""
+        most = max((media.video.frames for media in record.media if media.type == "video"), default=0)
+        for count in range(most - 1, 0, -1):
+            clips = [media.video and media.video.model_copy(update={"frames": count}) for media in record.media]
+            media = tuple(replace(each, video=fewer) for each, fewer in zip(record.media, clips, strict=True))
+            shown = replace(record, media=media).as_pictures()
+            sizes = [
+                size
+                for each, fewer in zip(record.media, clips, strict=True)
+                for size in [self.looks.size(each)] * (fewer.frames if fewer else 1)
+            ]
+            if tokens(shown, sizes) <= limit:
+                return f", or set `video: {{frames: {count}}}`, which fits"
+        return ""
 
     @cached_property
     def _prompt_key(self) -> bytes | None:
@@ -210,6 +229,7 @@ def as_seen(family: Family, record: Record) -> RenderableType:
     if not isinstance(family, CausalFamily):
         return _compared(family, record)
     prompt = family.prompt
+    record = record.as_pictures()
     pictures = images_of(record, prompt.background)
     batch = prompt.training_batch([record], [pictures], None)
     tokens, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()

@@ -14,7 +14,7 @@ from mllm_keeplora.checks.records import ProcessorTrial, gold_faults, load_famil
 from mllm_keeplora.config import RunConfig
 from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
-from mllm_keeplora.data.media.images import Looks
+from mllm_keeplora.data.media.images import OF_CLIPS, Looks
 from mllm_keeplora.errors import REFUSED, UserError, first_line, several
 from mllm_keeplora.models.base import compute_dtype, family_of, refuse_original_llava
 from mllm_keeplora.models.causal import CausalFamily
@@ -145,7 +145,7 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
                 shown = _look_inside(config, benchmark, trial, looks, *own, faults)
             # Of a share of the records counts would mislead.
             treated = sorted(looks.treated.items()) if world == 1 else ()
-            notes += [f"{count} pictures are {done}" for done, count in treated]
+            notes += [f"{count} {'clips' if done in OF_CLIPS else 'pictures'} are {done}" for done, count in treated]
             for kind, sets in zip(("train", "test"), own, strict=True):
                 for name, records in sets.items():
                     pictures.setdefault(name, {})[kind] = with_any = sum(bool(record.media) for record in records)

@@ -76,9 +76,10 @@ def evaluate(
 def ask(
     target: Target,
     question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="<image> marks a picture's place in the text")
+        str | None, typer.Argument(metavar="QUESTION", help="<image>, <video>: a place in the text")
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="a picture; may be given several times")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="a clip; may be given several times")] = None,
     after: After = None,
     base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
@@ -97,7 +98,7 @@ def ask(
 
     start_logging()
     names = [name.strip() for name in classes.split(",")] if classes is not None else None
-    typer.echo(ask_one(target, question, image or (), after, base, max_new_tokens, domain, names))
+    typer.echo(ask_one(target, question, image or (), after, base, max_new_tokens, domain, names, video or ()))
 
 
 def rescore(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from mllm_keeplora.config import PathText, later
 from mllm_keeplora.data.classes import ClassList
 from mllm_keeplora.data.layouts import published, published_digest
+from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.data.naming import Naming, few_of_each, make_naming, read_class_file
 from mllm_keeplora.data.readers import digest, read_published, read_test, read_train
 from mllm_keeplora.data.references import with_references
@@ -39,6 +40,7 @@ class TestSet(BaseModel):
     missing_marks: Literal["refuse", "first"] = later(
         "refuse", description="training records with pictures and no <image> mark; first: before the first question"
     )
+    video: VideoOptions = later(VideoOptions(), description="how frames of clips are chosen, trained on and asked")
     scorer: str = "exact"
     prompt_suffix: str | dict[str, str] = Field(
         "",
@@ -133,7 +135,7 @@ class Benchmark(BaseModel):
         if part.layout is not None:
             records = read_published(part.layout, path, folder, "train", naming, part.pads_training)
         else:
-            records = read_train(path, folder, part.pads_training, part.missing_marks, naming)
+            records = read_train(path, folder, part.pads_training, part.missing_marks, naming, part.video)
         if self._drawn is None or whole:
             return records
         shots, seed = self._drawn
@@ -155,11 +157,12 @@ class Benchmark(BaseModel):
         suite = self.anchor_suites.get(name)
         if suite is not None and suite.anchors is not None:
             path, pads, naming = self.root / suite.anchors, suite.image_mode == "pad", self.naming(name)
-            return read_train(path, self._images(suite, path), pads, suite.missing_marks, naming)
+            return read_train(path, self._images(suite, path), pads, suite.missing_marks, naming, suite.video)
         if suite is None and Path(name).is_file():  # a file of the user's: put as the domains' pictures are
             domain, first = next(iter(self.domains.items()))
             naming = self.naming(domain)
-            return read_train(Path(name), Path(name).parent, first.pads_training, first.missing_marks, naming)
+            how = (first.pads_training, first.missing_marks, naming, first.video)
+            return read_train(Path(name), Path(name).parent, *how)
         having = [known_name for known_name, each in self.anchor_suites.items() if each.anchors is not None]
         raise UserError(
             f"strategy.anchors names {name!r}; allowed are files of training records"
@@ -199,6 +202,11 @@ class Benchmark(BaseModel):
         found = [self.naming(each) for each in self.domains if each in others or each == name] or [own]
         return ClassList.union([each.classes for each in found if each is not None])
 
+    @property
+    def video(self) -> VideoOptions:
+        """Say how clips are shown where no domain is told: as the first domain's are."""
+        return next(iter(self.domains.values())).video
+
     def graded(self, name: str) -> TestSet:
         """Find the domain or suite of that name: whatever can be asked and graded."""
         if name in self.domains:
@@ -234,7 +242,7 @@ class Benchmark(BaseModel):
         if part.layout is not None:
             return read_published(part.layout, path, images, role, naming, pads, graded=True)
         kept_apart = part.references is not None or part.scorer in UNGRADED
-        records = read_test(path, images, pads, not kept_apart, naming)
+        records = read_test(path, images, pads, not kept_apart, naming, part.video)
         return records if part.references is None else with_references(records, self.root / part.references)
 
     def _existing(self, name: str, role: str, file: str) -> Path:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from mllm_keeplora.data.formats import Fault, Layout, question_record, test_record, train_record, unwritable_text
 from mllm_keeplora.data.layouts import published_digest, published_rows
+from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.data.naming import Naming
 from mllm_keeplora.data.schema import Record
 from mllm_keeplora.data.store import VERSION, Source, StoredRecords, write_records
@@ -35,11 +36,17 @@ SMALL = 1 << 24  # bytes; smaller JSON files are read into memory as they are
 MOST_ROWS = 256  # of a table that are read at once
 MOST_TABLE = 1 << 28  # bytes of these, unless a single row has more
 SHOWN = 20
+ALL_DEFAULT = VideoOptions()
 MOST_TOLD = 1000  # characters of a fault
 
 
 def read_train(
-    path: Path, images: Path, pad: bool = False, missing_marks: str = "refuse", naming: Naming | None = None
+    path: Path,
+    images: Path,
+    pad: bool = False,
+    missing_marks: str = "refuse",
+    naming: Naming | None = None,
+    video: VideoOptions = ALL_DEFAULT,
 ) -> Sequence[Record]:
     """Read the training records of a data file. Images themselves are not looked at.
 
@@ -49,18 +56,24 @@ def read_train(
         pad: pictures are to be padded to squares.
         missing_marks: `first` puts the pictures of records without any mark before their first question.
         naming: where rows are pictures and their classes.
+        video: how frames of clips are chosen.
 
     Raises:
         UserError: every fault of the file at once, each with record index and what is wrong.
     """
-    return _records(Source(path, images, pad, naming and naming.classes), train_record, missing_marks, naming)
+    return _records(Source(path, images, pad, naming and naming.classes, video), train_record, missing_marks, naming)
 
 
 def read_test(
-    path: Path, images: Path, pad: bool = False, needs_answers: bool = True, naming: Naming | None = None
+    path: Path,
+    images: Path,
+    pad: bool = False,
+    needs_answers: bool = True,
+    naming: Naming | None = None,
+    video: VideoOptions = ALL_DEFAULT,
 ) -> Sequence[Record]:
     """Read graded records: a question each, with its gold answer if `needs_answers`; identifiers must be unique."""
-    source = Source(path, images, pad, naming and naming.classes)
+    source = Source(path, images, pad, naming and naming.classes, video)
     return _records(source, test_record if needs_answers else question_record, naming=naming)
 
 

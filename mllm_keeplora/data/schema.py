@@ -1,14 +1,17 @@
-"""What a record is, inside: images and turns for training, a question and its answer for a test."""
+"""What a record is, inside: pictures, clips and turns for training, a question and its answer for a test."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from mllm_keeplora.data.classes import ClassList
+from mllm_keeplora.data.media.sampling import VideoOptions
 
-IMAGE_MARK = "<image>"
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
+MARKS = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,9 @@ class Media:
         data: the encoded picture or clip, where it is kept inside a data file.
         pad: pad it to a square before the processor sees it.
         start, end: seconds of a clip between which it is shown; None for its own ends.
+        files: of a clip that is given as pictures, theirs in order; `path` is then the first.
+        video: how the frames of a clip are chosen.
+        frame: which of the frames seen is meant, where a clip is shown as pictures.
     """
 
     type: Literal["image", "video"]
@@ -30,6 +36,9 @@ class Media:
     pad: bool = False
     start: float | None = None
     end: float | None = None
+    files: tuple[Path, ...] = ()
+    video: VideoOptions | None = None
+    frame: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +52,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A conversation about images. A test record is one question; its gold `answer` is not a turn.
+    """A conversation about pictures and clips. A test record is one question; its gold `answer` is not a turn.
 
-    Where all images come before the text of the first user turn, as LLaVA puts them, `turns` hold no image marks;
-    otherwise a mark stands for each image, in order, at its place in the text.
+    Where all of them come before the text of the first user turn, as LLaVA puts them, `turns` hold no marks; otherwise
+    a mark stands for each, in order, at its place in the text.
     """
 
     id: str
@@ -63,7 +72,7 @@ class Record:
 
     @property
     def question(self) -> str:
-        """The text of the first user turn, without image marks."""
+        """The text of the first user turn, without marks."""
         return without_marks(next(turn.text for turn in self.turns if turn.role == "user"))
 
     def question_answers(self) -> list[tuple[str, str]]:
@@ -72,13 +81,35 @@ class Record:
         return [(without_marks(user.text), answer.text) for user, answer in zip(talk[::2], talk[1::2], strict=False)]
 
     def first_exchange(self) -> Record:
-        """Cut the record behind its first answer, with the images that it shows until then."""
+        """Cut the record behind its first answer, with what it shows until then."""
         stop = next(position for position, turn in enumerate(self.turns) if turn.role == "assistant") + 1
-        marks = [sum(turn.text.count(IMAGE_MARK) for turn in turns) for turns in (self.turns[:stop], self.turns)]
+        marks = [sum(marks_in(turn.text) for turn in turns) for turns in (self.turns[:stop], self.turns)]
         media = self.media[: marks[0]] if marks[1] else self.media
         return replace(self, turns=(*self.turns[: stop - 1], replace(self.turns[stop - 1], trained=True)), media=media)
 
+    def as_pictures(self) -> Record:
+        """Show each clip as the pictures that are seen of it, at its place in the text."""
+        if all(media.type == "image" or media.frame is not None for media in self.media):
+            return self
+        counts = [1 if media.type == "image" else media.video.frames for media in self.media]
+        shown = [
+            media if media.type == "image" else replace(media, frame=frame)
+            for media, count in zip(self.media, counts, strict=True)
+            for frame in range(count)
+        ]
+        left = iter(counts)
+        turns = [
+            replace(turn, text=MARKS.sub(lambda _: IMAGE_MARK * next(left), turn.text)) if turn.role == "user" else turn
+            for turn in self.turns
+        ]
+        return replace(self, media=tuple(shown), turns=tuple(turns))
+
+
+def marks_in(text: str) -> int:
+    """Count the marks of pictures and clips in a text."""
+    return text.count(IMAGE_MARK) + text.count(VIDEO_MARK)
+
 
 def without_marks(text: str) -> str:
-    """Take the image marks out of a turn's text."""
-    return text.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in text else text
+    """Take the marks out of a turn's text."""
+    return MARKS.sub("", text).strip() if MARKS.search(text) else text

@@ -6,7 +6,7 @@ They lie in an Arrow file that is mapped into memory, so that a million of them 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from mllm_keeplora.data.classes import ClassList
-from mllm_keeplora.data.schema import Media, Record
+from mllm_keeplora.data.media.sampling import VideoOptions
+from mllm_keeplora.data.schema import Record
 from mllm_keeplora.system import files
 
-VERSION = 4  # of the stored form; another one is made anew
+VERSION = 5  # of the stored form; another one is made anew
 BATCH = 1000  # rows written at once
 WAITING = 1 << 26  # bytes of pictures that wait to be written, at most
 
@@ -29,12 +30,14 @@ class Source:
     Attributes:
         pad: pictures are padded to squares.
         classes: that answers are one of, where the domain has such a list.
+        video: how frames of clips are chosen.
     """
 
     path: Path
     images: Path
     pad: bool = False
     classes: ClassList | None = None
+    video: VideoOptions = field(default_factory=VideoOptions)
 
     def placed(self, record: Record, index: int, pictures: Iterable[bytes | None]) -> Record:
         """Add to a record its place in the file, and where its pictures are.
@@ -42,15 +45,16 @@ class Source:
         Args:
             record: as its row tells it.
             index: of the row, from 0.
-            pictures: for each image the encoded picture; None for a file in the folder.
+            pictures: for each picture or clip the encoded one; None for a file in the folder.
         """
         media = []
         for named, picture in zip(record.media, pictures, strict=True):
-            if picture is None:
-                media.append(Media("image", self.images / named.path, self.images, pad=self.pad))
-            else:
-                name = named.path if named.path.name else Path(f"{self.path.name}#{index}")
-                media.append(Media("image", name, data=picture, pad=self.pad))
+            path, folder = self.images / named.path, self.images
+            if picture is not None:
+                path, folder = named.path if named.path.name else Path(f"{self.path.name}#{index}"), None
+            files = tuple(self.images / each for each in named.files)
+            own = {"pad": self.pad} if named.type == "image" else {"video": self.video}
+            media.append(replace(named, path=path, folder=folder, data=picture, files=files, **own))
         return replace(record, media=tuple(media), origin=f"{self.path} record {index}", classes=self.classes)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.adapters import Factors, concatenate, merge_for_good
 from mllm_keeplora.adapters.stored import past_of
+from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.eval.saved import SavedRun, load_run
 from mllm_keeplora.exports.card import model_card
@@ -111,7 +112,10 @@ def _describe(saved: SavedRun, after: int, folder: Path, content: str, library: 
     """Write a model card, and how the model was prompted: a folder would be asked by its own template else."""
     files.write_text(folder / "README.md", model_card(saved, after, content, library))
     modes = {part.image_mode for part in saved.benchmark.domains.values()}
-    files.write_json(folder / NOTES, {"prompt": prompt_style(saved.config.base), "image_modes": sorted(modes)})
+    notes = {"prompt": prompt_style(saved.config.base), "image_modes": sorted(modes)}
+    if (video := saved.benchmark.video) != VideoOptions():
+        notes["video"] = video.model_dump()
+    files.write_json(folder / NOTES, notes)
 
 
 def _stored_base(saved: SavedRun) -> Base:

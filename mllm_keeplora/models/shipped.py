@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import NotRequired, TypedDict
 
 from mllm_keeplora.config import BaseConfig, find_config, read_yaml, shipped
+from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.errors import UserError, known
 from mllm_keeplora.models.causal.templates import STYLES
 from mllm_keeplora.system import files
@@ -24,6 +25,7 @@ class Notes(TypedDict):
 
     prompt: str
     image_modes: NotRequired[list[str]]
+    video: NotRequired[VideoOptions]
 
 
 class BaseSettings(TypedDict):
@@ -100,7 +102,7 @@ def prompt_style(config: BaseConfig) -> str:
 
 
 def notes_of(folder: str | Path) -> dict[str, Any]:
-    """Read how an exported model was prompted: `prompt` and `image_modes`; nothing of any other folder."""
+    """Read how an exported model was prompted: `prompt`, `image_modes`, `video`; nothing of any other folder."""
     path = Path(folder) / NOTES
     return files.read_json(path, Notes) if path.is_file() else {}
 

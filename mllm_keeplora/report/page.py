@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mllm_keeplora.data import Benchmark, Media
+from mllm_keeplora.data.media.frames import kept_frames
 from mllm_keeplora.eval.grading import stored_rows
 from mllm_keeplora.eval.results import Results, collect_results
 from mllm_keeplora.eval.saved import SavedRun
@@ -11,6 +12,8 @@ from mllm_keeplora.report.render.diagnostics import Diagnostics, Gradient, UnitF
 from mllm_keeplora.report.render.html import WrongAnswer, render_html
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.system import distributed, files, given
+
+STRIP = 8  # frames of a clip that are shown
 
 
 def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
@@ -75,7 +78,28 @@ def _png(media: Media) -> bytes:
     from mllm_keeplora.data.media.images import read_image
 
     buffer = BytesIO()
-    picture = read_image(media)
-    picture.thumbnail((256, 256))
+    if media.type == "video":
+        picture = _strip(media)
+    else:
+        picture = read_image(media)
+        picture.thumbnail((256, 256))
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _strip(media: Media):
+    """Put up to eight of the frames that are seen of a clip side by side, each with its second below it."""
+    from PIL import Image, ImageDraw
+
+    clip = kept_frames().clip(media)
+    count = len(clip.frames)
+    shown = sorted({place * (count - 1) // max(min(count, STRIP) - 1, 1) for place in range(min(count, STRIP))})
+    pictures = [Image.fromarray(clip.frames[place]) for place in shown]
+    for picture in pictures:
+        picture.thumbnail((128, 128))
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (len(pictures) * (width + 2) - 2, height + 14), (255, 255, 255))
+    for number, (place, picture) in enumerate(zip(shown, pictures, strict=True)):
+        strip.paste(picture, (number * (width + 2), 0))
+        ImageDraw.Draw(strip).text((number * (width + 2), height + 2), f"{clip.times[place]:.1f} s", fill=(0, 0, 0))
+    return strip

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 
-from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.data.media.video import Clip, decoder_versions, read_clip
 from mllm_keeplora.data.schema import Media
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.system import files
 
 VERSION = 1  # of what is kept; another one is made anew
@@ -30,35 +31,37 @@ class FrameCache:
 
     def __init__(self, room: int, folder: Path | None = None):
         self._room, self._folder = room, folder or files.cache_folder() / "frames"
+        self._last: tuple[Path, Clip] | None = None
         self._written: int | None = None  # bytes since the last look at the folder; None before the first
 
-    def clip(self, media: Media, options: VideoOptions) -> Clip:
+    def clip(self, media: Media) -> Clip:
         """Give the frames that are seen of a clip.
 
         Raises:
             UserError: it was not decoded before, and cannot be.
         """
-        if not self._room:
-            return read_clip(media, options)
-        path = self._path(media, options)
-        if path is not None and (kept := _kept(path)) is not None:
-            return kept
-        clip = read_clip(media, options)
-        if path is not None:
+        path = self._path(media) if self._room else None
+        if path is None:
+            return read_clip(media)
+        if (last := self._last) is not None and last[0] == path:  # several threads may look at clips
+            return last[1]
+        if (clip := _kept(path)) is None:
+            clip = read_clip(media)
             self._keep(path, clip)
+        self._last = (path, clip)  # whose frames are asked for one by one
         return clip
 
-    def _path(self, media: Media, options: VideoOptions) -> Path | None:
+    def _path(self, media: Media) -> Path | None:
         """Name the file of a clip's frames; None where the clip has no file."""
         if media.data is not None:
             identity = hashlib.sha256(media.data).hexdigest()
         else:
             try:
-                status, resolved = media.path.stat(), media.path.resolve()
+                described = [(each.resolve(), each.stat()) for each in media.files or (media.path,)]
             except OSError:
                 return None
-            identity = f"{resolved}\0{status.st_size}\0{status.st_mtime_ns}"
-        told = (VERSION, identity, media.start, media.end, options.model_dump_json(), decoder_versions())
+            identity = "\0".join(f"{path}\0{status.st_size}\0{status.st_mtime_ns}" for path, status in described)
+        told = (VERSION, identity, media.folder, media.start, media.end, media.video, decoder_versions())
         digest = hashlib.sha256("\0".join(map(str, told)).encode(errors="surrogateescape")).hexdigest()
         return self._folder / digest[:2] / f"{digest[2:]}.safetensors"
 
@@ -94,6 +97,19 @@ class FrameCache:
             with contextlib.suppress(OSError):
                 path.unlink()
                 total -= used
+
+
+@cache
+def kept_frames() -> FrameCache:
+    """Give this process's cache, with room for $MLLM_KEEPLORA_VIDEO_CACHE_MB MiB of frames, 4,096 unless it is set.
+
+    Raises:
+        UserError: the setting is no whole number.
+    """
+    room = os.environ.get("MLLM_KEEPLORA_VIDEO_CACHE_MB", "4096")
+    if not room.isdecimal():
+        raise UserError(f"MLLM_KEEPLORA_VIDEO_CACHE_MB must be a whole number of MiB, at least 0; got {room!r}")
+    return FrameCache(int(room) << 20)
 
 
 def _kept(path: Path) -> Clip | None:

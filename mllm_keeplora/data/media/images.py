@@ -1,50 +1,54 @@
-"""Decode images: RGB as a viewer shows them, lazily, with the file named when it cannot be read."""
+"""Pictures, and clips frame by frame: RGB as a viewer shows them, lazily, with the file named if it cannot be read."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache, lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, NamedTuple
 
+from mllm_keeplora.data.media.frames import kept_frames
+from mllm_keeplora.data.media.pictures import named, opened, refuse_misplaced
 from mllm_keeplora.data.media.shown import as_shown, shown_size
+from mllm_keeplora.data.media.video import decoder_versions, is_irregular
 from mllm_keeplora.data.schema import Media, Record
-from mllm_keeplora.errors import UserError, first_line, shortened
-from mllm_keeplora.system import given
+from mllm_keeplora.errors import UserError
 from mllm_keeplora.system.known import Known, digest_file, key_of
 
+if TYPE_CHECKING:
+    import numpy as np
+
 WINDOW = 64  # pictures that are looked at together
-RULES = 2  # of decoding, refusing and showing pictures: raised when they change, so that all are looked at anew
+RULES = 3  # of decoding, refusing and showing pictures: raised when they change, so that all are looked at anew
 DIGITS = 16  # of a picture's digest, by which others are told from it
-# No other decoder is tried: some call other programs, and few people look at the rare ones.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MOST_PIXELS = 80_000_000  # of a picture; told by its header, before anything is decoded
+REPEATED = "shorter than the frames asked for, so that some are shown more than once"
+UNEVEN = "of a rate that varies, so that frames crowd where it is high; `video.clock: time` goes by seconds"
+OF_CLIPS = (REPEATED, UNEVEN)
 
 Size = tuple[int, int]  # width and height in pixels
 
 
 def read_image(media: Media):
-    """Decode one image as RGB (PIL), as a viewer shows it.
+    """Decode one image as RGB (PIL), as a viewer shows it; of a clip the frame that is meant.
 
     Raises:
         UserError: the file is missing, outside its folder, truncated or no image; nobody knows how to show it.
     """
-    with _opened(media) as picture:
+    if media.type == "video":
+        from PIL import Image
+
+        return Image.fromarray(_frames_of(media)[media.frame])
+    with opened(media) as picture:
         return as_shown(picture)[0]
 
 
 def images_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> list:
-    """Decode the images of a record.
+    """Decode the images of a record, and of its clips the frames that are seen.
 
     Args:
         record: names them.
@@ -56,7 +60,7 @@ def images_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> l
     try:
         return [
             padded_to_square(read_image(media), background) if media.pad else read_image(media)
-            for media in record.media
+            for media in record.as_pictures().media
         ]
     except UserError as error:
         raise UserError(f"{record.origin}: {error}") from None
@@ -68,8 +72,16 @@ def image_size(media: Media) -> Size:
     Raises:
         UserError: the file is missing, outside its folder or no image.
     """
-    with _opened(media) as picture:
+    if media.type == "video":
+        height, width = _frames_of(media).shape[1:3]
+        return width, height
+    with opened(media) as picture:
         return _put(media, shown_size(picture))
+
+
+def _frames_of(media: Media) -> np.ndarray:
+    """Give the frames that are seen of a clip: (n, height, width, 3) uint8."""
+    return kept_frames().clip(media).frames
 
 
 def _put(media: Media, size: Size) -> Size:
@@ -93,7 +105,7 @@ def padded_to_square(picture, background: tuple[int, int, int]):
 
 
 class Look(NamedTuple):
-    """What was seen of a picture: its content's digest, in `DIGITS`, its size as shown, and how it was treated."""
+    """What was seen of a picture or clip: its content's digest, in `DIGITS`, its size, and how it was treated."""
 
     digest: str
     size: Size
@@ -173,131 +185,51 @@ def digests_of(records: Iterable[Record]) -> list[str]:
 
 
 def _key(media: Media) -> int:
-    return hash((media.path, media.folder, media.data))
+    return hash((media.path, media.folder, media.data, media.start, media.end, media.files, media.video))
 
 
 def _look(media: Media, known: Known) -> Look | str:
-    """Give what is to be seen of a picture, or what is wrong with it."""
+    """Give what is to be seen of a picture or clip, or what is wrong with it."""
     from PIL import __version__
 
     try:
         digest = _digest(media, known)
         key = key_of("picture", RULES, __version__, digest)
+        if media.type == "video":
+            key = key_of("clip", RULES, __version__, decoder_versions(), digest, media.video.model_dump_json())
         if (told := known.get(key)) is not None:
             width, height, *done = json.loads(told)
             return Look(digest[:DIGITS], (width, height), tuple(done))
-        with _opened(media) as picture:
-            shown, done = as_shown(picture)
-            look = Look(digest[:DIGITS], shown.size, done)
+        if media.type == "video":
+            look = Look(digest[:DIGITS], image_size(media), _of_clip(media))
+        else:
+            with opened(media) as picture:
+                shown, done = as_shown(picture)
+                look = Look(digest[:DIGITS], shown.size, done)
     except UserError as error:
         return str(error)
     known.put(key, json.dumps([*look.size, *look.done]))
     return look
 
 
+def _of_clip(media: Media) -> tuple[str, ...]:
+    """Say what its frames tell of a clip beside what they show."""
+    clip = kept_frames().clip(media)
+    told = [REPEATED] if clip.total < len(clip.frames) else []
+    return (*told, *([UNEVEN] if media.video.clock == "index" and not media.files and is_irregular(media) else []))
+
+
 def _digest(media: Media, known: Known) -> str:
+    """Digest what is seen of a picture or clip (SHA-256)."""
     if media.data is not None:
-        return hashlib.sha256(media.data).hexdigest()
-    with _named(media):
-        refuse_misplaced(media)
-        return digest_file(media.path, known)
-
-
-@contextmanager
-def _opened(media: Media) -> Iterator:
-    """Open a picture (PIL), read as far as the caller needs it."""
-    from PIL import Image
-
-    with _named(media):
-        if media.data is None:
+        found = hashlib.sha256(media.data).hexdigest()
+    elif media.files:
+        pictures = (replace(media, type="image", path=path, files=()) for path in media.files)
+        found = hashlib.sha256("".join(_digest(each, known) for each in pictures).encode()).hexdigest()
+    else:
+        with named(media):
             refuse_misplaced(media)
-        source = given.opened(media.path) if media.data is None else io.BytesIO(media.data)
-        with source, Image.open(source, formats=_formats()) as picture:
-            width, height = picture.size
-            if width * height > MOST_PIXELS:
-                told = f"{width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are decoded, so make it smaller"
-                raise UserError(f"image {media.path} has {told}")
-            yield picture
-
-
-@contextmanager
-def _named(media: Media) -> Iterator[None]:
-    """Tell what is wrong with a picture with its name."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        yield
-    except (UserError, MemoryError):  # too little memory is no fault of the picture
-        raise
-    except Image.DecompressionBombError as error:
-        told = f"more pixels than the {MOST_PIXELS:,} that are decoded, so make it smaller"
-        raise UserError(f"image {media.path} has {told} ({first_line(error)})") from None
-    except UnidentifiedImageError:
-        told = f"it is damaged, or none of {', '.join(_formats())}"
-        raise UserError(f"image {media.path} cannot be read: {told}") from None
-    except Exception as error:  # of whatever kind a decoder raises
-        raise UserError(f"image {media.path} cannot be read: {shortened(first_line(error))}") from None
-
-
-def refuse_misplaced(media: Media) -> None:
-    """Raise a UserError if the file of a picture or clip is not there, or not in its folder; a name near it is told."""
-    path, folder = media.path, media.folder
-    # The name may not lead out of the data folder; links inside it are followed.
-    if folder is not None and not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
-        name = _name(path, folder)
-        raise UserError(f"{media.type} {str(name)!r} leaves the data folder {folder}; `images` may name one above it")
-    if not path.is_file():
-        name, what = _name(path, folder), "is no file" if path.exists() else "does not exist"
-        near = _near(path, folder or path.parent)
-        hint = f"; there is {str(near)!r}" if near is not None else ""
-        if near is not None and _composed(near) == _composed(name):
-            hint += ", whose accents are written in another Unicode normal form"
-        raise UserError(f"{media.type} {str(name)!r} {what} in {folder or path.parent}{hint}")
-
-
-def _name(path: Path, folder: Path | None) -> Path:
-    return path.relative_to(folder) if folder is not None and path.is_relative_to(folder) else path
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Name the formats that are decoded here; older Pillows lack AVIF."""
-    from PIL import Image
-
-    Image.init()
-    return tuple(each for each in FORMATS if each in Image.OPEN)
-
-
-@lru_cache(64)
-def _entries(folder: Path) -> dict[str, str]:
-    """Name the entries of a folder by what is alike of them; a listing serves all files that are missing in it."""
-    return {_alike(name): name for name in os.listdir(folder)} if folder.is_dir() else {}
-
-
-def _alike(name: str) -> str:
-    return _composed(name).casefold().strip()
-
-
-def _composed(name: str | Path) -> str:
-    return unicodedata.normalize("NFC", str(name))
-
-
-def _near(path: Path, folder: Path) -> Path | None:
-    """Find the file that a name is likely to mean: other letters for the same text, case, slashes, spaces, escapes.
-
-    Leading folders of the name, as of another machine, may be missing.
-
-    Returns:
-        Its path below `folder`.
-    """
-    parts = unquote(str(_name(path, folder))).replace("\\", "/").split("/")
-    for start in range(len(parts)):
-        place: Path | None = folder
-        for part in parts[start:]:
-            found = _entries(place).get(_alike(part))
-            place = place / found if found is not None else None
-            if place is None:
-                break
-        if place is not None and place.is_file():
-            return place.relative_to(folder)
-    return None
+            found = digest_file(media.path, known)
+    if media.start is None and media.end is None:
+        return found
+    return hashlib.sha256(f"{found} {media.start} {media.end}".encode()).hexdigest()

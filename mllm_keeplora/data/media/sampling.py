@@ -12,22 +12,18 @@ SAME_TIME = 1e-6  # seconds within which a frame counts as shown at a moment
 
 
 class VideoOptions(BaseModel):
-    """How the frames of a clip are chosen and made smaller.
-
-    Attributes:
-        frames: how many are seen of each clip; a shorter one shows some of them more than once.
-        sampling: `linspace` takes the first frame, the last, and those evenly between; `uniform` the first of so many
-            equal parts; `centre` the middle of each.
-        clock: parts are equal in frames (`index`) or in seconds (`time`).
-        max_side: longest side in pixels that a frame keeps.
-    """
+    """How the frames of a clip are chosen and made smaller."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    frames: int = Field(8, ge=1, le=1024)
-    sampling: Literal["linspace", "uniform", "centre"] = "linspace"
-    clock: Literal["index", "time"] = "index"
-    max_side: int = Field(448, ge=16, le=4096)
+    frames: int = Field(8, ge=1, le=1024, description="seen of each clip; a shorter one shows some more than once")
+    sampling: Literal["linspace", "uniform", "centre"] = Field(
+        "linspace",
+        description="linspace: the first frame, the last, those evenly between; uniform: the first of so many equal "
+        "parts; centre: the middle of each",
+    )
+    clock: Literal["index", "time"] = Field("index", description="parts are equal in frames, or in seconds")
+    max_side: int = Field(448, ge=16, le=4096, description="longest side in pixels that a frame keeps")
 
 
 def chosen(times: Sequence[float], options: VideoOptions) -> list[int]:

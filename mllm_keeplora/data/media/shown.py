@@ -23,19 +23,23 @@ PART = 1 << 20  # numbers that are scaled at once
 TURNED = "turned by their EXIF note"
 DEEP = "scaled down from more than 8 bits a colour"
 CLEAR = "put on white where they are transparent"
-FIRST = "read as their first frame"
+FIRST = "read as their first page"
+ANIMATIONS = ("GIF", "WEBP", "PNG")  # whose further frames are shown one after the other
 
 
 def as_shown(picture: Any) -> tuple[Any, tuple[str, ...]]:
     """Turn an opened picture (PIL) into RGB as a viewer shows it, and say what that took.
 
     Raises:
-        ValueError: its numbers do not say what is black and what is white.
+        ValueError: its numbers do not say what is black and what is white, or it is an animation.
     """
     from PIL import Image
 
     done = []
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a phone's second frame is a preview
+        if picture.format in ANIMATIONS:
+            told = f"it is an animation of {picture.n_frames} frames"
+            raise ValueError(f"{told}; name a GIF under `video`, or store the frame that is meant")
         done.append(FIRST)
     scale = _scale(picture)  # before loading and turning, which forget what the file says
     picture.load()

@@ -11,13 +11,15 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from mllm_keeplora.data.media.images import MOST_PIXELS, refuse_misplaced
+from mllm_keeplora.data.media.pictures import MOST_PIXELS, opened, refuse_misplaced
 from mllm_keeplora.data.media.sampling import SAME_TIME, VideoOptions, chosen
+from mllm_keeplora.data.media.shown import as_shown
 from mllm_keeplora.data.schema import Media
 from mllm_keeplora.errors import UserError, first_line, shortened
 from mllm_keeplora.system import given
@@ -70,13 +72,18 @@ class Packets(NamedTuple):
         return (stamp - self.stamps[0]) * self.unit
 
 
-def read_clip(media: Media, options: VideoOptions) -> Clip:
-    """Decode the frames of a clip that are seen.
+def read_clip(media: Media) -> Clip:
+    """Decode the frames of a clip that are seen, as its `video` says.
 
     Raises:
         UserError: the file is missing, outside its folder, no clip, cut off, damaged, or shorter than the part asked
             for; PyAV is not installed.
     """
+    import numpy as np
+
+    options = media.video or VideoOptions()
+    if media.files:
+        return _of_pictures(media, options)
     with _opened(media) as source:
         with _container(source) as container:
             packets = _packets(container)
@@ -87,30 +94,21 @@ def read_clip(media: Media, options: VideoOptions) -> Clip:
         source.seek(0)
         with _container(source) as container:
             found = dict(_frames(container, packets, sorted(set(wanted)), options.max_side))
-    import numpy as np
-
     seen = tuple(packets.seconds(stamp) - start for stamp in wanted)
     frames = np.stack([found[stamp] for stamp in wanted])
     return Clip(frames, seen, packets.rate, len(stamps), times[-1] + packets.usual)
 
 
-def irregular(media: Media, options: VideoOptions) -> str:
-    """Tell where the frames seen of a clip of varying rate lie; nothing of a clip of a steady one.
+def is_irregular(media: Media) -> bool:
+    """Tell whether there are gaps between a clip's frames that are far longer than the usual one.
 
     Raises:
         UserError: the clip cannot be read.
     """
     with _opened(media) as source, _container(source) as container:
         packets = _packets(container)
-    stamps = _range(packets, media)
-    times = [packets.seconds(stamp) - packets.seconds(stamps[0]) for stamp in stamps]
-    gaps = [later - earlier for earlier, later in pairwise(times)]
-    slow = next((place for place, gap in enumerate(gaps) if gap > IRREGULAR * median(gaps)), None)
-    if slow is None:
-        return ""
-    dense = times[slow]
-    early = sum(times[place] <= dense for place in chosen(times, options))
-    return f"{early} of its {options.frames} frames come from the first {dense:.1f} of {times[-1]:.1f} s"
+    gaps = [later - earlier for earlier, later in pairwise(_range(packets, media))]
+    return bool(gaps) and max(gaps) > IRREGULAR * median(gaps)
 
 
 def decoder_versions() -> str:
@@ -125,6 +123,26 @@ def _pyav() -> Any:
     except ImportError:
         raise UserError("videos are decoded by PyAV: pip install 'mllm-keeplora[video]'") from None
     return av
+
+
+def _of_pictures(media: Media, options: VideoOptions) -> Clip:
+    """Read a clip that is given as pictures, one a second as far as anybody knows."""
+    import numpy as np
+
+    times = [float(place) for place in range(len(media.files))]
+    wanted = chosen(times, options)
+    pictures = {}
+    for place in wanted:
+        with opened(replace(media, type="image", path=media.files[place], files=())) as picture:
+            pictures[place] = as_shown(picture)[0]
+    size = next(iter(pictures.values())).size
+    if other := next((place for place in wanted if pictures[place].size != size), None):
+        told = f"{size[0]} x {size[1]} pixels, and {media.files[other]} has {{}} x {{}}".format(*pictures[other].size)
+        raise UserError(f"video {media.path} is given as pictures, of which the first has {told}; make them alike")
+    for picture in pictures.values():
+        picture.thumbnail((options.max_side, options.max_side))
+    frames = np.stack([np.asarray(pictures[place]) for place in wanted])
+    return Clip(frames, tuple(times[place] for place in wanted), 1.0, len(times), float(len(times)))
 
 
 @contextmanager

@@ -58,10 +58,12 @@ class CausalFamily:
         return False  # of the tower no layer learns, and a projector's rows are told apart by their shape
 
     def training_batch(self, records: Sequence[Record], max_length: int | None = None) -> Batch:
-        return self.prompt.training_batch(records, self._images(records), max_length)
+        shown = [record.as_pictures() for record in records]
+        return self.prompt.training_batch(shown, self._images(shown), max_length)
 
     def question_batch(self, records: Sequence[Record], suffixes: Sequence[str] | None = None) -> Batch:
-        return self.prompt.question_batch(records, self._images(records), suffixes)
+        shown = [record.as_pictures() for record in records]
+        return self.prompt.question_batch(shown, self._images(shown), suffixes)
 
     def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Batch:
         return joined(first, second, self.prompt.tokenizer.pad_token_id)
@@ -73,9 +75,10 @@ class CausalFamily:
         return self.training_batch([Record("a text", (), (Turn("user", "?"), Turn("assistant", "!")))])
 
     def length(self, record: Record) -> int:
-        return self.prompt.length(record)
+        return self.prompt.length(record.as_pictures())
 
     def extent(self, record: Record) -> tuple[int, int]:
+        record = record.as_pictures()
         sizes = list(map(image_size, record.media))
         return self.prompt.total_tokens(record, sizes), self.prompt.trained_tokens(record)
 

@@ -1,11 +1,13 @@
 """Every shape that records come in, told by its keys, and what each says."""
 
 import base64
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mllm_keeplora.data.formats import Fault, Layout, test_record, train_record
+from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.data.schema import Media, Turn
 
 QUESTION, ANSWER = Turn("user", "What is shown?"), Turn("assistant", "A bridge.")
@@ -67,6 +69,94 @@ def test_every_shape_says_the_same(name):
 def test_a_conversation_of_one_question_can_be_graded(name):
     record = test_record({"id": "q1", **SHAPES[name]})
     assert (record.turns, record.answer, record.media) == ((QUESTION,), "A bridge.", IMAGE)
+
+
+SHOWN = [{"role": "user", "content": "<video>What is shown?"}, {"role": "assistant", "content": "A bridge."}]
+CLIP = (Media("video", Path("a/1.mp4")),)
+CLIP_SHAPES = {
+    "llava": {
+        "video": "a/1.mp4",
+        "conversations": [{"from": "human", "value": "<video>\nWhat is shown?"}, LLAVA["conversations"][1]],
+    },
+    "llava with a list": {
+        "video": ["a/1.mp4"],
+        "conversations": [{"from": "human", "value": "What is shown?\n<video>"}, LLAVA["conversations"][1]],
+    },
+    "llava with the mark of an image": {**{key: LLAVA[key] for key in ("id", "conversations")}, "video": "a/1.mp4"},
+    "llama-factory": {
+        "conversations": [{"from": "human", "value": "<video>What is shown?"}, LLAVA["conversations"][1]],
+        "videos": ["a/1.mp4"],
+    },
+    "ms-swift": {"messages": SHOWN, "videos": ["a/1.mp4"]},
+    "ms-swift pair": {"query": "<video>What is shown?", "response": "A bridge.", "videos": ["a/1.mp4"]},
+    "hugging face": {
+        "messages": [
+            {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is shown?"}]},
+            SHOWN[1],
+        ],
+        "videos": ["a/1.mp4"],
+    },
+    "hugging face, in its part": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "video", "video": "a/1.mp4"}, {"type": "text", "text": "What is shown?"}],
+            },
+            SHOWN[1],
+        ]
+    },
+    "hugging face, path": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "video", "path": "file://a/1.mp4"}, {"type": "text", "text": "What is shown?"}],
+            },
+            SHOWN[1],
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", CLIP_SHAPES)
+def test_every_shape_shows_a_clip_alike(name):
+    record = train_record(CLIP_SHAPES[name])
+    assert (record.turns, record.media) == ((QUESTION, ANSWER), CLIP)
+    asked = test_record({"id": "q1", **CLIP_SHAPES[name]})
+    assert (asked.turns, asked.answer, asked.media) == ((QUESTION,), "A bridge.", CLIP)
+
+
+def test_a_test_record_names_a_clip():
+    record = test_record({"question_id": 1, "text": "What is shown?", "answer": "A bridge.", "video": "a/1.mp4"})
+    assert record.media == CLIP and record.turns == (QUESTION,)
+
+
+def test_seconds_of_a_clip_are_told_beside_it_or_in_its_part():
+    part = Media("video", Path("a/1.mp4"), start=1.0, end=2.5)
+    told = {"video_start": 1, "video_end": 2.5}
+    assert train_record({"messages": SHOWN, "videos": ["a/1.mp4"], **told}).media == (part,)
+    parts = [{"type": "video", "video": "a/1.mp4", **told}, {"type": "text", "text": "?"}]
+    assert train_record({"messages": [{"role": "user", "content": parts}, SHOWN[1]]}).media == (part,)
+
+
+def test_a_list_of_pictures_is_a_clip():
+    files = (Path("a/1.png"), Path("a/2.png"))
+    parts = [{"type": "video", "video": ["a/1.png", "a/2.png"]}, {"type": "text", "text": "?"}]
+    assert train_record({"messages": [{"role": "user", "content": parts}, SHOWN[1]]}).media == (
+        Media("video", files[0], files=files),
+    )
+
+
+def test_pictures_and_clips_follow_the_order_of_their_marks():
+    row = {"messages": [{"role": "user", "content": "<video> and <image> and <video>?"}, SHOWN[1]]}
+    record = train_record({**row, "images": ["1.png"], "videos": ["1.mp4", "2.mp4"]})
+    assert [media.path.name for media in record.media] == ["1.mp4", "1.png", "2.mp4"]
+    clips = [replace(each, video=VideoOptions(frames=2)) for each in record.media if each.type == "video"]
+    shown = replace(record, media=(clips[0], record.media[1], clips[1])).as_pictures()
+    assert [(media.path.name, media.frame) for media in shown.media] == [
+        ("1.mp4", 0), ("1.mp4", 1), ("1.png", None), ("2.mp4", 0), ("2.mp4", 1),
+    ]  # fmt: skip
+    assert shown.turns[0].text == "<image><image> and <image> and <image><image>?"
+    assert shown.as_pictures() is shown
 
 
 def test_a_system_line_stands_first_and_history_before_the_question():
@@ -168,10 +258,34 @@ WRONG = {
         "1 <image> marks for 2",
     ),
     "a part of another kind": (
-        {"messages": [{"role": "user", "content": [{"type": "video"}]}, MARKED[1]]},
-        "neither text nor image",
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}, MARKED[1]]},
+        "neither text, image nor video",
     ),
-    "a video": ({"messages": MARKED, "images": ["1"], "videos": ["v.mp4"]}, "videos is not supported yet"),
+    "a clip without a mark": (
+        {"messages": MARKED, "images": ["1"], "videos": ["v.mp4"]},
+        "0 <video> marks for 1 clips",
+    ),
+    "a mark without a clip": (
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}, MARKED[1]]},
+        "1 <video> marks for 0 clips",
+    ),
+    "a clip under another name": (
+        {"messages": [{"role": "user", "content": "?"}, MARKED[1]], "film": "a.mp4"},
+        "call it `video`",
+    ),
+    "a clip on the net": (
+        {"messages": [{"role": "user", "content": "<video>?"}, MARKED[1]], "videos": ["https://x/1.mp4"]},
+        "video 'https://x/1.mp4' is an address on the net",
+    ),
+    "a clip of no pictures": (
+        {"messages": [{"role": "user", "content": "<video>?"}, MARKED[1]], "videos": [[]]},
+        "must be a list of paths",
+    ),
+    "seconds that are none": (
+        {"messages": [{"role": "user", "content": "<video>?"}, MARKED[1]], "videos": ["1.mp4"], "video_start": "0:01"},
+        "video_start and video_end must be seconds, got '0:01' and None",
+    ),
+    "sounds": ({"messages": MARKED, "images": ["1"], "audio": ["a.wav"]}, "audio is not supported yet"),
     "an address on the net": ({"messages": MARKED, "images": ["https://x/1.png"]}, "address on the net"),
     "boxes of a grounding record": (
         {"messages": MARKED, "images": ["1"], "objects": {"bbox": [[1, 2, 3, 4]]}},

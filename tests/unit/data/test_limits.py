@@ -14,8 +14,8 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
 from mllm_keeplora.data import readers
-from mllm_keeplora.data.media import images
-from mllm_keeplora.data.media.images import FORMATS, Looks, image_size, images_of, read_image
+from mllm_keeplora.data.media.images import Looks, image_size, images_of, read_image
+from mllm_keeplora.data.media.pictures import FORMATS, MOST_PIXELS
 from mllm_keeplora.data.readers import digest, read_test, read_train
 from mllm_keeplora.data.schema import Media, Record, Turn
 from mllm_keeplora.errors import UserError
@@ -293,6 +293,6 @@ def test_a_name_that_no_picture_can_have_is_refused_with_its_record(name, tmp_pa
 
 def test_the_list_of_formats_is_the_one_that_is_documented():
     text = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
-    assert ", ".join(FORMATS) in text and f"{images.MOST_PIXELS:,}" in text
+    assert ", ".join(FORMATS) in text and f"{MOST_PIXELS:,}" in text
     for limit in (given.MOST_RECORD, given.MOST_REFERENCES):
         assert f"{limit >> 20} MiB" in text

@@ -166,10 +166,17 @@ def test_an_opaque_picture_is_as_it_was_before():
     assert pixels(media) == [[[1, 2, 3]] * 2] and treated(media) == {}
 
 
-def test_the_first_frame_is_read_and_said():
-    frames = [Image.new("RGB", (2, 2), colour) for colour in ((250, 0, 0), (0, 250, 0))]
-    media = saved(frames[0], "PNG", save_all=True, append_images=frames[1:])
+def test_the_first_page_is_read_and_said():
+    pages = [Image.new("RGB", (2, 2), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    media = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     assert pixels(media)[0][0] == [250, 0, 0] and treated(media) == {FIRST: 1}
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_an_animation_is_no_picture(form):
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    with pytest.raises(UserError, match="it is an animation of 2 frames; name a GIF under `video`"):
+        pixels(saved(frames[0], form, save_all=True, append_images=frames[1:]))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "La", "RGBa", "LAB"])
