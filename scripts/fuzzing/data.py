@@ -12,6 +12,10 @@ PICTURES = {
     "png": ("PNG", {}), "jpg": ("JPEG", {}), "webp": ("WEBP", {}), "gif": ("GIF", {}), "bmp": ("BMP", {}),
     "tiff": ("TIFF", {}), "ppm": ("PPM", {}), "jp2": ("JPEG2000", {}), "avif": ("AVIF", {}), "mpo": ("MPO", {}),
 }  # fmt: skip
+CLIPS = {
+    "mp4": ("mpeg4", "yuv420p"), "mov": ("libx264", "yuv420p"), "mkv": ("ffv1", "bgr0"),
+    "webm": ("libvpx-vp9", "yuv420p"), "avi": ("mjpeg", "yuvj420p"), "gif": ("gif", "rgb8"),
+}  # fmt: skip
 OTHERS = {"ico": "ICO", "tga": "TGA", "eps": "EPS", "pcx": "PCX", "icns": "ICNS", "dds": "DDS"}  # Pillow writes them
 
 
@@ -120,11 +124,43 @@ def pictures_of(home: Path) -> list[Target]:
     clear = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
-    frames = [Image.new("RGBA", (9, 7), (9, 9, 9, 99)), Image.new("RGBA", (9, 7), (1, 2, 3, 0))]
-    frames[0].save(clear, "PNG", exif=exif, save_all=True, append_images=frames[1:])
-    found.append(Target("picture apng", "picture", home / "p/clear.png", clear.getvalue(), read))
+    Image.new("RGBA", (9, 7), (9, 9, 9, 99)).save(clear, "PNG", exif=exif)
+    found.append(Target("picture clear", "picture", home / "p/clear.png", clear.getvalue(), read))
     others = b"".join(encoded((16, 16), form) for form in ("ICO",))
     found.append(Target("picture other", "picture", home / "p/other.png", others, read))
     for ending, form in OTHERS.items():
         found.append(Target("picture other", "bytes", home / f"p/other.{ending}", encoded((32, 32), form), read))
     return found
+
+
+def clips_of(home: Path) -> list[Target]:
+    """Clips of every container, each with the frames that are seen of it."""
+    from mllm_keeplora.data.media.sampling import VideoOptions
+    from mllm_keeplora.data.media.video import is_irregular, read_clip
+    from mllm_keeplora.data.schema import Media
+
+    def read(path: Path) -> None:
+        media = Media("video", path, path.parent, video=VideoOptions(frames=4))
+        clip = read_clip(media)
+        is_irregular(media)
+        if clip.frames.shape != (4, 32, 48, 3):  # a header may say so; never fewer frames
+            assert len(clip.frames) == 4, clip.frames.shape
+
+    return [
+        Target(f"clip {ending}", "bytes", home / f"p/clip.{ending}", _clip(home / f"sample.{ending}", *how), read)
+        for ending, how in CLIPS.items()
+    ]
+
+
+def _clip(path: Path, codec: str, pixels: str) -> bytes:
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, pixels
+        for number in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=pixels)))
+        container.mux(stream.encode())
+    return path.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fuzzing.classes import classes_of
 from fuzzing.configs import configs_of
-from fuzzing.data import pictures_of, records_of
+from fuzzing.data import clips_of, pictures_of, records_of
 from fuzzing.kept import bases_of, runs_of
 from fuzzing.layouts import layouts_of
 from fuzzing.samples import Target, written_data
@@ -22,6 +22,7 @@ def targets(home: Path) -> list[Target]:
         *configs_of(home, data),
         *records_of(home, data),
         *pictures_of(home),
+        *clips_of(home),
         *runs_of(home, data),
         *bases_of(home),
         *classes_of(home, data),
