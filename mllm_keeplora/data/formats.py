@@ -33,7 +33,7 @@ TOOL_ROLES = {"tool", "function", "function_call", "observation", "tool_call", "
 # Names that pictures go by; `images` and `image` are the usual ones.
 PICTURES = ("images", "image", "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls",
             "img", "imgs", "img_path", "img_paths", "picture", "pictures")  # fmt: skip
-CLIPS = ("videos", "video", "video_path", "video_paths", "video_file", "video_files")
+CLIPS = ("videos", "video", "video_path", "video_paths", "video_file", "video_files", "video_name")
 OPTIONS = ("options", "choices", "candidates")  # names that the options of an answer go by; or one key for each letter
 LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H")
 # Values that are text, whatever they end in.

@@ -1,4 +1,7 @@
-"""Gold answers that a benchmark keeps beside its questions: COCO captions, and the human answers of VQA and TextVQA."""
+"""Gold answers that a benchmark keeps beside its questions.
+
+COCO captions, the human answers of VQA and TextVQA, and the answers of CL-VISTA.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ def with_references(records: Iterable[Record], path: Path) -> list[Record]:
     Args:
         records: questions in the order of their file.
         path: COCO captions (`annotations` of `image_id` and `caption`; the image of line n has the number n, from 1),
-            or answers by `question_id` (`annotations` of VQA, `data` of TextVQA).
+            answers by `question_id` (`annotations` of VQA, `data` of TextVQA), or a list of `{answer}`, one for each
+            question in its order (CL-VISTA).
 
     Raises:
         UserError: the file is absent or of another shape, or has no answer for some record; all are told.
@@ -29,11 +33,13 @@ def with_references(records: Iterable[Record], path: Path) -> list[Record]:
         values = given.from_json(data)
     except ValueError as error:
         raise UserError(f"reference file {path} is not readable JSON: {error}") from None
+    if isinstance(values, list):
+        return _in_order(list(records), values, path)
     rows = values.get("annotations") or values.get("data") if isinstance(values, dict) else None
     found: dict[str, list[str]] = {}
     by_line = False
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"reference file {path} must hold a list under `annotations` or `data`")
+        raise UserError(f"reference file {path} must hold a list of answers, or one under `annotations` or `data`")
     for row in rows:
         if "caption" in row and "image_id" in row:
             by_line = True
@@ -56,3 +62,17 @@ def with_references(records: Iterable[Record], path: Path) -> list[Record]:
     if faults:
         raise several(faults)
     return answered
+
+
+def _in_order(records: list[Record], rows: list, path: Path) -> list[Record]:
+    """Give each record the answer of its place; a file of another length belongs to other questions."""
+    if len(rows) != len(records):
+        raise UserError(f"reference file {path} has {len(rows)} answers for {len(records)} questions; they go by place")
+    faults = [
+        f"{record.origin}: answer {place} of {path} must be {{answer: text}}, got {shortened(repr(row))}"
+        for place, (record, row) in enumerate(zip(records, rows, strict=True))
+        if not isinstance(row, dict) or not isinstance(row.get("answer"), str)
+    ]
+    if faults:
+        raise several(faults)
+    return [replace(record, answer=row["answer"]) for record, row in zip(records, rows, strict=True)]

@@ -20,6 +20,7 @@ from mllm_keeplora.system import files
 
 VERSION = 5  # of the stored form; another one is made anew
 BATCH = 1000  # rows written at once
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")  # in the order in which CL-VISTA's own script tries them
 WAITING = 1 << 26  # bytes of pictures that wait to be written, at most
 
 
@@ -52,10 +53,19 @@ class Source:
             path, folder = self.images / named.path, self.images
             if picture is not None:
                 path, folder = named.path if named.path.name else Path(f"{self.path.name}#{index}"), None
+            elif named.type == "video" and not named.files:
+                path = with_suffix(path)
             files = tuple(self.images / each for each in named.files)
             own = {"pad": self.pad} if named.type == "image" else {"video": self.video}
             media.append(replace(named, path=path, folder=folder, data=picture, files=files, **own))
         return replace(record, media=tuple(media), origin=f"{self.path} record {index}", classes=self.classes)
+
+
+def with_suffix(path: Path) -> Path:
+    """Find the file that a clip's name without its suffix means, as CL-VISTA's questions write it; else the name."""
+    if path.suffix.lower() in SUFFIXES or path.is_file():
+        return path
+    return next((each for each in (path.with_name(path.name + end) for end in SUFFIXES) if each.is_file()), path)
 
 
 class StoredRecords(Sequence[Record]):

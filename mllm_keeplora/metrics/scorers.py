@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mllm_keeplora.metrics import acl, coin, dcl, vqa, words
-from mllm_keeplora.metrics.acl import UNGRADED
+from mllm_keeplora.metrics import acl, coin, dcl, vista, vqa, words
 from mllm_keeplora.metrics.captions import captions
 
 Answer = str | Sequence[str]
 Scorer = Callable[..., float]  # of prediction, answer, question and image; the score is in [0, 1]
 SetScorer = Callable[[Sequence[str], Sequence[Answer]], tuple[tuple[float, ...], float, dict[str, float]]]
 
+UNGRADED = {**acl.UNGRADED, **vista.UNGRADED}
 SCORERS: dict[str, Scorer] = {
     "dcl_rs": dcl.score_rs,
     "dcl_med": dcl.score_med,
@@ -31,6 +31,7 @@ SCORERS: dict[str, Scorer] = {
     "vqa_soft": vqa.score_soft,
     "ocrbench": acl.score_ocrbench,
     "cvbench_count": acl.score_count,
+    "vista_number": vista.score_number,
     "exact": words.score_exact,
     "strict": words.score_strict,
 }

@@ -69,8 +69,9 @@ def test_a_shipped_benchmark_has_domains_and_known_scorers(name):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_order_of_a_shipped_benchmark_holds_each_domain_once(name):
     benchmark, _ = _definition(load_config("mini_dcl", [f"benchmark={name}"]))
-    for order in benchmark.orders.values():
-        assert sorted(order) == sorted(benchmark.domains)
+    for named, order in benchmark.orders.items():
+        left_out = {"without_space": ["Space"]}.get(named, [])  # whose clips need a licence of their own
+        assert sorted([*order, *left_out]) == sorted(benchmark.domains)
 
 
 def test_the_mini_benchmark_has_two_orders_that_differ():

@@ -37,7 +37,7 @@ def test_a_count_is_containment_without_spaces_and_dots(answer, prediction, expe
 
 @pytest.mark.parametrize("name", ["mathvista", "gui"])
 def test_what_cannot_be_graded_offline_says_why(name):
-    assert set(UNGRADED) == {"mathvista", "gui"}
+    assert set(UNGRADED) == {"mathvista", "gui", "vista_judge"}
     assert name not in SCORERS
     for call in (lambda: score(name, "x", "x"), lambda: grade(name, ["x"], ["x"], [""], [""])):
         with pytest.raises(ValueError, match=f"{name} cannot be graded offline: .*submit.jsonl"):

@@ -16,8 +16,9 @@ RIGHT = {
     "coin_grounding": "(0, 0, 1, 1)",
     "coin_textvqa": ["yes"] * 10,
     "vqa_soft": ["yes"] * 10,
+    "vista_number": "3",
 }
-PREDICTIONS = {"coin_scienceqa": "A", "coin_grounding": "(0, 0, 1, 1)"}
+PREDICTIONS = {"coin_scienceqa": "A", "coin_grounding": "(0, 0, 1, 1)", "vista_number": "three"}
 
 
 def right(name):
@@ -27,7 +28,7 @@ def right(name):
 
 
 def test_the_table_holds_every_rule():
-    assert len(SCORERS) == 20
+    assert len(SCORERS) == 21
     assert set(SET_SCORERS) == {"caption_mean"}
     assert SEVERAL_ANSWERS.issubset(SCORERS)
 
