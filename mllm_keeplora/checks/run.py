@@ -16,6 +16,7 @@ from mllm_keeplora.data import Benchmark, Record, load_benchmark
 from mllm_keeplora.data.collate import evenly_spaced
 from mllm_keeplora.data.media.images import OF_CLIPS, Looks
 from mllm_keeplora.errors import REFUSED, UserError, first_line, several
+from mllm_keeplora.metrics import UNGRADED
 from mllm_keeplora.models.base import compute_dtype, family_of, refuse_original_llava
 from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.dual import DualFamily
@@ -123,6 +124,10 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
             faults.of(
                 faults.extend, class_faults(benchmark, name, strategy is not None and strategy.options.every_class)
             )
+        for scorer in dict.fromkeys(benchmark.graded(name).scorer for name in asked):
+            if scorer in UNGRADED:
+                names = [name for name in asked if benchmark.graded(name).scorer == scorer]
+                notes.append(f"{', '.join(names)}: {UNGRADED[scorer]}")
         counts = {name: {"train": len(records)} for name, records in trained.items()}
         for name, records in graded.items():
             counts.setdefault(name, {})["test"] = len(records)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from mllm_keeplora.checks.run import check_run
 from mllm_keeplora.config import load_config
 from mllm_keeplora.data.loading import load_benchmark
 from mllm_keeplora.data.media.images import Looks
@@ -87,3 +88,9 @@ def test_rows_of_replay_may_show_clips_of_other_tasks(published, tmp_path):
     rows = json.loads(path.read_text())
     path.write_text(json.dumps([*rows, {**rows[0], "video": "Movie/clips/v.0.mp4"}]))
     assert list(Looks().faults(loaded(root).train_records("STAR"))) == []
+
+
+def test_a_check_says_once_that_a_judge_is_needed(published):
+    config = load_config("mini_dcl", ["benchmark=cl_vista", f"data_root={published}", "domains=null"])
+    [told] = [note for note in check_run(config, look_inside=False).notes if "cannot be graded" in note]
+    assert told.startswith(f"{', '.join(TASKS)}: vista_judge cannot be graded offline: ")
