@@ -24,7 +24,8 @@ NOT_GRADED = {"Math", "APP"}
 def test_every_shipped_benchmark_has_a_miniature_here():
     with_classes = {"mtil", "mtil_coop", "mtil_xtail"}  # their published folders: tests/unit/data/test_layouts.py
     made_here = {"mini_dcl", "mini_mtil", "mini_mtil_cells"}
-    assert {*MINIATURES, *with_classes, *made_here} == set(shipped("benchmarks"))
+    of_clips = {"cl_vista"}  # tests/unit/data/test_vista.py
+    assert {*MINIATURES, *with_classes, *made_here, *of_clips} == set(shipped("benchmarks"))
 
 
 @pytest.mark.parametrize(
