@@ -38,6 +38,9 @@ class Asked:
         self.wanted = samples, pictures
         return self.features
 
+    def feature_sizes(self, pictures=True):
+        return (WIDTH - 2, 2) if pictures else (WIDTH - 2, 0)
+
     def gathered(self, rows):
         return rows
 
