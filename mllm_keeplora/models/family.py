@@ -81,7 +81,8 @@ class Parts(Protocol):
 class Family(Protocol):
     """One kind of base; `Base.family` is the one of a loaded base.
 
-    Where a `model` is asked for, its peft form is as good, except in `question_features` and `rows_by_question`.
+    Where a `model` is asked for, its peft form is as good, except in `question_features`, `question_states` and
+    `rows_by_question`.
 
     Attributes:
         auto: name of the class of transformers that loads such bases.
@@ -176,6 +177,9 @@ class Family(Protocol):
 
     def question_features(self, model: Any, batch: Mapping[str, Tensor], pictures: bool = True) -> Tensor:
         """Give what frozen parts see in questions, (b, d) float32, of which gates and routers decide."""
+
+    def question_states(self, model: Any, batch: Mapping[str, Tensor], pictures: bool = True) -> Tensor:
+        """Give what the model, as it stands, makes of questions behind its last block, (b, d) float32."""
 
     def picture_features(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Give what a dual encoder makes of the pictures of a training batch, (b, d); other families have none."""

@@ -21,7 +21,9 @@ from mllm_keeplora.strategies.baselines.lwf import LwF
 from mllm_keeplora.strategies.baselines.merged import Merged
 from mllm_keeplora.strategies.baselines.replay import Replay
 from mllm_keeplora.strategies.baselines.slao import SLAO
+from mllm_keeplora.strategies.mixture.disco import DISCO
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
+from mllm_keeplora.strategies.mixture.hide import HiDe
 from mllm_keeplora.strategies.mixture.moelora import MoELoRA
 from mllm_keeplora.strategies.mixture.routed import Routed
 from mllm_keeplora.strategies.mixture.sdlora import SDLoRA
@@ -34,10 +36,12 @@ from mllm_keeplora.system.plugins import ENTERED
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "agem": AGEM,
+    "disco": DISCO,
     "ewc": EWC,
     "finetune": Finetune,
     "gainlora": GainLoRA,
     "gpm": GPM,
+    "hide": HiDe,
     "independent": Independent,
     "inflora": InfLoRA,
     "joint": Joint,

@@ -76,3 +76,11 @@ def gradient_pass(sizes: PassSizes, exact: bool, width: int | None = None) -> di
     item = sizes.item if exact else min(sizes.item, 2)
     waiting = item * sizes.tokens * sizes.probe * sum(sizes.base.input_widths)
     return {"graph": sizes.graph(sizes.probe), "gradient sums": sums, "layer inputs": waiting}
+
+
+def question_pass(sizes: PassSizes) -> dict[str, float]:
+    """Estimate a pass over questions: embeddings and tower alone are asked, no target layer runs.
+
+    Words are held as they are, and masked, in float32.
+    """
+    return {"word embeddings": 2 * 4 * sizes.base.width * sizes.tokens * sizes.probe}

@@ -234,14 +234,12 @@ class Passes:
 
     def question_features(self, samples: int | float, pictures: bool = True) -> Tensor:
         """Give what frozen parts see in questions, (n, d): this process's share; see `Family.question_features`."""
-        import torch
+        return self._of_questions(samples, pictures, self.base.family.question_features)
 
-        found, base = [], self.branches.base
-        with torch.no_grad(), streamed(base):
-            for batch in self._pass(_chosen(self.data.records, samples), "questions"):
-                features = self.base.family.question_features(base, batch, pictures).cpu()
-                found += [] if isinstance(batch, IdleBatch) else [features]
-        return torch.cat(found) if found else torch.zeros(0, sum(self.feature_sizes(pictures)))
+    def question_states(self, samples: int | float, pictures: bool = True) -> Tensor:
+        """Give the states that the model before this domain ends questions with, (n, d): this process's share."""
+        with self.branches.closed():
+            return self._of_questions(samples, pictures, self.base.family.question_states)
 
     def feature_sizes(self, pictures: bool = True) -> tuple[int, int]:
         """Say how many of `question_features` are of words, and how many of pictures."""
@@ -278,6 +276,16 @@ class Passes:
             for batch in own_batches(self.branches.base, self.data.collate, records, size or self.batch_size):
                 yield batch
                 advance(0 if isinstance(batch, IdleBatch) else len(batch["labels"]))
+
+    def _of_questions(self, samples: int | float, pictures: bool, seen: Callable[..., Tensor]) -> Tensor:
+        import torch
+
+        found, base = [], self.branches.base
+        with torch.no_grad(), streamed(base):
+            for batch in self._pass(_chosen(self.data.records, samples), "questions"):
+                features = seen(base, batch, pictures).cpu()
+                found += [] if isinstance(batch, IdleBatch) else [features]
+        return torch.cat(found) if found else torch.zeros(0, sum(self.feature_sizes(pictures)))
 
     def _gradients(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """Gradient of the summed loss over supervised tokens by trained parameter, and how many tokens they are."""

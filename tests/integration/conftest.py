@@ -18,6 +18,7 @@ from tests.support.undrawn import leave_drawing_out
 TRAIN, TEST = 12, 8  # records a domain: with batches of 4 and two epochs six optimiser steps, two batches of questions
 
 OPTIONS = {  # what a strategy needs to run on the tiny world; all questions begin with the same one
+    "disco": {"modality": "both"},
     "gainlora": {"pictures": True, "base_options": {"feature_samples": TRAIN}},
     "keeplora": {"grad_samples": TRAIN, "feature_samples": TRAIN},
     "loda": {"feature_samples": TRAIN, "rho_max": 0.3},

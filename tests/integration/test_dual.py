@@ -28,7 +28,7 @@ from tests.support.mtil_trees import write_mtil
 from tests.support.tiny import tiny_config
 from tests.support.tiny_dual import DUAL_BASES, class_benchmark, write_class_data, write_tiny_clip
 
-REFUSED = ("gainlora", "moelora", "routed")
+REFUSED = ("disco", "gainlora", "hide", "moelora", "routed")
 ALLOWED = [name for name in STRATEGIES if name not in REFUSED]
 FAST = ("keeplora", "replay", "sdlora")  # frozen A, batches of several lists, magnitudes
 KEEPLORA = {"energy_weights": 0.5, "energy_features": 0.9}

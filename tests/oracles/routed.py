@@ -62,3 +62,45 @@ def chosen(
         if not any(inside):
             return None
     return int(np.argmax(discriminants(question, fitted, shared)))
+
+
+# -- other routers -------------------------------------------------------------------------------------------------
+
+
+def by_prototypes(question: np.ndarray, domains: list[np.ndarray], words: int) -> np.ndarray:
+    """Cosine of a question with every domain's mean, pictures made as long as words in both."""
+
+    def whole(features: np.ndarray) -> np.ndarray:
+        said, seen = features[:words], features[words:]
+        longer = np.linalg.norm(said) / np.linalg.norm(seen) if np.any(seen) else 0.0
+        return np.concatenate([said, longer * seen])
+
+    found, x = [], whole(question)
+    for questions in domains:
+        m = whole(sum(questions) / len(questions))
+        found.append(x @ m / (np.linalg.norm(x) * np.linalg.norm(m)))
+    return np.array(found)
+
+
+def by_least_squares(question: np.ndarray, domains: list[np.ndarray], ridge: float) -> np.ndarray:
+    """h' W with W = (sum h h' + gamma I)^-1 sum h y', y the one-hot domain, gamma a share of the mean square."""
+    rows = np.concatenate(domains)
+    labels = np.concatenate([np.full(len(each), number) for number, each in enumerate(domains)])
+    y = np.eye(len(domains))[labels]
+    gamma = ridge * np.square(rows).sum() / rows.shape[1]
+    return question @ np.linalg.inv(rows.T @ rows + gamma * np.eye(rows.shape[1])) @ rows.T @ y
+
+
+def highest(question: np.ndarray, domains: list[np.ndarray], scores, reject: float | None = None) -> int | None:
+    """The domain of the highest score, None for the base.
+
+    A question is none of a domain's where its score is below the lowest but 1 - reject of the domain's held-out ones.
+    """
+    parts = [split(questions) for questions in domains]
+    fitted = [part[0] for part in parts]
+    found = scores(question, fitted)
+    if reject is not None:
+        gaps = [[1 - scores(each, fitted)[own] for each in held] for own, (_, held) in enumerate(parts)]
+        if not any(1 - found[own] <= np.quantile(gaps[own], reject) for own in range(len(domains))):
+            return None
+    return int(np.argmax(found))

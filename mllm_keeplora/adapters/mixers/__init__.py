@@ -20,6 +20,8 @@ MIXERS = {
     "gates": "mllm_keeplora.adapters.mixers.gates:Gates",
     "magnitudes": "mllm_keeplora.adapters.mixers.magnitudes:Magnitudes",
     "router": "mllm_keeplora.adapters.mixers.router:Router",
+    "scores": "mllm_keeplora.adapters.mixers.router:Scores",
+    "similarity": "mllm_keeplora.adapters.mixers.similarity:Similarity",
 }
 
 

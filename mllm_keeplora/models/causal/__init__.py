@@ -12,7 +12,7 @@ from mllm_keeplora.data.media.images import image_size, images_of
 from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models.causal.decoding import greedy
-from mllm_keeplora.models.causal.features import feature_sizes, prompt_features, rows_by_question
+from mllm_keeplora.models.causal.features import feature_sizes, final_states, prompt_features, rows_by_question
 from mllm_keeplora.models.causal.losses import passing, supervised_logits, token_kinds, token_losses
 from mllm_keeplora.models.causal.parts import name_parts, projector_names, summary_of
 from mllm_keeplora.models.causal.prompt import ChatPrompt, prompt_of
@@ -37,6 +37,7 @@ class CausalFamily:
     supervised = staticmethod(supervised_logits)
     losses = staticmethod(token_losses)
     question_features = staticmethod(prompt_features)
+    question_states = staticmethod(final_states)
     feature_sizes = staticmethod(feature_sizes)
     rows_by_question = staticmethod(rows_by_question)
     sizes = staticmethod(sizes_of)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models.causal.losses import IGNORED
 from mllm_keeplora.models.causal.parts import projectors_of
+from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.models.running import removed_afterwards
 
 if TYPE_CHECKING:
@@ -38,14 +39,9 @@ def prompt_features(model: Any, batch: Mapping[str, Tensor], pictures: bool = Tr
     """
     import torch
 
-    # words: tokens of the instruction, without padding, pictures, and everything from the first answer on
-    mask, token = batch["attention_mask"].bool(), getattr(model.config, "image_token_id", None)
-    if token is not None:
-        mask = mask & (batch["input_ids"] != token)
-    if "labels" in batch:
-        mask = mask & ((batch["labels"] != IGNORED).cumsum(dim=1) == 0)
+    mask = _asked(model, batch)
     embedded = model.get_input_embeddings()(batch["input_ids"].masked_fill(~mask, 0)).detach().float()
-    words = (embedded * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    words = _mean(embedded, mask)
     if not pictures:
         return words
 
@@ -58,6 +54,26 @@ def prompt_features(model: Any, batch: Mapping[str, Tensor], pictures: bool = Tr
     owner = torch.arange(len(words), device=rows.device).repeat_interleave(sizes)
     means = rows.new_zeros(len(words), rows.shape[1]).index_add_(0, owner, rows) / sizes.clamp(min=1).unsqueeze(1)
     return torch.cat([words, torch.nn.functional.pad(means, (0, width - means.shape[1]))], dim=1)
+
+
+def final_states(model: Any, batch: Mapping[str, Tensor], pictures: bool = True) -> Tensor:
+    """Give the mean state of a question's tokens behind the last block, (b, d) float32, as the head receives it.
+
+    The whole model runs, as it stands. Arguments are those of `prompt_features`; without `pictures` their tokens do not
+    count, though words have seen them.
+    """
+    import torch
+
+    caught: list[Tensor] = []
+
+    def catch(module: Any, args: tuple) -> tuple:
+        caught.append(args[0])
+        return (args[0][:1, :0], *args[1:])  # no product with the vocabulary
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(catch)
+    with torch.no_grad(), removed_afterwards([handle]):
+        model(**inputs_of(batch), use_cache=False)
+    return _mean(caught[0].float(), _asked(model, batch, pictures))
 
 
 def feature_sizes(model: Any, pictures: bool = True) -> tuple[int, int]:
@@ -97,6 +113,20 @@ def rows_by_question(model: Any, batch: Mapping[str, Tensor], rows: int) -> Tens
         )
     alone = ({name: value[[row]] for name, value in given.items()} for row in range(len(spans)))
     return torch.tensor([len(_tower_rows(model, each)) for each in alone], device=spans.device)
+
+
+def _asked(model: Any, batch: Mapping[str, Tensor], pictures: bool = False) -> Tensor:
+    """Tokens of the instruction (b, t), with `pictures` theirs: no padding, and nothing from the first answer on."""
+    mask, token = batch["attention_mask"].bool(), getattr(model.config, "image_token_id", None)
+    if token is not None and not pictures:
+        mask = mask & (batch["input_ids"] != token)
+    if "labels" in batch:
+        mask = mask & ((batch["labels"] != IGNORED).cumsum(dim=1) == 0)
+    return mask
+
+
+def _mean(rows: Tensor, mask: Tensor) -> Tensor:
+    return (rows * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _of_pictures(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -148,6 +148,9 @@ class DualFamily:
     def question_features(self, model: Any, batch: Mapping[str, Tensor], pictures: bool = True) -> NoReturn:
         raise UserError(NO_FROZEN_PARTS)
 
+    def question_states(self, model: Any, batch: Mapping[str, Tensor], pictures: bool = True) -> NoReturn:
+        raise UserError(NO_FROZEN_PARTS)
+
     def feature_sizes(self, model: Any, pictures: bool = True) -> tuple[int, int]:
         return 0, 0
 

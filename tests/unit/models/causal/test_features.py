@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from mllm_keeplora.data.media.images import images_of
 from mllm_keeplora.data.schema import Turn
-from mllm_keeplora.models.causal.features import feature_sizes, prompt_features
+from mllm_keeplora.models.causal.features import feature_sizes, final_states, prompt_features
 from tests.unit.adapters.conftest import adapt, random_factors
 from tests.unit.conftest import encode
 
@@ -45,6 +46,23 @@ def test_pictures_go_to_the_questions_that_show_them(base, tiny_records):
     width = feature_sizes(base.model)[0]
     none, two, one, other = prompt_features(base.model, encode(base, [mute, both, second, third]))[:, width:]
     assert not none.any() and torch.allclose(two, (one + other) / 2, atol=1e-6) and not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_final_states_are_the_mean_of_what_the_head_receives_at_a_question(base, tiny_records, pictures):
+    """Of its tokens alone: no padding on either side, no answer, and those of pictures only if asked."""
+    records = tiny_records["Alpha"][:4]
+    found = final_states(base.model, encode(base, records), pictures)
+    for row, record in enumerate(records):
+        batch = encode(base, [record])
+        stop, tokens = int((batch["labels"][0] != -100).nonzero()[0]), batch["input_ids"][0]
+        told = {name: value for name, value in batch.items() if name != "labels"}
+        states = base.model(**told, output_hidden_states=True).hidden_states[-1][0].double()
+        places = [p for p in range(stop) if pictures or tokens[p] != base.model.config.image_token_id]
+        assert torch.allclose(found[row].double(), states[places].mean(dim=0), atol=1e-5)
+    asked = [replace(record.first_exchange(), turns=record.turns[:1]) for record in records]
+    assert torch.allclose(final_states(base.model, base.family.question_batch(asked), pictures), found, atol=1e-5)
+    assert found.shape == (4, feature_sizes(base.model)[0]) and not found.requires_grad
 
 
 def test_nothing_that_is_trained_changes_them(base, tiny_records):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.unit.adapters.conftest import random_factors
 from tests.unit.conftest import encode, logits_of
 
 WIDTH = 6
+ROUTERS = ("discriminant", "prototypes", "least_squares")
 
 
 class Asked:
@@ -37,6 +39,9 @@ class Asked:
     def question_features(self, samples, pictures=True):
         self.wanted = samples, pictures
         return self.features
+
+    def feature_sizes(self, pictures=True):
+        return (WIDTH - 2, 2) if pictures else (WIDTH - 2, 0)
 
     def gathered(self, rows):
         return rows
@@ -84,12 +89,38 @@ def test_every_question_goes_where_the_linear_discriminant_sends_it(shrinkage, r
     assert {0, 1, 2} <= set(wanted) and (None in wanted) == (reject is not None)
 
 
-def test_domains_one_by_one_in_any_order_give_what_all_give_at_once():
-    first = router_of(DOMAINS, reject=0.9)[0]
+@pytest.mark.parametrize("reject", [None, 0.6])
+@pytest.mark.parametrize(
+    ("kind", "scores"),
+    [
+        ("prototypes", partial(oracle.by_prototypes, words=WIDTH - 2)),
+        ("least_squares", partial(oracle.by_least_squares, ridge=0.02)),
+    ],
+)
+def test_every_question_goes_to_the_domain_of_the_highest_score(kind, scores, reject):
+    """Some questions have no pictures."""
+    domains, foreign = ([each.copy() for each in group] for group in (DOMAINS, [FOREIGN]))
+    for rows in (*domains, *foreign):
+        rows[5::7, WIDTH - 2 :] = 0.0
+    router, strategy, _ = router_of(domains, router=kind, reject=reject, ridge=0.02)
+    exact = [domain.astype(np.float64) for domain in domains]
+    wanted = [oracle.highest(question, exact, scores, reject) for question in foreign[0].astype(np.float64)]
+    assert answered_by(router, foreign[0]) == wanted
+    assert {0, 1, 2} <= set(wanted) and (None in wanted) == (reject is not None)
+    assert ("scatter" in strategy.state_dict()) == (kind == "least_squares"), "prototypes need no matrix"
+    fitted = [oracle.split(each)[0] for each in exact]
+    found = 1 - router.distances(torch.tensor(foreign[0])).numpy()
+    assert np.allclose(found, [scores(question, fitted) for question in foreign[0].astype(np.float64)], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_domains_one_by_one_in_any_order_give_what_all_give_at_once(kind):
+    first = router_of(DOMAINS, reject=0.9, router=kind)[0]
     seen = 0
     for order in permutations(range(3)):
-        router = router_of([DOMAINS[number] for number in order], reject=0.9)[0]
-        assert torch.allclose(router.whitening, first.whitening, rtol=1e-5)
+        router = router_of([DOMAINS[number] for number in order], reject=0.9, router=kind)[0]
+        if kind == "discriminant":
+            assert torch.allclose(router.whitening, first.whitening, rtol=1e-5)
         assert torch.allclose(router.limits, first.limits[list(order)], rtol=1e-4)
         chosen = [None if number is None else order[number] for number in answered_by(router, FOREIGN)]
         assert chosen == answered_by(first, FOREIGN)
@@ -97,11 +128,12 @@ def test_domains_one_by_one_in_any_order_give_what_all_give_at_once():
     assert seen == 6
 
 
-def test_a_run_that_goes_on_from_its_files_ends_with_the_same_router():
-    whole = router_of(DOMAINS)[0]
-    state = router_of(DOMAINS[:2])[1].state_dict()
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_a_run_that_goes_on_from_its_files_ends_with_the_same_router(kind):
+    whole = router_of(DOMAINS, router=kind)[0]
+    state = router_of(DOMAINS[:2], router=kind)[1].state_dict()
     assert all(isinstance(value, torch.Tensor) for value in state.values())
-    strategy = Routed(RoutedOptions())
+    strategy = Routed(RoutedOptions(router=kind))
     strategy.load_state_dict({name: value.clone() for name, value in state.items()})
     context = Asked(DOMAINS[2], 2)
     strategy.after_domain(context)
@@ -118,6 +150,37 @@ def test_a_stored_router_is_the_same_router(tmp_path):
     assert loaded.settings() == router.settings() == {"domains": 3, "width": WIDTH, "pictures": True}
     assert torch.equal(loaded.distances(torch.tensor(FOREIGN)), router.distances(torch.tensor(FOREIGN)))
     assert torch.equal(loaded.limits, router.limits) and not loaded.trained()
+
+
+@pytest.mark.parametrize(("kind", "words"), [("prototypes", WIDTH - 2), ("least_squares", None)])
+def test_a_stored_router_by_scores_is_the_same_router(tmp_path, kind, words):
+    router = router_of(DOMAINS, router=kind)[0]
+    router.features = "final_hidden"
+    save_mixer(tmp_path / "mixer.safetensors", router)
+    loaded = load_mixer(tmp_path / "mixer.safetensors")
+    told = {"domains": 3, "width": WIDTH, "pictures": True, "features": "final_hidden", "words": words}
+    assert loaded.settings() == told
+    assert torch.equal(loaded.distances(torch.tensor(FOREIGN)), router.distances(torch.tensor(FOREIGN)))
+    assert torch.equal(loaded.limits, router.limits)
+
+
+def test_presets_are_the_published_routers():
+    given = {name: RoutedOptions(**options) for name, options in Routed.presets.items()}
+    told = {name: (each.router, each.features, each.reject) for name, each in given.items()}
+    assert told == {
+        "repro": ("prototypes", "frozen", None),
+        "cf-router": ("least_squares", "final_hidden", None),
+    }
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_questions_that_show_nothing_at_all_are_a_domain_too(kind):
+    """Features that are all zero have no length and no moments."""
+    router = router_of([np.zeros((8, WIDTH), dtype=np.float32), DOMAINS[0]], router=kind, reject=None)[0]
+    assert router.distances(torch.zeros(1, WIDTH)).isfinite().all()
+    assert router.distances(torch.tensor(DOMAINS[0])).isfinite().all()
+    alone = router_of([np.zeros((8, WIDTH), dtype=np.float32)], router=kind)[0]
+    assert answered_by(alone, np.zeros((1, WIDTH), dtype=np.float32)) == [0]
 
 
 def test_a_domains_own_questions_stay_with_it_even_where_features_outnumber_them():
@@ -274,6 +337,73 @@ def test_what_is_answered_does_not_change_who_answers(taught, mixed):
                 found = adapters.model(input_ids=step, past_key_values=found.past_key_values)
                 steps.append(found.logits[0, -1])
         assert len(steps) > 1 and torch.allclose(torch.stack(steps), whole[start - 1 :], atol=1e-4)
+
+
+@pytest.fixture(params=[(kind, features) for kind in ROUTERS for features in ("frozen", "final_hidden")], ids=str)
+def chosen(request, new_base, tiny_records, tmp_path):
+    """Base, adapters, strategy and mixers after one and two domains, by every router."""
+    kind, features = request.param
+    base = new_base()
+    adapters, routers = Adapters(base, "merged", 0.0), []
+    strategy = Routed(RoutedOptions(rank=3, router=kind, features=features, reject=None))
+    for index, name in enumerate(tiny_records):
+        adapters.restore([], [])
+        context = context_of(base, adapters, tiny_records, index)
+        learn(strategy, context, tmp_path / name, lr=3e-2, epochs=0.5)
+        routers.append(rebuilt(*context.answering.stored()))
+    return base, adapters, strategy, routers
+
+
+def _seen(base, router, batch):
+    """What a router is to look at, of a base without branches."""
+    if router.features == "frozen":
+        return prompt_features(base.model, batch)
+    with torch.no_grad():
+        told = {name: value for name, value in batch.items() if name != "labels"}
+        states = base.model(**told, output_hidden_states=True).hidden_states[-1]
+    rows = []
+    for row, labels in enumerate(batch["labels"]):
+        places = [p for p in range(int((labels != -100).nonzero()[0])) if batch["attention_mask"][row, p]]
+        rows.append(states[row, places].mean(dim=0))
+    return torch.stack(rows)
+
+
+def test_a_router_looks_at_the_base_whatever_branches_are_live(chosen, mixed, tiny_records):
+    """Statistics are of the base alone, beside a trained branch; so is what a question shows when it is answered."""
+    base, adapters, strategy, (_, router) = chosen
+    batch = encode(base, mixed)
+    adapters.restore([], [])
+    wanted = router.choose(_seen(base, router, batch))
+    assert wanted.tolist() == [[1, 0], [0, 1]] * 3
+    adapters.restore([random_factors(base, seed, size=1.5) for seed in (1, 2)], [], router)
+    adapters.look_at(batch)
+    assert torch.equal(router.weights, wanted.float())
+    adapters.restore([], [])
+    for mean, records in zip(strategy.state_dict()["means"], tiny_records.values(), strict=True):
+        own = _seen(base, router, encode(base, records))[[row for row in range(12) if row % 4 != 3]]
+        assert torch.allclose(mean.float(), own.mean(dim=0), atol=1e-5)
+
+
+def test_shuffled_questions_are_chosen_for_as_before_and_answers_do_not_count(chosen, mixed):
+    base, adapters, _, (_, router) = chosen
+    adapters.restore([random_factors(base, seed) for seed in (1, 2)], [], router)
+    adapters.look_at(encode(base, mixed))
+    weights, order = router.weights, [4, 1, 0, 5, 3, 2]
+    adapters.look_at(encode(base, [mixed[row] for row in order]))
+    assert torch.equal(router.weights, weights[order])
+    other = [replace(each, turns=(each.turns[0], Turn("assistant", "red red red blue yes"))) for each in mixed]
+    for batch in (encode(base, other), base.family.question_batch([replace(e, turns=e.turns[:1]) for e in mixed])):
+        adapters.look_at(batch)
+        assert torch.equal(router.weights, weights)
+
+
+def test_a_domain_to_come_has_no_part_in_a_router(chosen, mixed):
+    base, adapters, _, (first, _) = chosen
+    assert all(len(tensor) == 1 for name, tensor in first.state_dict().items() if name != "whitening")
+    assert "Alpha" not in str(first.settings()) and "Beta" not in str(first.settings())
+    adapters.restore([random_factors(base, 1)], [], first)
+    adapters.look_at(encode(base, mixed))
+    assert first.weights.shape == (6, 1)
 
 
 def test_words_alone_can_route(base, tiny_records, tmp_path):
