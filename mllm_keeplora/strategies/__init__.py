@@ -21,6 +21,7 @@ from mllm_keeplora.strategies.baselines.lwf import LwF
 from mllm_keeplora.strategies.baselines.merged import Merged
 from mllm_keeplora.strategies.baselines.replay import Replay
 from mllm_keeplora.strategies.baselines.slao import SLAO
+from mllm_keeplora.strategies.mixture.dac import DAC
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
 from mllm_keeplora.strategies.mixture.moelora import MoELoRA
 from mllm_keeplora.strategies.mixture.routed import Routed
@@ -34,6 +35,7 @@ from mllm_keeplora.system.plugins import ENTERED
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "agem": AGEM,
+    "dac": DAC,
     "ewc": EWC,
     "finetune": Finetune,
     "gainlora": GainLoRA,
