@@ -10,14 +10,15 @@ the columns p_j that earlier domains kept, then over layers. After a domain the 
 merged, and the others dropped.
 
 Source: DAC, "Rank-1 Expert Pool in a Single LoRA" (AAAI 2026, arXiv 2601.22828), its code for CLIP, and a summary of
-the paper. As in the code routers choose, but get no gradient; `router_grad: straight_through` is ours. So is all that
-follows. phi in the code is the token at position 0 as the layer receives it in the training's own forward; in a causal
-model that token has seen nothing but itself, and phi is the mean over a question's tokens, without the first one and
-those from its answer on, in a forward without the open branch before the step (`phi: inputs`, a third more time), or
-what frozen parts see, in all layers alike (`phi: question`). A record's votes depend on it alone then, and a step's on
-all its records, in whatever micro-batches and processes. Of equal experts the first is taken. AGO is a sum over pairs
-in the code, a mean in the summary, where its sign may be free; here it is never negative. A text tower's voters are the
-texts of a micro-batch's classes. Experts that are not in use still move by weight decay and by Adam's momentum.
+the paper. As in the code, routers choose but get no gradient (`router_grad: straight_through` is ours), and experts
+that are not in use still move by weight decay and by Adam's momentum. AGO is a sum over pairs there, a mean in the
+summary, where it may have a sign; here it is never negative.
+Departures: phi in the code is the token at position 0, in the training's own forward. In a causal model that token has
+seen nothing but itself; phi is the mean over a question's tokens, but for the first and those from its answer on, in a
+forward before the step without the open branch, which takes a third to a half more time (`phi: inputs`), or what frozen
+parts see, for all layers alike (`phi: question`). So a record's votes depend on it alone, and masks on all records of a
+step, in whatever micro-batches and processes. Of equal experts the first is taken. In a text tower the texts of a
+micro-batch's classes vote.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class DAC(Strategy):
         self.load_training_state({})
 
     def footprint(self, sizes: PassSizes) -> Footprint:
-        of_question = [sum(sizes.question)] * len(sizes.layers)
+        of_question = [sizes.question[0]] * len(sizes.layers)
         widths = [d_in for _, d_in in sizes.layers] if self.options.phi == "inputs" else of_question
         return {"train": {"routers": 4 * sizes.rank * sum(width + 1 for width in widths)}}
 
@@ -107,7 +108,6 @@ class DAC(Strategy):
         pool = context.branches.mixer
         if step.number != self.number:
             self.number, self.votes = step.number, 0
-            pool.seen.clear()
         with pool.silent():
             features = context.passes.question_inputs(context.data.placed(batch), self.options.phi == "question")
         if pool.learns:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
-from mllm_keeplora.config import BaseConfig
-from mllm_keeplora.data.classes import ClassList
-from mllm_keeplora.data.schema import Media, Record, Turn
-from mllm_keeplora.models import IGNORED, load_base
+from mllm_keeplora.data.schema import Turn
+from mllm_keeplora.models import IGNORED
 from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.probes.questions import question_means
 from tests.oracles import dac as oracle
-from tests.support.tiny import COLOURS
-from tests.support.tiny_dual import write_class_data, write_tiny_clip
 from tests.unit.conftest import encode
 
 
@@ -87,36 +81,3 @@ def test_who_carries_no_loss_or_is_not_seen_has_no_vote(base, tiny_records):
         assert not is_projector(base, layer) or not means[2].any()
     found = means_of(base, encode(base, [mute]))
     assert found and not any(is_projector(base, layer) for layer in found)
-
-
-@pytest.fixture(params=["frozen", "keeplora"])
-def dual(request, tmp_path_factory):
-    folder = write_tiny_clip(tmp_path_factory.mktemp("dual") / "clip")
-    return load_base(BaseConfig(model=str(folder)), request.param)
-
-
-def test_of_a_dual_encoder_pictures_are_asked_and_class_texts(dual, tmp_path):
-    root = write_class_data(tmp_path, domains=("Alpha",)) / "Alpha"
-    classes = ClassList.of(list(COLOURS), ["a photo of a {} square ."])
-    rows = json.loads((root / "train.json").read_text())[:3]
-    records = [
-        Record(row["id"], (Media("image", root / row["image"]),), (Turn("user", "?"), Turn("assistant", row["label"])),
-               origin=row["id"], classes=classes)
-        for row in rows
-    ]  # fmt: skip
-    batch = dual.family.training_batch([*records[:2], records[2].untrained()])
-    counted = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
-    found = means_of(dual, batch)
-    assert found.keys() == set(dual.parts.target_layers)
-    for layer, x in inputs(dual, batch).items():
-        means, may = found[layer]
-        for row in range(len(x)):
-            if x.ndim == 2:
-                wanted = x[row]
-            elif dual.family.sees_pictures(layer):
-                wanted = oracle.prompt_mean(x[row], [True] * x.shape[1])
-            else:
-                wanted = oracle.prompt_mean(x[row], [place > 0 and real for place, real in enumerate(counted[row])])
-            assert np.allclose(means[row], wanted, atol=1e-5), layer
-        wanted = [True, True, False] if dual.family.sees_pictures(layer) else [True] * len(classes.names)
-        assert may.tolist() == wanted, layer

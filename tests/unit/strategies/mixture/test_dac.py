@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -322,6 +323,13 @@ def test_what_frozen_parts_see_is_refused_of_a_dual_encoder():
     with pytest.raises(UserError, match=r"strategy\.phi is 'question', .* allowed: 'inputs'"):
         options.refuse_unfit({}, {"a": "vision", "b": "text"})
     DACOptions().refuse_unfit({}, {"a": "vision"})
+
+
+def test_routers_are_estimated_by_what_they_see():
+    sizes = SimpleNamespace(layers=((7, 4), (3, 9)), rank=6, question=(20, 8))
+    for phi, widths in (("inputs", (4, 9)), ("question", (20, 20))):
+        found = strategy_of(phi=phi).footprint(sizes)["train"]["routers"]
+        assert found == sum(each.numel() * 4 for width in widths for each in torch.nn.Linear(width, 6).parameters())
 
 
 @pytest.mark.parametrize(("engine", "fits"), [("zero2", True), ("zero3", False)])
