@@ -120,21 +120,22 @@ class Adapters:
         """Open a branch for training, A and B as given. The function of the model does not change.
 
         Where B does not start at zero, a frozen branch of -B beside it stands for the reduced base weight; a carried
-        branch stands in place of the past; beside one with a mixer the past runs live.
+        branch stands in place of the past; beside one with a mixer that will answer the past runs live.
         """
         assert self.branch is None, "a branch is open already"
         past, full, past_mixer, mixer = self.past, self.past_full, self.past_mixer, branch.mixer
-        if branch.carried or mixer is not None:
+        is_past_live = mixer is not None and not mixer.in_training_alone
+        if branch.carried or is_past_live:
             self.restore([], full)
             self.past, self.past_mixer = past, past_mixer
         if mixer is not None:
-            self._run_live(mixer, [] if branch.carried else past)
+            self._run_live(mixer, past if is_past_live and not branch.carried else [])
         self.branch = branch
         if branch.prototypes is not None:
             self._hold({OPEN: branch.prototypes})
         self._add(OPEN, branch.A, branch.B, branch.alpha, self.dropout)
         if mixer is not None:
-            shares, first = mixer.shares or 1, 0 if branch.carried else len(past)
+            shares, first = mixer.shares or 1, len(past) if is_past_live and not branch.carried else 0
             for layer, rank in branch.ranks.items():
                 self._weigh(OPEN, layer, first, [rank // shares] * shares)
         elif branch.B and not branch.carried:

@@ -25,6 +25,8 @@ def consolidate(learner: Learner, unit: Unit) -> dict[str, Any]:
         raise RuntimeError(f"{name} answers as one branch instead of all, but combines by {learner.strategy.combine}")
     if distributed.is_main():
         mixer = context.answering or learner.adapters.mixer
+        if mixer is not None and mixer.in_training_alone:
+            mixer = None
         carried = learner.adapters.branch.carried
         how = learner.strategy
         write_manifest(folder, how.combine, how.start_from, carried, mixer, replacement, how.recalls)

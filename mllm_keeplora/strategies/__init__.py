@@ -21,6 +21,7 @@ from mllm_keeplora.strategies.baselines.lwf import LwF
 from mllm_keeplora.strategies.baselines.merged import Merged
 from mllm_keeplora.strategies.baselines.replay import Replay
 from mllm_keeplora.strategies.baselines.slao import SLAO
+from mllm_keeplora.strategies.mixture.dac import DAC
 from mllm_keeplora.strategies.mixture.disco import DISCO
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
 from mllm_keeplora.strategies.mixture.hide import HiDe
@@ -36,6 +37,7 @@ from mllm_keeplora.system.plugins import ENTERED
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "agem": AGEM,
+    "dac": DAC,
     "disco": DISCO,
     "ewc": EWC,
     "finetune": Finetune,

@@ -16,6 +16,7 @@ from mllm_keeplora.models.running import as_in_training, evaluating
 from mllm_keeplora.probes.features import collect_moments, shared_inputs
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.probes.plans import EXACT_FEATURES, EXACT_GRADIENTS, FeaturePlan, GradientPlan
+from mllm_keeplora.probes.questions import carrying, question_means
 from mllm_keeplora.system import distributed, watch
 from mllm_keeplora.system.progress import progress_bar
 
@@ -240,6 +241,20 @@ class Passes:
         """Give the states that the model before this domain ends questions with, (n, d): this process's share."""
         with self.branches.closed():
             return self._of_questions(samples, pictures, self.base.family.question_states)
+
+    def question_inputs(self, batch: Mapping[str, Tensor], frozen: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+        """Give what every target layer receives of each question of a training batch, as `question_means` does.
+
+        With `frozen`, what frozen parts see in it, in the place of any layer's inputs.
+        """
+        import torch
+
+        family, base, layers = self.base.family, self.branches.base, self.branches.layers
+        if frozen:
+            with torch.no_grad(), streamed(base):
+                return dict.fromkeys(layers, (family.question_features(base, batch), carrying(batch["labels"])))
+        self.branches.look_at(batch)
+        return question_means(family, base, layers, self.base.parts.projectors, batch)
 
     def feature_sizes(self, pictures: bool = True) -> tuple[int, int]:
         """Say how many of `question_features` are of words, and how many of pictures."""

@@ -302,7 +302,7 @@ def test_memory_is_estimated_for_the_stages_whose_hooks_a_strategy_overrides(two
         }
         assert list(found.stages) == [stage for stage, has in overridden.items() if has], name
         rows.append(name)
-    assert len(rows) == 20
+    assert len(rows) == 21
 
 
 MEASURED = {

@@ -19,6 +19,7 @@ MIXERS = {
     "experts": "mllm_keeplora.adapters.mixers.experts:Experts",
     "gates": "mllm_keeplora.adapters.mixers.gates:Gates",
     "magnitudes": "mllm_keeplora.adapters.mixers.magnitudes:Magnitudes",
+    "pool": "mllm_keeplora.adapters.mixers.pool:Pool",
     "router": "mllm_keeplora.adapters.mixers.router:Router",
     "scores": "mllm_keeplora.adapters.mixers.router:Scores",
     "similarity": "mllm_keeplora.adapters.mixers.similarity:Similarity",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from mllm_keeplora.adapters.mixers.mixing import Mixer
+from mllm_keeplora.adapters.mixers.mixing import Mixer, module_name
 
 
 class Experts(Mixer):
@@ -29,7 +29,7 @@ class Experts(Mixer):
         self.routers = nn.ModuleDict()
         for layer, d_in in inputs.items():
             router = skip_init(nn.Linear, d_in, experts, bias=False)  # nothing is drawn: what comes next stays the same
-            self.routers[_key(layer)] = router
+            self.routers[module_name(layer)] = router
             nn.init.zeros_(router.weight)
 
     def settings(self) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Experts(Mixer):
 
     def router(self, layer: str) -> nn.Linear:
         """Give the router (experts, d_in) of a target layer."""
-        return self.routers[_key(layer)]
+        return self.routers[module_name(layer)]
 
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> None:
         """Find nothing for the question as a whole: every token has weights of its own."""
@@ -46,8 +46,3 @@ class Experts(Mixer):
         """Give weights (..., experts) that sum to one; x is what `lora_A` gets, LoRA dropout applied."""
         router = self.router(layer)
         return torch.softmax(router(x.to(router.weight.dtype)).float(), dim=-1)
-
-
-def _key(layer: str) -> str:
-    """A module's name may not contain dots."""
-    return layer.replace(".", "/")

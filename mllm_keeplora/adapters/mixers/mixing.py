@@ -28,6 +28,7 @@ class Mixer(nn.Module):
 
     Attributes:
         kind: its name in `adapters.mixers`.
+        in_training_alone: it weighs the open branch while it trains, the past stays merged, and nothing of it answers.
         shares: into how many equal parts a single, carried branch is divided; None where each unit's branch is a part.
         rate: learning rate of its parameters, as a multiple of the run's.
         weights: (b, parts) of the questions last looked at, or (parts,) where all are answered alike.
@@ -35,6 +36,7 @@ class Mixer(nn.Module):
     """
 
     kind: ClassVar[str]
+    in_training_alone: ClassVar[bool] = False
     shares: int | None = None
     rate: float = 1.0
     family: Family
@@ -68,7 +70,7 @@ class Mixer(nn.Module):
     def of(self, layer: str, x: Tensor) -> Tensor:
         """Give the weights of the parts for a layer's input x (..., d_in): to be broadcast over its rows."""
         assert self.weights is not None, "a mixer is asked before it has looked at a batch"
-        return self.weights if self.weights.ndim == 1 else self._by_row(layer, x.shape[:-1])
+        return self.weights if self.weights.ndim == 1 else self._by_row(layer, x.shape[:-1], self.weights)
 
     def look_at(self, batch: Mapping[str, Tensor], model: Any) -> None:
         """Find the weights of a batch before the model runs on it."""
@@ -85,9 +87,9 @@ class Mixer(nn.Module):
         """Name the parameters that require a gradient."""
         return tuple(name for name, parameter in self.named_parameters() if parameter.requires_grad)
 
-    def _by_row(self, layer: str, lead: torch.Size) -> Tensor:
+    def _by_row(self, layer: str, lead: torch.Size, weights: Tensor) -> Tensor:
         """The weights of each question at its rows: its tokens, or in a projector those of its pictures."""
-        weights, rows = self.weights, lead.numel()
+        rows = lead.numel()
         if layer.startswith(self.projectors):
             if rows not in self._sizes:
                 self._sizes[rows] = self._rows_of(rows).to(weights.device)
@@ -104,6 +106,11 @@ class Mixer(nn.Module):
             return  # a later token of an answer
         if self._asked is not tokens and (self._asked is None or not torch.equal(self._asked, tokens)):
             raise RuntimeError("the model runs on a batch that its mixer of branches has not looked at")
+
+
+def module_name(layer: str) -> str:
+    """Name a layer's module within a mixer: such a name may not contain dots."""
+    return layer.replace(".", "/")
 
 
 def mixer_of(model: Any) -> Mixer | None:

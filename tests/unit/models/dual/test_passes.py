@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from mllm_keeplora.config import BaseConfig
 from mllm_keeplora.data.collate import batches
+from mllm_keeplora.models import load_base
 from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.probes.features import collect_moments, shared_inputs
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.probes.plans import FeaturePlan
+from mllm_keeplora.probes.questions import question_means
+from tests.oracles import dac as oracle
 
 
 def layers_of(base):
@@ -87,3 +92,29 @@ def test_q_k_and_v_of_a_block_share_their_input(base):
     groups = shared_inputs(base.family, base.model, layers_of(base), base.family.example())
     kinds = [sorted(name.rsplit(".", 1)[-1] for name in group) for group in groups]
     assert sorted(kinds) == [["k_proj", "q_proj", "v_proj"]] * 5 + [["out_proj"]] * 5
+
+
+@pytest.mark.parametrize("projector", ["frozen", "keeplora"])
+def test_questions_are_pictures_that_carry_loss_and_class_texts(dual_folder, records, projector):
+    """A picture's rows all count, a text's but the first; behind a tower each has one row."""
+    base = load_base(BaseConfig(model=str(dual_folder)), projector)
+    batch = base.family.training_batch([*records["Alpha"][:2], records["Alpha"][2].untrained()])
+    (counted,), layers, seen = base.family.token_kinds(base.model, batch).values(), layers_of(base), {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].detach()}))
+        for name, layer in layers.items()
+    ]
+    found = question_means(base.family, base.model, list(layers), base.parts.projectors, batch)
+    for hook in hooks:
+        hook.remove()
+    assert found.keys() == seen.keys() and len(seen) > 8
+    for name, (means, may) in found.items():
+        pictures, x = base.family.sees_pictures(name), seen[name].double().numpy()
+        for row, tokens in enumerate(x):
+            if name.startswith(base.parts.projectors):
+                wanted = tokens.reshape(-1)
+            else:
+                counts = [pictures or bool(place and counted[row, place]) for place in range(len(tokens))]
+                wanted = oracle.prompt_mean(tokens, counts)
+            assert np.allclose(means[row], wanted, atol=1e-5), name
+        assert may.tolist() == ([True, True, False] if pictures else [True] * 4), name
