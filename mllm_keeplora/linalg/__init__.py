@@ -12,6 +12,7 @@ from .frequent_directions import FrequentDirections
 from .gradient_range import GradientRange
 from .leftover import moment_rows
 from .low_rank import fit_last, gram_of_products
+from .marked import count_marks, mark_largest, marked_entries, marked_mean
 from .merging import damped, dropped, elected_mean, nearest_product, regressed, trimmed
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "GradientSketch",
     "MomentAccumulator",
     "RandomizedSVD",
+    "count_marks",
     "damped",
     "dropped",
     "elected_mean",
@@ -31,6 +33,9 @@ __all__ = [
     "gram_of_products",
     "isolated_directions",
     "leak",
+    "mark_largest",
+    "marked_entries",
+    "marked_mean",
     "moment_rows",
     "nearest_product",
     "orthonormal_rows",

@@ -33,6 +33,8 @@ from mllm_keeplora.strategies.subspace.inflora import InfLoRA
 from mllm_keeplora.strategies.subspace.keeplora import KeepLoRA
 from mllm_keeplora.strategies.subspace.loda import LoDA
 from mllm_keeplora.strategies.subspace.olora import OLoRA
+from mllm_keeplora.strategies.subspace.owm import OWM
+from mllm_keeplora.strategies.subspace.reglora import RegLoRA
 from mllm_keeplora.system.plugins import ENTERED
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -53,6 +55,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "merged": Merged,
     "moelora": MoELoRA,
     "olora": OLoRA,
+    "owm": OWM,
+    "reglora": RegLoRA,
     "replay": Replay,
     "routed": Routed,
     "sdlora": SDLoRA,

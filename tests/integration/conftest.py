@@ -24,6 +24,7 @@ OPTIONS = {  # what a strategy needs to run on the tiny world; all questions beg
     "loda": {"feature_samples": TRAIN, "rho_max": 0.3},
     "merged": {"rule": "regmean", "samples": TRAIN},
     "moelora": {"experts": 2},
+    "owm": {"feature_samples": TRAIN},
 }
 
 TRAINED = {  # what a strategy trains in the tiny world, where that is not A and B of every layer

@@ -33,7 +33,7 @@ from tests.integration.processes import differing, leftovers, results
 # Interrupted in the fast suite, too: a mixer with rules of its own, routers beside a branch.
 MOST_TO_LOSE = ("gainlora", "moelora")
 FROM_BASE = ("disco", "hide", "independent", "merged", "routed")
-PLAIN_AT_FIRST = (*FROM_BASE, "agem", "ewc", "finetune", "lwf", "olora", "replay", "slao")
+PLAIN_AT_FIRST = (*FROM_BASE, "agem", "ewc", "finetune", "lwf", "olora", "owm", "reglora", "replay", "slao")
 
 
 @dataclass
@@ -302,7 +302,7 @@ def test_memory_is_estimated_for_the_stages_whose_hooks_a_strategy_overrides(two
         }
         assert list(found.stages) == [stage for stage, has in overridden.items() if has], name
         rows.append(name)
-    assert len(rows) == 21
+    assert len(rows) == 23
 
 
 MEASURED = {

@@ -25,7 +25,12 @@ from mllm_keeplora.strategies.baselines.plain import carried_branch
 
 
 class MoELoRAOptions(StrategyOptions):
-    """`rank` is that of all experts together; 8 experts as in CoIN, as many as domains in MCITlib (the presets)."""
+    """`rank` is that of all experts together; 8 experts as in CoIN, as many as domains in MCITlib (the presets).
+
+    `clmoe-mcitlib` (MLLM-DCL; `-ucit`, `-acl`: those benchmarks) is what the rows "CL-MoE" of MCITlib's tables are: its
+    v1 to v3 train and answer CL-MoE (CVPR 2025, arXiv 2503.00413) as this mixture with larger experts, without the
+    momentum between domains and the router of domains. It trains the projector in full as well.
+    """
 
     experts: int = Field(8, ge=1, validate_default=True)
 
@@ -45,6 +50,9 @@ class MoELoRA(Strategy):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "mllm_dcl": {"rank": 35, "alpha": 70.0, "experts": 5},
         "ucit": {"rank": 18, "alpha": 36.0, "experts": 6},
+        "clmoe-mcitlib": {"rank": 160, "alpha": 320.0, "experts": 5},
+        "clmoe-mcitlib-ucit": {"rank": 96, "alpha": 192.0, "experts": 6},
+        "clmoe-mcitlib-acl": {"rank": 128, "alpha": 256.0, "experts": 4},
     }
     combine: ClassVar[Literal["gate"]] = "gate"
     # Routers run inside of other layers, for which ZeRO-3 would have to fetch their weights in between.

@@ -193,10 +193,28 @@ def test_a_rank_that_does_not_divide_into_the_experts_is_refused_naming_both(opt
         build_strategy(StrategyConfig(name="moelora", **options))
 
 
-@pytest.mark.parametrize(("preset", "values"), [("mllm_dcl", (35, 70.0, 5)), ("ucit", (18, 36.0, 6))])
-def test_presets_are_those_of_mcitlib(preset, values):
-    options = build_strategy(StrategyConfig(name="moelora", preset=preset)).options
-    assert (options.rank, options.alpha, options.experts) == values
+PRESETS = {
+    "mllm_dcl": (35, 70.0, 5),
+    "ucit": (18, 36.0, 6),
+    "clmoe-mcitlib": (160, 320.0, 5),
+    "clmoe-mcitlib-ucit": (96, 192.0, 6),
+    "clmoe-mcitlib-acl": (128, 256.0, 4),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_those_of_mcitlib_and_train_as_many_numbers(base, tiny_records, preset):
+    """Over all layers: rank (d_in + d_out) of the experts, and experts d_in of the router."""
+    strategy, adapters = build_strategy(StrategyConfig(name="moelora", preset=preset)), Adapters(base, "merged", 0.0)
+    options = strategy.options
+    assert (options.rank, options.alpha, options.experts) == PRESETS[preset] and options.alpha == 2 * options.rank
+    assert PRESETS.keys() == MoELoRA.presets.keys()
+    context = context_of(base, adapters, tiny_records, 0)
+    open_branch(strategy, context)
+    sizes = [(context.layers.d_in(layer), context.layers.d_out(layer)) for layer in context.layers.names]
+    rank, _, experts = PRESETS[preset]
+    wanted = sum(rank * (d_in + d_out) + experts * d_in for d_in, d_out in sizes)
+    assert sum(parameter.numel() for parameter in adapters.trainable().values()) == wanted
 
 
 def test_a_single_expert_is_a_branch_that_is_carried_on(new_base, tiny_records, tmp_path):
