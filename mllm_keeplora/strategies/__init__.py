@@ -19,6 +19,7 @@ from mllm_keeplora.strategies.baselines.independent import Independent
 from mllm_keeplora.strategies.baselines.joint import Joint
 from mllm_keeplora.strategies.baselines.lwf import LwF
 from mllm_keeplora.strategies.baselines.merged import Merged
+from mllm_keeplora.strategies.baselines.ortho_lora import OrthoLoRA
 from mllm_keeplora.strategies.baselines.replay import Replay
 from mllm_keeplora.strategies.baselines.slao import SLAO
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
@@ -47,6 +48,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "merged": Merged,
     "moelora": MoELoRA,
     "olora": OLoRA,
+    "ortho_lora": OrthoLoRA,
     "replay": Replay,
     "routed": Routed,
     "sdlora": SDLoRA,
