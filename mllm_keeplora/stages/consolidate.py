@@ -24,9 +24,10 @@ def consolidate(learner: Learner, unit: Unit) -> dict[str, Any]:
         name = type(learner.strategy).__name__
         raise RuntimeError(f"{name} answers as one branch instead of all, but combines by {learner.strategy.combine}")
     if distributed.is_main():
-        mixer = context.answering or learner.adapters.mixer
         carried = learner.adapters.branch.carried
         how = learner.strategy
+        # Where the domain is told, its branch answers alone: what mixed it in training is done.
+        mixer = None if how.combine == "oracle" else context.answering or learner.adapters.mixer
         write_manifest(folder, how.combine, how.start_from, carried, mixer, replacement, how.recalls)
         save_growth(folder, learner.kept, before, context.forgotten)
         state = learner.strategy.state_dict()

@@ -24,6 +24,7 @@ from mllm_keeplora.strategies.baselines.replay import Replay
 from mllm_keeplora.strategies.baselines.slao import SLAO
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
 from mllm_keeplora.strategies.mixture.moelora import MoELoRA
+from mllm_keeplora.strategies.mixture.mtl_lora import MTLLoRA
 from mllm_keeplora.strategies.mixture.routed import Routed
 from mllm_keeplora.strategies.mixture.sdlora import SDLoRA
 from mllm_keeplora.strategies.subspace.gpm import GPM
@@ -47,6 +48,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "lwf": LwF,
     "merged": Merged,
     "moelora": MoELoRA,
+    "mtl_lora": MTLLoRA,
     "olora": OLoRA,
     "ortho_lora": OrthoLoRA,
     "replay": Replay,

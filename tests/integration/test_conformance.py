@@ -161,7 +161,7 @@ def test_a_saved_run_is_the_model_that_training_ended_with(seen):
     assert (untouched - left).abs().max() > 1e-2
     model, unit = saved.restore(len(saved.run.finished_units), asked=_asked(saved)), saved.run.finished_units[-1]
     manifest = files.read_json(saved.run.folder(unit).manifest)
-    if "instead_of" in manifest:
+    if "instead_of" in manifest and seen.strategy != "mtl_lora":  # which has what it trained answer as plain LoRA
         # trained at the base, with no other beside it; or beside those before, which it does not answer for
         alone = manifest["start_from"] == "base" or manifest.get("carried", False)
         assert alone or manifest["instead_of"] == "unit"
@@ -186,8 +186,8 @@ def test_a_branch_from_the_base_does_not_depend_on_the_domain_before(seen, setti
     assert found == wanted != {}
 
 
-@pytest.mark.parametrize("seen", ["independent"], indirect=True)
-def test_independent_branches_forget_nothing_and_the_base_answers_what_was_not_learnt(seen):
+@pytest.mark.parametrize("seen", ["independent", "mtl_lora"], indirect=True)
+def test_branches_of_told_domains_forget_nothing_and_the_base_answers_what_was_not_learnt(seen):
     told = results(seen.output)
     (alpha, beta), (alpha_later, _) = told["score_matrix"]
     assert alpha == alpha_later and beta == told["zero_shot"][1]
@@ -312,7 +312,7 @@ def test_memory_is_estimated_for_the_stages_whose_hooks_a_strategy_overrides(two
         }
         assert list(found.stages) == [stage for stage, has in overridden.items() if has], name
         rows.append(name)
-    assert len(rows) == 19
+    assert len(rows) == 20
 
 
 MEASURED = {

@@ -20,6 +20,7 @@ MIXERS = {
     "gates": "mllm_keeplora.adapters.mixers.gates:Gates",
     "magnitudes": "mllm_keeplora.adapters.mixers.magnitudes:Magnitudes",
     "router": "mllm_keeplora.adapters.mixers.router:Router",
+    "transforms": "mllm_keeplora.adapters.mixers.transforms:Transforms",
 }
 
 
