@@ -82,7 +82,7 @@ class Transforms(Mixer):
         return [down.register_forward_hook(part.turn), up.register_forward_hook(part.mix)]
 
     def folded(self, layer: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the pair (A, B) of plain LoRA that does the same as a layer's A and open B, on the CPU."""
+        """Give the (A, B) of plain LoRA that does what a layer's A and open B do; on the CPU."""
         with torch.no_grad():
             part = self.layer(layer)
             matrix, share, fixed = part.matrix.float().cpu(), part.shares[-1].cpu(), part.fixed().cpu()
