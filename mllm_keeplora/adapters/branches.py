@@ -289,7 +289,8 @@ class Adapters:
             self._weigh(PAST, layer, 0, ranks)
 
     def _weigh(self, name: str, layer: str, first: int, ranks: list[int]) -> None:
-        self._mixing.apply(layer, self.base.get_submodule(layer).lora_A[name], first, ranks)
+        module = self.base.get_submodule(layer)
+        self._mixing.apply(layer, module.lora_A[name], module.lora_B[name], first, ranks)
 
     def _add(
         self, name: str, A: dict[str, Tensor], B: dict[str, Tensor], alpha: dict[str, float], dropout: float = 0.0

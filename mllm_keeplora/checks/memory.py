@@ -90,6 +90,7 @@ def estimate(
         checkpointing=train.gradient_checkpointing,
         trains_a="A" in strategy.trains,
         classes=classes,
+        domains=domains,
     )
     # What ZeRO leaves to each process, and what it moves to the host.
     divided = {1: ADAM, 2: ADAM + GRADIENT, 3: ADAM + GRADIENT + MASTER}.get(stage, 0)

@@ -19,6 +19,7 @@ from mllm_keeplora.strategies.baselines.independent import Independent
 from mllm_keeplora.strategies.baselines.joint import Joint
 from mllm_keeplora.strategies.baselines.lwf import LwF
 from mllm_keeplora.strategies.baselines.merged import Merged
+from mllm_keeplora.strategies.baselines.ortho_lora import OrthoLoRA
 from mllm_keeplora.strategies.baselines.replay import Replay
 from mllm_keeplora.strategies.baselines.slao import SLAO
 from mllm_keeplora.strategies.mixture.dac import DAC
@@ -26,6 +27,7 @@ from mllm_keeplora.strategies.mixture.disco import DISCO
 from mllm_keeplora.strategies.mixture.gainlora import GainLoRA
 from mllm_keeplora.strategies.mixture.hide import HiDe
 from mllm_keeplora.strategies.mixture.moelora import MoELoRA
+from mllm_keeplora.strategies.mixture.mtl_lora import MTLLoRA
 from mllm_keeplora.strategies.mixture.routed import Routed
 from mllm_keeplora.strategies.mixture.sdlora import SDLoRA
 from mllm_keeplora.strategies.subspace.gpm import GPM
@@ -54,7 +56,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "lwf": LwF,
     "merged": Merged,
     "moelora": MoELoRA,
+    "mtl_lora": MTLLoRA,
     "olora": OLoRA,
+    "ortho_lora": OrthoLoRA,
     "owm": OWM,
     "reglora": RegLoRA,
     "replay": Replay,

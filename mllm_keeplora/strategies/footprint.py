@@ -33,6 +33,7 @@ class PassSizes:
     checkpointing: bool = False  # whether a training keeps what goes into blocks alone
     trains_a: bool = True  # whether A trains beside B
     classes: int = 0  # whose texts are read in every batch
+    domains: int = 1  # learnt before and by this run
 
     def graph(self, batch: int, rank: int = 0) -> float:
         """Give the bytes that the graph of a forward saves; `rank` is of the branch that trains, 0 for none."""

@@ -33,11 +33,13 @@ TRAINED = {  # what a strategy trains in the tiny world, where that is not A and
     "keeplora": {"B"},
     "loda": {"B"},
     "moelora": {"A", "B", "weight"},
+    "mtl_lora": {"B", "transform", "logits"},
     "sdlora": {"A", "B", "moved"},
 }
 
 
-TRAINED_AT_FIRST = {"loda": {"A", "B"}}  # and in the first domain, where that differs
+# and in the first domain, where that differs
+TRAINED_AT_FIRST = {"loda": {"A", "B"}, "mtl_lora": {"A", "B", "transform", "logits"}}
 
 
 def strategy_of(name: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ OPTIONS = {
     "ewc": {"samples": 8},
     "replay": {"buffer": 8},
     "agem": {"buffer": 8},
+    "ortho_lora": {"buffer": 8},
     "lwf": {},
 }
 

@@ -23,6 +23,7 @@ MIXERS = {
     "router": "mllm_keeplora.adapters.mixers.router:Router",
     "scores": "mllm_keeplora.adapters.mixers.router:Scores",
     "similarity": "mllm_keeplora.adapters.mixers.similarity:Similarity",
+    "transforms": "mllm_keeplora.adapters.mixers.transforms:Transforms",
 }
 
 

@@ -72,6 +72,20 @@ class Mixer(nn.Module):
         assert self.weights is not None, "a mixer is asked before it has looked at a batch"
         return self.weights if self.weights.ndim == 1 else self._by_row(layer, x.shape[:-1], self.weights)
 
+    def attach(self, layer: str, down: Any, up: Any, first: int, ranks: Sequence[int]) -> list[Any]:
+        """Hook a layer's `lora_A` and `lora_B`, and give the handles.
+
+        Here the output of `lora_A`, (..., sum of ranks), is weighed: of the part `first` and those that follow.
+        """
+        parts = slice(first, first + len(ranks))
+        places = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(down.weight.device)
+
+        def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
+            weights = self.of(layer, args[0])[..., parts].index_select(-1, places)
+            return output * weights.to(output.dtype)
+
+        return [down.register_forward_hook(hook)]
+
     def look_at(self, batch: Mapping[str, Tensor], model: Any) -> None:
         """Find the weights of a batch before the model runs on it."""
         self._asked, self._sizes = batch["input_ids"], {}
@@ -147,16 +161,9 @@ class Mixing:
         model.add_module(NAME, self.mixer)
         self._handles = [model.register_forward_pre_hook(mixer.refuse_unseen, with_kwargs=True)]
 
-    def apply(self, layer: str, down: Any, first: int, ranks: Sequence[int]) -> None:
-        """Weigh the output of a layer's `lora_A`, (..., sum of ranks): of the part `first` and those that follow."""
-        parts = slice(first, first + len(ranks))
-        places = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(down.weight.device)
-
-        def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
-            weights = self.mixer.of(layer, args[0])[..., parts].index_select(-1, places)
-            return output * weights.to(output.dtype)
-
-        self._handles.append(down.register_forward_hook(hook))
+    def apply(self, layer: str, down: Any, up: Any, first: int, ranks: Sequence[int]) -> None:
+        """Let the mixer work in a layer, as `Mixer.attach` says."""
+        self._handles += self.mixer.attach(layer, down, up, first, ranks)
 
     def remove(self) -> None:
         for handle in self._handles:
