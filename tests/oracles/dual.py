@@ -1,13 +1,13 @@
-"""Dual encoders by slow float64 loops: loss (12), answers, prototypes, kept features, bases, layer scales, rates, metrics.
+"""Dual encoders by slow float64 loops: loss (12), answers, prototypes, features that count, layer scales, rates.
 
-Everything here is written from the specification of the method and knows nothing of the library. Matrices stand as
-PyTorch stores them: a weight is `[out, in]`, bases are rows of the input space.
+Written from the specification alone; the algebra of subspaces is in `subspace`, the metrics are in `score_matrix`.
 """
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
+
 
 def unit(vector) -> np.ndarray:
     """The vector divided by its length."""
@@ -61,7 +61,7 @@ def softmax(logits) -> np.ndarray:
 
 
 def likeliest(logits) -> int:
-    """The class that answers: the largest logit, the first in the list's order where several are equal."""
+    """The class that answers: the one of the largest logit."""
     best = 0
     for c in range(1, len(logits)):
         if logits[c] > logits[best]:
@@ -93,62 +93,12 @@ def second_moment(rows) -> np.ndarray:
     return total
 
 
-def select(energies, total: float, covered: float, threshold: float) -> int:
-    """The smallest m with `covered + (first m energies) / total >= threshold`."""
-    share, m = covered, 0
-    while share < threshold - 1e-12 and m < len(energies):
-        share += energies[m] / total
-        m += 1
-    return m
-
-
-def weight_basis(weight, threshold: float, side: str = "input", rule: str = "reach") -> np.ndarray:
-    """Equation (1): leading directions of a weight as rows, of its input side or of its output side as published.
-
-    With the rule `below_legacy` one direction fewer is kept, but never none.
-    """
-    weight = np.asarray(weight, dtype=np.float64)
-    if side == "output_legacy" and weight.shape[0] != weight.shape[1]:
-        raise ValueError("output directions fit the inputs of square weights only")
-    u, s, vt = np.linalg.svd(weight, full_matrices=False)
-    rank = select(s**2, float((s**2).sum()), 0.0, threshold)
-    if rule == "below_legacy":
-        rank = max(rank - 1, 1)
-    return vt[:rank] if side == "input" else u.T[:rank]
-
-
-def residual(basis, matrix) -> np.ndarray:
-    """Equation (3) for rows of the input space: what is left of `matrix` outside the basis."""
-    matrix = np.asarray(matrix, dtype=np.float64)
-    return matrix - matrix @ basis.T @ basis
-
-
-def down_projection(gradient, basis, rank: int) -> np.ndarray:
-    """Equation (4): the leading input directions of the residual gradient, a frozen A of `[rank, in]`."""
-    return np.linalg.svd(residual(basis, gradient), full_matrices=False)[2][:rank]
-
-
-def up_projection(gradient, basis, rank: int) -> np.ndarray:
-    """Equation (5a): B that starts as the residual gradient seen through A, `[out, rank]`."""
-    u, s, _ = np.linalg.svd(residual(basis, gradient), full_matrices=False)
-    return u[:, :rank] * s[:rank]
-
-
-def grow(basis, features, threshold: float) -> np.ndarray:
-    """Equations (8) to (10): the basis and the leading feature directions that it lacks."""
-    features = np.asarray(features, dtype=np.float64)
-    energy, left = float((features**2).sum()), residual(basis, features)
-    _, s, vt = np.linalg.svd(left, full_matrices=False)
-    m = select(s**2, energy, (energy - float((left**2).sum())) / energy, threshold)
-    return np.concatenate([basis, vt[:m]])[: features.shape[1]]
-
-
 def layer_scales(blocks: Sequence[int], low: float, scaled: bool = True) -> dict[int, float]:
     """Equation (11) for the adapted blocks of ONE tower: a ramp from `low` to 1, or 1 everywhere in another tower."""
-    first, count = min(blocks), max(blocks) - min(blocks) + 1
-    if not scaled or count == 1:
-        return dict.fromkeys(blocks, 1.0)
-    return {block: low + (1.0 - low) * (block - first) / (count - 1) for block in blocks}
+    adapted = sorted(set(blocks))
+    if not scaled or len(adapted) == 1:
+        return dict.fromkeys(adapted, 1.0)
+    return {block: low + (1.0 - low) * place / (len(adapted) - 1) for place, block in enumerate(adapted)}
 
 
 def one_cycle(step: int, steps: int, peak: float) -> tuple[float, float]:
@@ -163,20 +113,3 @@ def one_cycle(step: int, steps: int, peak: float) -> tuple[float, float]:
         return between(start, peak, step / top), between(0.95, 0.85, step / top)
     share = (step - top) / (steps - 1 - top)
     return between(peak, last, share), between(0.85, 0.95, share)
-
-
-def transfer(scores) -> float:
-    """The mean over data sets from the second on of their mean score before they were learnt."""
-    columns = [sum(scores[t][i] for t in range(i)) / i for i in range(1, len(scores))]
-    return sum(columns) / len(columns)
-
-
-def average(scores) -> float:
-    """The mean over data sets of their mean score after every task."""
-    count = len(scores)
-    return sum(sum(row[i] for row in scores) / count for i in range(count)) / count
-
-
-def last(scores) -> float:
-    """The mean score after the last task."""
-    return sum(scores[-1]) / len(scores[-1])
