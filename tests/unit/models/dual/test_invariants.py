@@ -298,9 +298,8 @@ def test_one_step_of_gradient_descent_is_the_projected_gradient(new, records, tm
     base, own, lr = new(), records["Alpha"][:8], 0.05
     gradient = autograd(fresh := new(), Adapters(fresh, "merged", 0.0), own)
     adapters, strategy, _, context = begin(base, own)
-    settings = {"schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0, "batch_size": 8}
-    if micro == 3:
-        settings["batch_size"] = 9  # one step, of parts of 3, 3 and 2
+    settings = {"schedule": "constant", "warmup_ratio": 0.0, "max_grad_norm": 0.0}
+    settings["batch_size"] = 8 if micro == 8 else 9  # one step, of one part or of 3, 3 and 2 records
     facts = fit(strategy, context, tmp_path, lr=lr, micro_batch_size=micro, optimizer="sgd", **settings)
     assert facts["steps"] == 1
     factors = adapters.read()
@@ -413,3 +412,58 @@ def test_a_full_space_gives_fewer_directions_and_never_one_inside(new, records, 
                 / RANK
                 * oracle.layer_scales(range(TOWERS[tower]), GAMMA, tower == "vision")[base.parts.depth(layer)]
             )
+
+
+# -- KeepLoRA+ beside KeepLoRA -------------------------------------------------------------------------------------
+
+
+def test_prototypes_leave_where_a_domain_starts_alone(new, records):
+    """Their gradient is no part of the pass of their own domain."""
+    plain, plus = (
+        begin(new(), records["Alpha"], OPTIONS.model_copy(update={"prototypes": each}))[0].branch
+        for each in (None, "cosine")
+    )
+    assert plain.alpha == plus.alpha and plain.prototypes is None
+    assert all(torch.equal(A, plus.A[layer]) for layer, A in plain.A.items())
+    assert np.linalg.norm(plus.prototypes.P.detach().numpy(), axis=1) == pytest.approx(1.0)
+
+
+def test_prototypes_too_faint_to_tell_leave_a_training_bit_equal(new, records, tmp_path):
+    """Hence they change neither the order of batches nor any random number; seen, they change what is learnt."""
+    learnt = {}
+    for name, options in {
+        "without": {},
+        "faint": {"prototypes": "cosine", "prototype_scale": 1e-30},
+        "seen": {"prototypes": "cosine"},
+    }.items():
+        adapters, strategy, _, context = begin(new(), records["Alpha"], OPTIONS.model_copy(update=options))
+        torch.manual_seed(0)
+        fit(strategy, context, tmp_path / name, epochs=2.0, batch_size=5)
+        learnt[name] = adapters.read().B
+    for layer, B in learnt["without"].items():
+        assert torch.equal(learnt["faint"][layer], B), layer
+    assert not all(torch.equal(learnt["seen"][layer], B) for layer, B in learnt["without"].items())
+
+
+def test_answers_without_prototypes_are_those_of_keeplora_bit_for_bit(new, records, tmp_path):
+    """Left out of a trained model, or asked of another list of classes, they answer nothing."""
+    base = new()
+    own = OPTIONS.model_copy(update={"prototypes": "cosine"})
+    adapters, strategy, _, context = begin(base, records["Alpha"], own)
+    fit(strategy, context, tmp_path, epochs=2.0)
+    factors, prototypes = adapters.read(), adapters.prototypes()
+    assert prototypes.classes == records["Alpha"][0].classes.digest
+
+    def asked(model, name):
+        with torch.inference_mode(), base.family.asking(False):
+            return base.family.answers(model, base.family.question_batch(records[name][:6]), 1, lambda rows: None)
+
+    adapters.restore([factors], [], prototypes={prototypes.classes: prototypes})
+    held = {name: asked(adapters.model, name) for name in records}
+    adapters.restore([factors], [])
+    plain = {name: asked(adapters.model, name) for name in records}
+    other = new()
+    never = Adapters(other, "merged", 0.0)
+    never.restore([factors], [])
+    assert plain == {name: asked(never.model, name) for name in records}
+    assert held["Beta"] == plain["Beta"] and held["Alpha"] != plain["Alpha"]
