@@ -14,6 +14,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.models.dual import losses
 from mllm_keeplora.models.dual.answers import answer_of, likeliest, picture_features, text_features
 from mllm_keeplora.models.dual.parts import name_parts, projector_names, sees_pictures, summary_of, vocabulary_of
+from mllm_keeplora.models.dual.pictures import refuse_other_size
 from mllm_keeplora.models.dual.sizes import patches, sizes_of
 from mllm_keeplora.models.dual.texts import ClassTexts
 from mllm_keeplora.models.family import OF_LOSSES, Answer, Batch
@@ -59,7 +60,12 @@ class DualFamily:
 
     @classmethod
     def of(cls, processor: Any, config: Any, style: str = "", generation: Any = None) -> DualFamily:
-        """Make the family of a base from its processor and its config; `style` and `generation` have no meaning."""
+        """Make the family of a base from its processor and its config; `style` and `generation` have no meaning.
+
+        Raises:
+            UserError: the tokenizer makes no tokens, or the processor pictures that do not fit the image tower.
+        """
+        refuse_other_size(processor, config)
         return cls(processor, ClassTexts.of(processor.tokenizer, config), patches(config))
 
     def training_batch(self, records: Sequence[Record], max_length: int | None = None) -> Batch:

@@ -11,7 +11,7 @@ import torch
 from mllm_keeplora.adapters.prototypes import SCALE, ClassMeans, Prototypes
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.system import files
-from tests.oracles import prototypes as oracle
+from tests.oracles import dual as oracle
 
 NAMES = ("ant", "bee", "cow")
 LABELS = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0])
@@ -31,7 +31,7 @@ def begun(**scale) -> Prototypes:
 
 
 def test_prototypes_start_at_the_means_of_their_classes_pictures():
-    expected = oracle.start(features_of().double().numpy(), LABELS.tolist(), len(NAMES))
+    expected = oracle.class_prototypes(features_of().double().numpy(), LABELS.tolist(), len(NAMES))
     assert np.allclose(begun().P.detach().numpy(), expected, atol=1e-6)
 
 
@@ -54,11 +54,16 @@ def test_a_class_without_a_picture_is_named():
         means.prototypes(NAMES, "a digest")
 
 
+def cosines(features, P, scale):
+    """What prototypes add to logits of 0."""
+    return np.stack([oracle.with_prototypes(np.zeros(len(P)), feature, P, scale) for feature in features])
+
+
 @pytest.mark.parametrize("scale", [SCALE, 4.0])
 def test_logits_are_scaled_cosines_whatever_the_lengths(scale):
     prototypes, seen = begun(scale=scale), features_of(4, seed=1)
     prototypes.P.data *= torch.tensor([[0.1], [1.0], [7.0]])  # a training does not keep them at unit length
-    expected = oracle.logits(seen.double().numpy(), prototypes.P.detach().double().numpy(), scale)
+    expected = cosines(seen.double().numpy(), prototypes.P.detach().double().numpy(), scale)
     assert np.allclose(prototypes.logits(seen).detach().numpy(), expected, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(prototypes(seen), prototypes.logits(seen))
@@ -70,7 +75,7 @@ def test_both_prototypes_and_features_get_their_gradient():
 
     def loss(P, features):
         P, features = P.reshape(3, WIDTH).tolist(), features.reshape(4, WIDTH).tolist()
-        rows = torch.tensor(oracle.logits(features, P, SCALE), dtype=torch.float64)
+        rows = torch.tensor(cosines(features, P, SCALE))
         return float(torch.nn.functional.cross_entropy(rows, torch.tensor([0, 1, 2, 0])))
 
     torch.nn.functional.cross_entropy(prototypes(seen), torch.tensor([0, 1, 2, 0])).backward()

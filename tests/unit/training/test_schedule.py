@@ -11,6 +11,7 @@ from mllm_keeplora.errors import UserError
 from mllm_keeplora.strategies.baselines.finetune import Finetune, FinetuneOptions
 from mllm_keeplora.training.arguments import rehearse, training_arguments
 from mllm_keeplora.training.schedule import one_cycle
+from tests.oracles import dual as oracle
 from tests.support.keeplora import context_of, fit
 
 # Step of 100 -> rate at a peak of 1e-3, and beta 1: what torch gives with its own defaults, written down once.
@@ -41,6 +42,13 @@ def test_rates_and_beta_are_those_of_the_published_recipe():
     optimizer = optimizer_of(1e-3)
     found = taken(optimizer, one_cycle(optimizer, 100), 100)
     assert {step: (f"{found[step][0][0]:.2e}", f"{found[step][0][1]:.3f}") for step in EXPECTED} == EXPECTED
+
+
+@pytest.mark.parametrize("steps", [7, 10, 53])
+def test_every_step_is_that_of_the_reference(steps):
+    optimizer = optimizer_of(3e-3)
+    for step, [found] in enumerate(taken(optimizer, one_cycle(optimizer, steps), steps)):
+        assert found == pytest.approx(oracle.one_cycle(step, steps, 3e-3), rel=1e-9)
 
 
 def test_every_group_has_a_peak_of_its_own():

@@ -12,7 +12,6 @@ from mllm_keeplora.models import load_base
 from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.probes.features import collect_moments, shared_inputs
 from mllm_keeplora.probes.gradients import collect_mean_gradients
-from mllm_keeplora.probes.plans import FeaturePlan
 from mllm_keeplora.probes.questions import question_means
 from tests.oracles import dac as oracle
 
@@ -73,19 +72,6 @@ def test_texts_count_alike_however_often_they_are_read(base, records):
     for name in layers:
         assert often[name].count == 4 * once[name].count
         torch.testing.assert_close(often[name].moments, 4 * once[name].moments)
-
-
-def test_padding_counts_only_where_it_is_asked_for(base, records):
-    layer = next(name for name in base.parts.target_layers if not base.family.sees_pictures(name))
-    layers = {layer: base.model.get_submodule(layer)}
-    counts = {
-        padding: collect_moments(
-            base.family, base.model, layers, passed(base, records["Alpha"][:2], 2), FeaturePlan(padding=padding)
-        )[layer].count
-        for padding in (False, True)
-    }
-    assert counts[True] == 4 * base.family.texts.positions
-    assert (counts[False] == counts[True]) == base.family.texts.full
 
 
 def test_q_k_and_v_of_a_block_share_their_input(base):
