@@ -59,13 +59,14 @@ def test_every_strategy_learns_a_domain_of_text_alone(settings, data, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [None, "zero1", "zero2"])
-@pytest.mark.parametrize("strategy", ["finetune", "keeplora", "replay"])
+@pytest.mark.parametrize("strategy", ["dac", "finetune", "keeplora", "replay"])
 def test_processes_without_a_picture_keep_step_with_those_that_have_one(settings, data, tmp_path, strategy, engine):
     """Also in micro-batches of one record, most of which reach no projector, but for a picture that is replayed."""
+    given = strategy_of(strategy) | ({"router_grad": "straight_through"} if strategy == "dac" else {})
     order = ("Beta", "Alpha") if strategy == "replay" else ("Alpha", "Beta")
     runs = [tmp_path / name for name in ("one", "two")]
     changes = {"benchmark": tiny_benchmark(data), "eval": {"limit": 2, "zero_shot": False}}
-    one, two = ({**settings(run, order, **changes), "strategy": strategy_of(strategy)} for run in runs)
+    one, two = ({**settings(run, order, **changes), "strategy": given} for run in runs)
     two |= {"deepspeed": engine, "train": {**two["train"], "micro_batch_size": 1}}
     assert run_in_child(one) == 0
     assert [(end.code, end.err[-4000:] if end.code else "") for end in run_on_two(two, tmp_path)] == [(0, "")] * 2

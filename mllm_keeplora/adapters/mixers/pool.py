@@ -95,16 +95,23 @@ class Pool(Mixer):
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> None:
         """Find the chances of what a micro-batch's questions may choose, where routers learn; masks are of the step."""
         self._chances = {}
-        if self.learns and self.training and not self._is_silent:
-            taken = self.seen.pop(0)
-            self._chances = {layer: self.logits(layer, each).softmax(dim=-1) for layer, each in taken.items()}
+        if not self.learns or not self.training or self._is_silent:
+            return
+        # Behind the questions there may be a picture that was joined to them to keep step, and is not learnt. Routers
+        # of layers that no question reaches are asked, too: in all processes they get their gradients in one order.
+        seen, labels = self.seen.pop(0), batch["labels"]
+        rows = len(labels) if labels.ndim > 1 else 0
+        for layer, width in self.inputs.items():
+            given = seen[layer] if layer in seen else torch.zeros(rows, width, device=labels.device)
+            chances = self.logits(layer, given).softmax(dim=-1)
+            self._chances[layer] = nn.functional.pad(chances, (0, 0, 0, max(0, rows - len(given))), value=1.0)
 
     def of(self, layer: str, x: Tensor) -> Tensor:
         if self._is_silent or not self.training:
             return torch.full((self.shares,), float(not self._is_silent), device=x.device)
         assert self.masks is not None, "a pool is asked before its first vote"
         mask = self.masks[self._rows[layer]]
-        if layer not in self._chances:
+        if not self.learns:
             return mask
         chances = self._chances[layer]
         return self._by_row(layer, x.shape[:-1], mask * (chances / chances.detach()))

@@ -151,8 +151,8 @@ def test_a_pool_is_not_asked_before_its_first_vote(base, batch):
 def test_routers_that_learn_pass_the_gradient_of_an_experts_share_on_to_its_chance():
     pool, phi = drawn({"a": 4}, learns=True), torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
     pool.use(torch.tensor([[3, 1, 2, 0, 4]]))
-    pool.train().seen = [{"a": phi}, {"a": phi + 1}]
-    weigh = {"input_ids": torch.zeros(3, 2)}
+    pool.train().seen = [{"a": phi}]
+    weigh = {"labels": torch.zeros(3, 2)}
     pool.weigh(weigh, None)
     x, share = torch.zeros(3, 2, 4), torch.randn(3, 2, EXPERTS, generator=torch.Generator().manual_seed(3))
     weights = pool.of("a", x)
@@ -166,8 +166,16 @@ def test_routers_that_learn_pass_the_gradient_of_an_experts_share_on_to_its_chan
         wanted, bias = wanted + np.outer(slope, phi[row].double().numpy()), bias + slope
     assert np.allclose(pool.router("a").weight.grad, wanted, atol=1e-5)
     assert np.allclose(pool.router("a").bias.grad, bias, atol=1e-5) and np.abs(bias).max() > 1e-2
-    pool.weigh(weigh, None)
-    assert pool.seen == [], "each micro-batch takes its own"
+    # a picture that was joined to keep step gets no gradient, nor does a router that no question reaches
+    for seen in ({"a": phi}, {}):
+        pool.zero_grad()
+        pool.seen = [seen]
+        pool.weigh({"labels": torch.zeros(4, 2)}, None)
+        assert pool.seen == [], "each micro-batch takes its own"
+        weights = pool.of("a", torch.zeros(4, 2, 4))
+        assert torch.equal(weights.expand(4, 2, EXPERTS), pool.masks[0].expand(4, 2, EXPERTS))
+        (weights[3] if seen else 0 * weights).sum().backward()
+        assert not any(each.grad.any() for each in pool.parameters())
     assert drawn({"a": 4}).trained() == () and len(pool.trained()) == 2
 
 
