@@ -123,8 +123,8 @@ class Mixer(nn.Module):
 
 
 def module_name(layer: str) -> str:
-    """Name a layer's module within a mixer: such a name may not contain dots."""
-    return layer.replace(".", "/")
+    """Name a layer's module within a mixer: without dots, and not as the layer, or peft would adapt it, too."""
+    return layer.replace(".", "/") if "." in layer else f"/{layer}"
 
 
 def mixer_of(model: Any) -> Mixer | None:

@@ -13,7 +13,10 @@ from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.probes.features import collect_moments, shared_inputs
 from mllm_keeplora.probes.gradients import collect_mean_gradients
 from mllm_keeplora.probes.questions import question_means
+from mllm_keeplora.strategies.mixture.dac import DAC, DACOptions
 from tests.oracles import dac as oracle
+from tests.support.strategies import context_of, fit, open_branch
+from tests.unit.adapters.conftest import adapt
 
 
 def layers_of(base):
@@ -104,3 +107,18 @@ def test_questions_are_pictures_that_carry_loss_and_class_texts(dual_folder, rec
                 wanted = oracle.prompt_mean(tokens, counts)
             assert np.allclose(means[row], wanted, atol=1e-5), name
         assert may.tolist() == ([True, True, False] if pictures else [True] * 4), name
+
+
+@pytest.mark.parametrize("projector", ["frozen", "keeplora"])
+def test_votes_and_routers_that_learn_are_of_every_layer(dual_folder, records, projector, tmp_path):
+    base = load_base(BaseConfig(model=str(dual_folder)), projector)
+    adapters, strategy = adapt(base), DAC(DACOptions(rank=4, router_grad="straight_through"))
+    context = context_of(base, adapters, records, 0)
+    open_branch(strategy, context)
+    assert len(adapters.trainable()) == 4 * len(adapters.layers)
+    before = {layer: adapters.mixer.router(layer).weight.clone() for layer in adapters.layers}
+    fit(strategy, context, tmp_path, lr=3e-2)
+    assert (
+        strategy.counts.sum(dim=1) == 3 * len(records["Alpha"])
+    ).all()  # of pictures, and of four texts a batch of 4
+    assert not any(torch.equal(adapters.mixer.router(layer).weight, each) for layer, each in before.items())
