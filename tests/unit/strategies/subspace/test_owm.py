@@ -156,6 +156,19 @@ def test_what_was_taken_in_survives_a_stop_one_tensor_an_input(base, tiny_record
     assert all(torch.equal(A, plain.A[layer]) for layer, A in begun.A.items())
 
 
+def test_layers_of_one_input_that_had_others_before_go_on_from_their_own(base, tiny_records, tmp_path):
+    strategy, context = second_domain(base, tiny_records, tmp_path)
+    group = next(group for group in context.layers.groups() if len(group) > 1)
+    shared, apart = group[0], group[1]
+    strategy.P[apart] = torch.eye(len(strategy.P[apart]))
+    open_branch(strategy, context)
+    strategy.after_domain(context)
+    alone = strategy_of()
+    alone.after_domain(context)
+    assert torch.allclose(strategy.P[apart], alone.P[apart], atol=1e-5)
+    assert (strategy.P[shared] - strategy.P[apart]).abs().max() > 1e-2
+
+
 def test_what_a_step_gives_no_gradient_is_left_alone(base, tiny_records, tmp_path):
     """As the projector after a step without pictures."""
     strategy, context = second_domain(base, tiny_records, tmp_path, mode="grad")
