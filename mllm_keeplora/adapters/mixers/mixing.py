@@ -2,6 +2,7 @@
 
 A branch that is merged answers alike to every question. A mixer keeps the branches of past domains live beside the base
 weights and weighs them: by a number (magnitudes), by the question (gates, a router), or token by token (experts).
+One whose `attach` is its own does something else there (transforms).
 It runs the same in training, in data passes and in generation, where its weights are found once per question.
 """
 
