@@ -48,6 +48,26 @@ def evaluating(model: Any, checkpointing: bool = False) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def statistics_held(model: Any) -> Iterator[None]:
+    """Keep batch norms in evaluation mode while a model trains, whoever calls `train()`.
+
+    Else frozen towers of convolutions (ALIGN, MobileNets) would change: their means over batches are no parameters, so
+    nothing stores what became of them, and a run that is read from its files would answer otherwise.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    held = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for module in held:
+        module.eval()
+        module.train = lambda mode=True, module=module: module  # hides the method
+    try:
+        yield
+    finally:
+        for module in held:
+            del module.train
+
+
 def as_in_training(model: Any) -> AbstractContextManager:
     """Run a model in half precision as the Trainer does, under autocast, which spares branches' float32 inputs."""
     import torch

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from mllm_keeplora.adapters import Adapters
 from mllm_keeplora.config import TrainConfig
 from mllm_keeplora.models.partition import copy_of
+from mllm_keeplora.models.running import statistics_held
 from mllm_keeplora.strategies import Strategy
 from mllm_keeplora.strategies.context import Context
 from mllm_keeplora.system import distributed, files, watch
@@ -75,8 +76,8 @@ def fit_domain(
     read_training_state(strategy, Path(checkpoint) / STATE if checkpoint else None)
     steps = math.ceil(len(context.data.records) / settings.batch_size * epochs)
     steps = arguments.max_steps if arguments.max_steps > 0 else steps
-    scalars = scalars_as_vectors(branches.model)
-    with progress_bar(f"{context.domain.name}: train", steps) as advance, branches.plan_kept(), scalars:
+    bar, held = progress_bar(f"{context.domain.name}: train", steps), statistics_held(branches.model)
+    with bar as advance, branches.plan_kept(), scalars_as_vectors(branches.model), held:
         reporter = Reporter(context, strategy, trainer, metrics_file, advance)
         trainer.add_callback(reporter)
         try:

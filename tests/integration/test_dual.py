@@ -26,7 +26,7 @@ from tests.integration.conftest import strategy_of
 from tests.integration.processes import differing, leftovers, results, run_in_child, run_on_two, stages
 from tests.support.mtil_trees import write_mtil
 from tests.support.tiny import tiny_config
-from tests.support.tiny_dual import DUAL_BASES, class_benchmark, write_class_data, write_tiny_clip
+from tests.support.tiny_dual import DUAL_BASES, RELATIVES, class_benchmark, write_class_data, write_tiny_clip
 
 REFUSED = ("disco", "gainlora", "hide", "moelora", "routed")
 ALLOWED = [name for name in STRATEGIES if name not in REFUSED]
@@ -190,6 +190,18 @@ def test_a_strategy_learns_and_its_merge_is_what_it_answered(name, settings_of, 
         found = plain.model(**inputs_of(batch)).logits_per_image
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(wanted, untouched, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune", "keeplora"])
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_relatives_of_clip_go_through_a_sequence(relative, name, dual_world, settings_of, tmp_path):
+    if not (dual_world / relative).exists():
+        RELATIVES[relative](dual_world / relative)
+    values = settings_of(relative, tmp_path / "run", name, train={"epochs": 1})
+    assert run_in_child(values) == 0
+    assert len(results(tmp_path / "run")["score_matrix"]) == 2
+    assert list(evaluate(tmp_path / "run", after=1).values()) == results(tmp_path / "run")["score_matrix"][0]
 
 
 @pytest.mark.parametrize("name", REFUSED)
