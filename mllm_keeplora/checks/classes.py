@@ -59,6 +59,15 @@ def text_faults(benchmark: Benchmark, name: str, texts: ClassTexts) -> Iterator[
         yield f"{name}: {fault}"
 
 
+def padding_faults(options: Any, texts: ClassTexts) -> Iterator[str]:
+    """Yield a sentence if padding is to count in features of a tower whose texts it would change."""
+    if getattr(options, "feature_padding", False) and not (texts.full or texts.causal):
+        yield (
+            "strategy.feature_padding is true, but the text tower of this base attends to what follows a token, so "
+            "padding without a mask would change its texts; allowed: false"
+        )
+
+
 def prompt_faults(classes: ClassList, tokenizer: Any, positions: int) -> Iterator[str]:
     """Yield a sentence for each class whose longest text has more tokens than a text tower has positions.
 

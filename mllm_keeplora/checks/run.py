@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mllm_keeplora.checks.classes import class_faults, text_faults
+from mllm_keeplora.checks.classes import class_faults, padding_faults, text_faults
 from mllm_keeplora.checks.engine import settings_faults, unfit_for, unfit_for_towers
 from mllm_keeplora.checks.memory import Estimate, estimate
 from mllm_keeplora.checks.records import ProcessorTrial, gold_faults, load_family, mixed_faults
@@ -140,6 +140,7 @@ def check_run(config: RunConfig, look_inside: bool = True, share: tuple[int, int
             if isinstance(family, DualFamily):
                 for name in asked:
                     faults.of(faults.extend, text_faults(benchmark, name, family.texts))
+                faults.extend(padding_faults(strategy and strategy.options, family.texts))
             rank, world = share
             if rank == 0:  # over all sets, whole: engines change, domains are appended, a share may be of one kind
                 faults += mixed_faults(trained, graded, prompt, stage, strategy is not None and strategy.joins_domains)

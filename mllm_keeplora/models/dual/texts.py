@@ -13,6 +13,8 @@ from mllm_keeplora.models.reading import said
 if TYPE_CHECKING:
     from torch import Tensor
 
+CAUSAL = ("clip", "metaclip_2")  # kinds of bases whose text tower sees what came before alone
+
 
 @dataclass(frozen=True)
 class ClassTexts:
@@ -23,11 +25,13 @@ class ClassTexts:
         positions: most tokens that its text tower has places for.
         full: texts are padded to all positions, without a mask: SigLIP's tower attends to its padding. Of others
             those behind the longest text are left out, which changes nothing that is read.
+        causal: no token attends to those behind it, so that padding without a mask changes no token of a text.
     """
 
     tokenizer: Any
     positions: int
     full: bool
+    causal: bool = True
 
     @classmethod
     def of(cls, tokenizer: Any, config: Any) -> ClassTexts:
@@ -42,7 +46,7 @@ class ClassTexts:
             tokenizer(["a", "a b"], padding="longest", return_tensors="pt")
         except Exception as error:  # of whatever kind: its files may hold anything
             raise UserError(f"the base's tokenizer cannot be used: {said(error)}") from error
-        return cls(tokenizer, positions, full)
+        return cls(tokenizer, positions, full, config.model_type in CAUSAL)
 
     @property
     def pad(self) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mllm_keeplora.adapters import Adapters
+from mllm_keeplora.checks.classes import padding_faults
 from mllm_keeplora.config import BaseConfig
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models import load_base
@@ -97,9 +98,8 @@ def test_keeplora_learns_and_leaves_all_but_its_branch_as_it_was(base, records, 
     assert not any(module.training for module in base.model.modules())
 
 
+@pytest.mark.parametrize("folder", ["align"], indirect=True)
 def test_options_of_a_tower_without_adapters_are_refused(base):
-    if not sees_by_convolutions(base):
-        pytest.skip("both of its towers have adapters")
     for options, told in (
         ({"layer_scale_towers": ("vision",)}, r"layer_scale_towers: the base has no vision; it has text"),
         ({"thresholds": {"^vision_model": {"energy_weights": 0.8}}}, r"'\^vision_model' matches none of 8 layers"),
@@ -107,3 +107,21 @@ def test_options_of_a_tower_without_adapters_are_refused(base):
         strategy = KeepLoRA(KeepLoRAOptions(**options))
         with pytest.raises(UserError, match=told):
             strategy.prepare(context_of(base, Adapters(base, "merged", 0.0), {}, [], -1))
+
+
+def test_padding_counts_in_features_only_where_it_changes_no_text(base, records):
+    kind = base.model.config.model_type
+    texts = base.family.texts
+    assert (texts.causal, texts.full) == (kind == "metaclip_2", kind.startswith("siglip"))
+    asked, left = KeepLoRAOptions(feature_padding=True), KeepLoRAOptions()
+    assert list(padding_faults(left, texts)) == [] and list(padding_faults(None, texts)) == []
+    told = list(padding_faults(asked, texts))
+    assert len(told) == (0 if texts.causal or texts.full else 1)
+    assert all(each.startswith("strategy.feature_padding is true, but the text tower of this base") for each in told)
+    batch = base.family.training_batch(records["Alpha"][:3])
+    own = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+    with torch.no_grad():
+        plain = base.model.text_model(**own).last_hidden_state
+        filled = base.model.text_model(**texts.padded(batch)).last_hidden_state[:, : plain.shape[1]]
+    real = own.get("attention_mask", torch.ones_like(own["input_ids"])).bool()
+    assert torch.allclose(plain[real], filled[real], atol=1e-5) == (not told)
