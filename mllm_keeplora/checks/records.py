@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm_keeplora.data import Record, TestSet
+from mllm_keeplora.data.media.frames import kept_frames
 from mllm_keeplora.data.media.images import Looks, Size, images_of
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
@@ -239,7 +240,11 @@ def as_seen(family: Family, record: Record) -> RenderableType:
     trained = sum(label != IGNORED for label in labels)
     facts = [f"{record.origin}, id {record.id or '-'}"]
     for media, picture in zip(record.media, pictures, strict=True):
-        facts.append(f"picture {media.path.name}: {picture.width} x {picture.height} pixels as the processor gets it")
+        what = f"picture {media.path.name}"
+        if media.frame is not None:
+            second = kept_frames().clip(media).times[media.frame]
+            what = f"clip {media.path.name}, frame {media.frame + 1} of {media.video.frames} at {second:.2f} s"
+        facts.append(f"{what}: {picture.width} x {picture.height} pixels as the processor gets it")
     shapes = [f"{key} {tuple(value.shape)}" for key, value in batch.items() if value.ndim > 2]
     if shapes:
         facts.append(f"pixel values {', '.join(shapes)}")

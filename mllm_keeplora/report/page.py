@@ -13,7 +13,7 @@ from mllm_keeplora.report.render.html import WrongAnswer, render_html
 from mllm_keeplora.runs import RunDir
 from mllm_keeplora.system import distributed, files, given
 
-STRIP = 8  # frames of a clip that are shown
+STRIP, COLUMNS = 8, 4  # frames of a clip that are shown, and beside one another
 
 
 def write_report(run: RunDir, results: Results, benchmark: Benchmark) -> None:
@@ -79,7 +79,7 @@ def _png(media: Media) -> bytes:
 
     buffer = BytesIO()
     if media.type == "video":
-        picture = _strip(media)
+        picture = strip(media)
     else:
         picture = read_image(media)
         picture.thumbnail((256, 256))
@@ -87,8 +87,8 @@ def _png(media: Media) -> bytes:
     return buffer.getvalue()
 
 
-def _strip(media: Media):
-    """Put up to eight of the frames that are seen of a clip side by side, each with its second below it."""
+def strip(media: Media):
+    """Put up to eight frames of a clip into rows of four, each with its second below."""
     from PIL import Image, ImageDraw
 
     clip = kept_frames().clip(media)
@@ -97,9 +97,12 @@ def _strip(media: Media):
     pictures = [Image.fromarray(clip.frames[place]) for place in shown]
     for picture in pictures:
         picture.thumbnail((128, 128))
-    width, height = pictures[0].size
-    strip = Image.new("RGB", (len(pictures) * (width + 2) - 2, height + 14), (255, 255, 255))
+    columns, rows = min(len(pictures), COLUMNS), -(-len(pictures) // COLUMNS)
+    width, height = pictures[0].width + 2, pictures[0].height + 14
+    strip = Image.new("RGB", (columns * width - 2, rows * height), (255, 255, 255))
     for number, (place, picture) in enumerate(zip(shown, pictures, strict=True)):
-        strip.paste(picture, (number * (width + 2), 0))
-        ImageDraw.Draw(strip).text((number * (width + 2), height + 2), f"{clip.times[place]:.1f} s", fill=(0, 0, 0))
+        corner = (number % COLUMNS * width, number // COLUMNS * height)
+        strip.paste(picture, corner)
+        below = (corner[0], corner[1] + picture.height + 2)
+        ImageDraw.Draw(strip).text(below, f"{clip.times[place]:.1f} s", fill=(0, 0, 0))
     return strip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from mllm_keeplora.data.media.images import read_image
 from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.data.readers import read_train
 from mllm_keeplora.models.base import load_base
+from mllm_keeplora.report.page import strip
 from tests.integration.processes import results, run_in_child
 from tests.support.clips import number_of, write_clip
 
@@ -85,8 +89,22 @@ def test_a_second_run_decodes_nothing(whole, config, tmp_path):
 
 
 def test_the_page_shows_a_strip_of_frames(whole):
-    page = (whole / "report.html").read_text()
-    assert "data:image/png;base64," in page
+    encoded = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", (whole / "report.html").read_text())
+    sizes = {Image.open(io.BytesIO(base64.b64decode(each))).size for each in encoded}
+    assert (FRAMES * 50 - 2, 32 + 14) in sizes  # frames of 48 x 32, a gap, a line of seconds
+
+
+def test_more_than_four_frames_stand_in_rows(clips):
+    path = clips / "Clips/train.json"
+    for frames, size in ((1, (48, 46)), (4, (198, 46)), (5, (198, 92)), (40, (198, 92))):
+        media = read_train(path, path.parent, video=VideoOptions(frames=frames))[0].media[0]
+        assert strip(media).size == size
+
+
+def test_a_record_is_shown_with_the_seconds_of_its_frames(config, tmp_path, command):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config(tmp_path / "run")))
+    said = command("check", tmp_path / "run.yaml", "--show", "Clips/1")
+    assert said.code == 0 and "clip train1.mkv, frame 3 of 3 at 1.00 s: 48 x 32 pixels" in " ".join(said.out.split())
 
 
 def test_a_clip_is_asked_about(whole, clips, command):
