@@ -75,6 +75,10 @@ class BaseConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights; auto = bfloat16 on a GPU
     quantization: Literal["nf4", "int8"] | None = None  # of the frozen weights; needs bitsandbytes
     prompt: str = "auto"  # chat_template, or a style; auto = as the base's YAML says
+    video: Literal["auto", "frames", "native"] = later(
+        "auto",
+        description="clips are shown as pictures, or by the base's own input for them; auto = native if it has one",
+    )
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # the attention kernel
     trust_remote_code: bool = later(False, description="whether code that comes with the base is run on this machine")
     tower_cache_mb: int | None = runtime(None, ge=0, description="kept tower outputs; null = 512 on a CPU, 0 on a GPU")

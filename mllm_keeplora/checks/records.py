@@ -9,14 +9,15 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_keeplora.data import Record, TestSet
+from mllm_keeplora.data import Media, Record, TestSet
 from mllm_keeplora.data.media.frames import kept_frames
-from mllm_keeplora.data.media.images import Looks, Size, images_of
+from mllm_keeplora.data.media.images import Looks, Size, shown_of
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import IGNORED, ChatPrompt
 from mllm_keeplora.models.base import family_of
 from mllm_keeplora.models.causal import CausalFamily
+from mllm_keeplora.models.causal.prompt import Extent, extent_of
 from mllm_keeplora.models.reading import read_config, read_generation, read_processor
 from mllm_keeplora.models.shipped import prompt_style
 from mllm_keeplora.system.known import Known, key_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 RULES = 1  # of trying records: raised when they change, so that every record is tried anew
 ALIKE_ONLY = {"MllamaProcessor"}  # fail on batches of which only some records have pictures
+APART = {"SmolVLMProcessor"}  # fail on batches of pictures and of clips
 
 
 def load_family(config: BaseConfig, location: str) -> Family | None:
@@ -42,7 +44,7 @@ def load_family(config: BaseConfig, location: str) -> Family | None:
         if from_hub and isinstance(error.__cause__, (OSError, ValueError)):
             return None
         raise
-    return kind.of(processor, settings, prompt_style(config), read_generation(location, **here))
+    return kind.of(processor, settings, prompt_style(config), read_generation(location, **here), config.video)
 
 
 def gold_faults(part: TestSet, records: Sequence[Record]) -> Iterator[str]:
@@ -94,7 +96,7 @@ class ProcessorTrial:
         )
 
         def fault(record: Record, sizes: list[Size]) -> str | None:
-            shown = record.as_pictures()
+            shown = self.prompt.shown(record)
             length = self.prompt.total_tokens(shown, sizes)
             if self.prompt.trained_tokens(shown) == 0:
                 return "no token of its answers carries loss; does the chat template fit the base?"
@@ -128,7 +130,7 @@ class ProcessorTrial:
             suffix = part.suffix_for(record)
 
             def fault(record: Record, sizes: list[Size], suffix: str = suffix) -> str | None:
-                length = self.prompt.question_tokens(record.as_pictures(), sizes, suffix)
+                length = self.prompt.question_tokens(self.prompt.shown(record), sizes, suffix)
                 if self.positions is None or length < self.positions:
                     return None
                 fitting = self._fitting(record, self.positions - 1, partial(self.prompt.question_tokens, suffix=suffix))
@@ -144,9 +146,9 @@ class ProcessorTrial:
 
     def _tried(self, record: Record, how: tuple, fault: Callable[[Record, list[Size]], str | None]) -> str | None:
         """Say what is wrong with a record, unless one with the same turns and sizes of pictures had no fault before."""
-        shown = record.as_pictures()
+        shown = self.prompt.shown(record)
         try:
-            sizes = list(map(self.looks.size, shown.media))
+            sizes = list(map(self._extent, shown.media))
             key = self._prompt_key and key_of("record", RULES, self._prompt_key, how, shown.turns, sizes)
             if key and self.known.get(key) is not None:
                 return None
@@ -159,18 +161,26 @@ class ProcessorTrial:
             self.known.put(key)
         return None
 
+    def _extent(self, media: Media) -> Extent:
+        return kept_frames().clip(media).extent if media.is_clip else self.looks.size(media)
+
+    def _extents(self, media: Media, frames: int) -> list[Extent]:
+        """Give the extents of what is shown of a picture, or of a clip if it had so many frames."""
+        if media.type == "image":
+            return [self.looks.size(media)]
+        if not self.prompt.is_native:
+            return [self.looks.size(media)] * frames
+        whole = kept_frames().clip(media).extent
+        return [whole._replace(count=frames, times=whole.times[:frames])]
+
     def _fitting(self, record: Record, limit: int, tokens: Callable[[Record, list[Size]], int]) -> str:
         """Tell how many frames of its clips a record that is too long has room for; nothing of one without clips."""
         most = max((media.video.frames for media in record.media if media.type == "video"), default=0)
         for count in range(most - 1, 0, -1):
             clips = [media.video and media.video.model_copy(update={"frames": count}) for media in record.media]
             media = tuple(replace(each, video=fewer) for each, fewer in zip(record.media, clips, strict=True))
-            shown = replace(record, media=media).as_pictures()
-            sizes = [
-                size
-                for each, fewer in zip(record.media, clips, strict=True)
-                for size in [self.looks.size(each)] * (fewer.frames if fewer else 1)
-            ]
+            shown = self.prompt.shown(replace(record, media=media))
+            sizes = [size for each in record.media for size in self._extents(each, count)]
             if tokens(shown, sizes) <= limit:
                 return f", or set `video: {{frames: {count}}}`, which fits"
         return ""
@@ -196,7 +206,9 @@ def mixed_faults(
     stage: int | None,
     joined: bool,
 ) -> Iterator[str]:
-    """Yield a sentence for each set with and without pictures, where the base or ZeRO-3 cannot have that.
+    """Yield a sentence for each set of unlike records, where the base or ZeRO-3 cannot have that.
+
+    Unlike are those with and without pictures; for some bases, and under ZeRO-3, those with pictures and with clips.
 
     Args:
         trained, graded: whole sets by name.
@@ -204,22 +216,32 @@ def mixed_faults(
         stage: of ZeRO: in 3 processes wait for each other in the vision tower.
         joined: whether batches hold records of several domains.
     """
-    alike = type(getattr(prompt, "processor", None)).__name__ in ALIKE_ONLY
-    if not alike and stage != 3:
+    processor = type(getattr(prompt, "processor", None)).__name__
+    apart = prompt is not None and prompt.is_native and (processor in APART or stage == 3)
+    if processor not in ALIKE_ONLY and stage != 3 and not apart:
         return
     sets: dict[str, Iterable[Record]] = {**trained, **{f"test of {name}": each for name, each in graded.items()}}
     if joined:
         sets["all domains together"] = chain.from_iterable(trained.values())
     for name, records in sets.items():
-        kinds = {bool(record.media): record.origin for record in records}
-        if len(kinds) == 2:
+        kinds = {_shows(record, apart): record.origin for record in records}
+        if processor in APART and stage != 3:
+            kinds.pop("without images", None)
+        if len(kinds) > 1:
             why = (
                 "under ZeRO-3 processes with unlike batches wait for each other for ever; split the domain, or "
                 "take zero2"
                 if stage == 3
                 else "this base cannot batch them; part them"
             )
-            yield f"{name} mixes records with images ({kinds[True]}) and without ({kinds[False]}): {why}"
+            told = " and ".join(f"{kind} ({origin})" for kind, origin in sorted(kinds.items()))
+            yield f"{name} mixes records {told}: {why}"
+
+
+def _shows(record: Record, apart: bool) -> str:
+    if apart and any(media.type == "video" for media in record.media):
+        return "with clips"
+    return "with images" if record.media else "without images"
 
 
 def as_seen(family: Family, record: Record) -> RenderableType:
@@ -230,8 +252,8 @@ def as_seen(family: Family, record: Record) -> RenderableType:
     if not isinstance(family, CausalFamily):
         return _compared(family, record)
     prompt = family.prompt
-    record = record.as_pictures()
-    pictures = images_of(record, prompt.background)
+    record = prompt.shown(record)
+    pictures = shown_of(record, prompt.background)
     batch = prompt.training_batch([record], [pictures], None)
     tokens, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     text = Text()
@@ -244,7 +266,11 @@ def as_seen(family: Family, record: Record) -> RenderableType:
         if media.frame is not None:
             second = kept_frames().clip(media).times[media.frame]
             what = f"clip {media.path.name}, frame {media.frame + 1} of {media.video.frames} at {second:.2f} s"
-        facts.append(f"{what}: {picture.width} x {picture.height} pixels as the processor gets it")
+        width, height, *more = extent_of(picture)
+        if more:
+            seconds = ", ".join(f"{second:.2f}" for second in picture.times)
+            what = f"clip {media.path.name}, {len(picture.times)} frames at {seconds} s"
+        facts.append(f"{what}: {width} x {height} pixels as the processor gets it")
     shapes = [f"{key} {tuple(value.shape)}" for key, value in batch.items() if value.ndim > 2]
     if shapes:
         facts.append(f"pixel values {', '.join(shapes)}")

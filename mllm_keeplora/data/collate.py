@@ -20,7 +20,7 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any], pad: int) -> dic
         pad: token id to fill up with; nothing of it is attended to or carries loss.
 
     Raises:
-        ValueError: an input of one batch has more dimensions than the other's.
+        ValueError: an input of one batch has more dimensions than the other's, or clips another number of frames.
     """
     import torch
     from torch.nn.functional import pad as padded
@@ -44,6 +44,9 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any], pad: int) -> dic
             parts.append(values)
         if len({part.ndim for part in parts}) > 1:
             raise ValueError(f"{name} of shapes {[tuple(part.shape) for part in parts]} do not fit into one batch")
+        if name == "pixel_values_videos" and len({part.shape[1] for part in parts if part.ndim > 2}) > 1:
+            counts = " and ".join(str(part.shape[1]) for part in parts)  # black frames would be added
+            raise ValueError(f"clips of {counts} frames do not fit into one batch; give `video.frames` one number")
         # Each further dimension is filled up with zeros at its end.
         largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
         for number, part in enumerate(parts):

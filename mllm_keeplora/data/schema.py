@@ -40,6 +40,11 @@ class Media:
     video: VideoOptions | None = None
     frame: int | None = None
 
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is a clip as a whole, none of its frames."""
+        return self.type == "video" and self.frame is None
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -89,11 +94,11 @@ class Record:
 
     def as_pictures(self) -> Record:
         """Show each clip as the pictures that are seen of it, at its place in the text."""
-        if all(media.type == "image" or media.frame is not None for media in self.media):
+        if not any(media.is_clip for media in self.media):
             return self
-        counts = [1 if media.type == "image" else media.video.frames for media in self.media]
+        counts = [media.video.frames if media.is_clip else 1 for media in self.media]
         shown = [
-            media if media.type == "image" else replace(media, frame=frame)
+            replace(media, frame=frame) if media.is_clip else media
             for media, count in zip(self.media, counts, strict=True)
             for frame in range(count)
         ]

@@ -96,7 +96,9 @@ def load_base(
             model.to(distributed.device())
     refuse_not_finite(config.model, location, model)
     refuse_small_vocabulary(config.model, processor, kind.vocabulary(model))
-    family = kind.of(processor, model.config, prompt_style(config), getattr(model, "generation_config", None))
+    family = kind.of(
+        processor, model.config, prompt_style(config), getattr(model, "generation_config", None), config.video
+    )
     return Base(config.model, model, processor, family, family.name_parts(model, projector, target), identity)
 
 
@@ -139,7 +141,7 @@ def _quantisation(config: BaseConfig, location: str) -> dict[str, Any]:
             "experts in one tensor, which bitsandbytes does not quantise; leave base.quantization out"
         )
     heads = [name for name, module in empty.named_modules() if module is empty.get_output_embeddings()]
-    dtype, skipped = compute_dtype(config.dtype), [parts.vision_tower, *parts.projectors, *heads]
+    dtype, skipped = compute_dtype(config.dtype), [parts.vision_tower, *parts.other_towers, *parts.projectors, *heads]
     kinds: dict[str, dict[str, Any]] = {
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
         "int8": {"load_in_8bit": True},

@@ -31,7 +31,7 @@ def build_family(name: str, folder: Path, seed: int = 0) -> Path:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        FAMILIES[name](folder)
+        {**FAMILIES, **OF_CLIPS}[name](folder)
     return folder
 
 
@@ -110,6 +110,38 @@ def _llava(folder: Path, family: str, name: str, text: type, ends: str = "", **c
     )
     tower = hf.CLIPVisionConfig(**_tower(patch_size=2 * PATCH))
     _write(folder, family, name, processor, tower, text(**_text(tokenizer)), ends, image_seq_length=4, **config)
+
+
+def _llava_next_video(folder: Path) -> None:
+    tokenizer = tokenizer_of(**TOKENIZERS["llava-next-video"])
+    settings = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
+    processor = hf.LlavaNextVideoProcessor(
+        hf.LlavaNextVideoVideoProcessor(**settings),
+        hf.LlavaNextImageProcessor(**settings, image_grid_pinpoints=GRIDS[1:]),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    ids = {"video_token_id": processor.video_token_id, "image_grid_pinpoints": GRIDS[1:]}
+    tower, text = hf.CLIPVisionConfig(**_tower()), hf.LlamaConfig(**_text(tokenizer))
+    _write(folder, "llava-next-video", "LlavaNextVideo", processor, tower, text, **ids)
+
+
+def _video_llava(folder: Path) -> None:
+    """A tower for pictures and another one for clips."""
+    tokenizer = tokenizer_of(**TOKENIZERS["video-llava"])
+    settings = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
+    processor = hf.VideoLlavaProcessor(
+        hf.VideoLlavaImageProcessor(**settings),
+        hf.VideoLlavaVideoProcessor(**settings),
+        tokenizer,
+        patch_size=2 * PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    tower, text = hf.CLIPVisionConfig(**_tower(patch_size=2 * PATCH)), hf.LlamaConfig(**_text(tokenizer))
+    _write(folder, "video-llava", "VideoLlava", processor, tower, text, video_token_id=processor.video_token_id)
 
 
 def _llava_onevision(folder: Path) -> None:
@@ -242,3 +274,5 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "aya-vision": _aya_vision,
 }
 FAMILIES = {name: build for name, build in FAMILIES.items() if name not in UNBUILDABLE}
+# Families for clips, beside those of `FAMILIES` that take them, too.
+OF_CLIPS: dict[str, Callable[[Path], None]] = {"llava-next-video": _llava_next_video, "video-llava": _video_llava}

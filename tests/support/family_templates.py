@@ -34,6 +34,7 @@ def chat(
     text: str = TEXT,
     before_text: str = "",
     images_first: bool = False,
+    video: str = "",
 ) -> str:
     """A template of what stands before and after each role's content.
 
@@ -45,8 +46,10 @@ def chat(
         text: the Jinja expression of a text part.
         before_text: a mark before each text part.
         images_first: pictures are moved to the front of their turn.
+        video: what stands for a clip.
     """
     picture = "{% if part['type'] == 'image' %}" + say(image) + "{% endif %}"
+    picture += "{% if part['type'] == 'video' %}" + say(video) + "{% endif %}" if video else ""
     words = "{% if part['type'] == 'text' %}" + say(before_text) + "{{ " + text + " }}{% endif %}"
     loop = "{% for part in message['content'] %}"
     orders = [picture, words] if images_first else [picture + words]
@@ -60,9 +63,9 @@ def chat(
     return start + "{% for message in messages %}" + "".join(cases) + "{% endfor %}" + ending
 
 
-def chatml(image: str, start: str = "") -> str:
+def chatml(image: str, start: str = "", video: str = "") -> str:
     roles = {role: (f"<|im_start|>{role}\n", "<|im_end|>\n") for role in ("system", "user", "assistant")}
-    return chat(**roles, prompt="<|im_start|>assistant\n", image=image, start=start)
+    return chat(**roles, prompt="<|im_start|>assistant\n", image=image, start=start, video=video)
 
 
 def idefics(start: str) -> str:
@@ -75,6 +78,7 @@ def idefics(start: str) -> str:
 
 
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 QWEN_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}"
     + say("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
@@ -107,6 +111,11 @@ TEMPLATES = {
         ("<|im_start|>system ", "<|im_end|>"),
         before_text="\n",
         images_first=True,
+        video="<video>",
+    ),
+    **dict.fromkeys(
+        ("llava-next-video", "video-llava"),
+        chat(("USER: ", " "), ("ASSISTANT: ", "</s>"), "ASSISTANT:", "<image>\n", video="<video>\n"),
     ),
     "llava-phi3": chat(
         ("<|user|>\n", "<|end|>\n"),
@@ -123,10 +132,10 @@ TEMPLATES = {
         "<image>\n",
         start="{% if messages[0]['role'] != 'system' %}" + say(VICUNA) + "{% endif %}",
     ),
-    "qwen2-vl": chatml(QWEN_IMAGE, QWEN_SYSTEM),
-    "qwen2.5-vl": chatml(QWEN_IMAGE, QWEN_SYSTEM),
-    "qwen3-vl": chatml(QWEN_IMAGE),
-    "internvl": chatml("<IMG_CONTEXT>\n"),
+    "qwen2-vl": chatml(QWEN_IMAGE, QWEN_SYSTEM, QWEN_VIDEO),
+    "qwen2.5-vl": chatml(QWEN_IMAGE, QWEN_SYSTEM, QWEN_VIDEO),
+    "qwen3-vl": chatml(QWEN_IMAGE, video=QWEN_VIDEO),
+    "internvl": chatml("<IMG_CONTEXT>\n", video="<video>\n"),
     "idefics3": idefics("<|begin_of_text|>"),
     "smolvlm": idefics("<|im_start|>"),
     # Published without a template; this is the documented prompt. The processor puts <bos> behind the last image and
@@ -199,6 +208,8 @@ TOKENIZERS: dict[str, dict] = {
         "eos": "<|endoftext|>",
         "rstrip": PHI3,
     },
+    "llava-next-video": {**LLAMA2, "marks": f"{LLAMA2['marks']} <video>"},
+    "video-llava": {**LLAMA2, "marks": f"{LLAMA2['marks']} <video>"},
     "llava-onevision": {**QWEN, "marks": f"{CHATML} <image> <video>"},
     "qwen2-vl": QWEN,
     "qwen2.5-vl": QWEN,

@@ -66,6 +66,28 @@ def images_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> l
         raise UserError(f"{record.origin}: {error}") from None
 
 
+def shown_of(record: Record, background: tuple[int, int, int] = (0, 0, 0)) -> list:
+    """Decode what a record shows: pictures (PIL), and each clip as a `Clip`.
+
+    Args:
+        record: names them; its clips stay whole unless they are pictures by now (`Record.as_pictures`).
+        background: colour around pictures that are to be padded to squares.
+
+    Raises:
+        UserError: one of them cannot be read; the record is named.
+    """
+    found = []
+    for media in record.media:
+        if not media.is_clip:
+            found += images_of(replace(record, media=(media,)), background)
+            continue
+        try:
+            found.append(kept_frames().clip(media))
+        except UserError as error:
+            raise UserError(f"{record.origin}: {error}") from None
+    return found
+
+
 def image_size(media: Media) -> Size:
     """Read width and height of an image as the processor gets it, from its header where the format allows.
 

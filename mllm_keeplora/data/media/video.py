@@ -55,6 +55,37 @@ class Clip(NamedTuple):
     total: int
     seconds: float
 
+    @property
+    def extent(self) -> ClipExtent:
+        """Say all but the colours."""
+        count, height, width, _ = self.frames.shape
+        return ClipExtent(width, height, count, self.times, self.rate, self.total, self.seconds)
+
+
+class ClipExtent(NamedTuple):
+    """What a base's processor may ask about a clip beside its colours: `Clip` has the rest."""
+
+    width: int
+    height: int
+    count: int
+    times: tuple[float, ...]
+    rate: float
+    total: int
+    seconds: float
+
+    def blank(self) -> Clip:
+        """Make a black clip of this extent."""
+        import numpy as np
+
+        frames = np.zeros((self.count, self.height, self.width, 3), np.uint8)
+        return Clip(frames, self.times, self.rate, self.total, self.seconds)
+
+    def metadata(self) -> dict[str, Any]:
+        """Tell transformers' processors which frames of a clip are given, so that none samples or guesses anew."""
+        indices = [round(second * self.rate) for second in self.times]
+        told = {"total_num_frames": self.total, "fps": self.rate, "duration": self.seconds, "frames_indices": indices}
+        return {**told, "height": self.height, "width": self.width}
+
 
 class Packets(NamedTuple):
     """What the packets of a clip's first video stream tell; stamps are whole numbers of `unit` seconds, ascending.

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_keeplora.data.collate import joined
-from mllm_keeplora.data.media.images import image_size, images_of
+from mllm_keeplora.data.media.images import shown_of
 from mllm_keeplora.data.schema import Record, Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models.causal.decoding import greedy
 from mllm_keeplora.models.causal.features import feature_sizes, final_states, prompt_features, rows_by_question
-from mllm_keeplora.models.causal.losses import passing, supervised_logits, token_kinds, token_losses
+from mllm_keeplora.models.causal.losses import media_tokens, passing, supervised_logits, token_kinds, token_losses
 from mllm_keeplora.models.causal.parts import name_parts, projector_names, summary_of
-from mllm_keeplora.models.causal.prompt import ChatPrompt, prompt_of
+from mllm_keeplora.models.causal.prompt import ChatPrompt, extent_of, prompt_of
 from mllm_keeplora.models.causal.sizes import sizes_of
 from mllm_keeplora.models.family import Answer, Batch
 
@@ -47,8 +47,8 @@ class CausalFamily:
         return self.prompt.processor
 
     @classmethod
-    def of(cls, processor: Any, config: Any, style: str, generation: Any) -> CausalFamily:
-        return cls(prompt_of(processor, style, generation))
+    def of(cls, processor: Any, config: Any, style: str, generation: Any, video: str = "auto") -> CausalFamily:
+        return cls(prompt_of(processor, style, generation, video))
 
     @staticmethod
     def vocabulary(model: Any) -> int | None:
@@ -59,12 +59,12 @@ class CausalFamily:
         return False  # of the tower no layer learns, and a projector's rows are told apart by their shape
 
     def training_batch(self, records: Sequence[Record], max_length: int | None = None) -> Batch:
-        shown = [record.as_pictures() for record in records]
-        return self.prompt.training_batch(shown, self._images(shown), max_length)
+        records = list(map(self.prompt.shown, records))
+        return self.prompt.training_batch(records, self._shown(records), max_length)
 
     def question_batch(self, records: Sequence[Record], suffixes: Sequence[str] | None = None) -> Batch:
-        shown = [record.as_pictures() for record in records]
-        return self.prompt.question_batch(shown, self._images(shown), suffixes)
+        records = list(map(self.prompt.shown, records))
+        return self.prompt.question_batch(records, self._shown(records), suffixes)
 
     def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Batch:
         return joined(first, second, self.prompt.tokenizer.pad_token_id)
@@ -76,18 +76,18 @@ class CausalFamily:
         return self.training_batch([Record("a text", (), (Turn("user", "?"), Turn("assistant", "!")))])
 
     def length(self, record: Record) -> int:
-        return self.prompt.length(record.as_pictures())
+        return self.prompt.length(self.prompt.shown(record))
 
     def extent(self, record: Record) -> tuple[int, int]:
-        record = record.as_pictures()
-        sizes = list(map(image_size, record.media))
+        record = self.prompt.shown(record)
+        sizes = list(map(extent_of, *self._shown([record])))
         return self.prompt.total_tokens(record, sizes), self.prompt.trained_tokens(record)
 
     def asking(self, ensemble: bool) -> AbstractContextManager:
         return nullcontext()
 
     def token_kinds(self, model: Any, batch: Mapping[str, Tensor], pictures: bool = False) -> dict[str, Tensor]:
-        return token_kinds(batch, getattr(model.config, "image_token_id", None))
+        return token_kinds(batch, media_tokens(model.config))
 
     def answers(
         self, model: Any, batch: Mapping[str, Tensor], limit: int, keep_rows: Callable[[Tensor], None]
@@ -101,5 +101,5 @@ class CausalFamily:
         told = zip(prompt.answers(found.tokens), ended, found.close.tolist(), strict=True)
         return [Answer(text, not has_ended, is_close) for text, has_ended, is_close in told]
 
-    def _images(self, records: Sequence[Record]) -> list[list]:
-        return [images_of(record, self.prompt.background) for record in records]
+    def _shown(self, records: Sequence[Record]) -> list[list]:
+        return [shown_of(record, self.prompt.background) for record in records]

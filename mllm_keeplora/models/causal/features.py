@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.models.causal.losses import IGNORED
+from mllm_keeplora.models.causal.losses import IGNORED, is_any_of, media_tokens
 from mllm_keeplora.models.causal.parts import projectors_of
 from mllm_keeplora.models.family import inputs_of
 from mllm_keeplora.models.running import removed_afterwards
@@ -47,6 +47,11 @@ def prompt_features(model: Any, batch: Mapping[str, Tensor], pictures: bool = Tr
 
     # pictures: each question's share of the rows that the tower gives for the whole batch
     width, given = feature_sizes(model)[1], _of_pictures(batch)
+    if "pixel_values_videos" in given:
+        raise UserError(
+            f"{type(model).__name__}: what its tower sees of clips cannot be dealt out to questions; base.video=frames "
+            "shows them as pictures, strategy.pictures=false looks at the words alone"
+        )
     if "pixel_values" not in given:
         return torch.nn.functional.pad(words, (0, width))
     rows = _tower_rows(model, given)
@@ -117,9 +122,9 @@ def rows_by_question(model: Any, batch: Mapping[str, Tensor], rows: int) -> Tens
 
 def _asked(model: Any, batch: Mapping[str, Tensor], pictures: bool = False) -> Tensor:
     """Tokens of the instruction (b, t), with `pictures` theirs: no padding, and nothing from the first answer on."""
-    mask, token = batch["attention_mask"].bool(), getattr(model.config, "image_token_id", None)
-    if token is not None and not pictures:
-        mask = mask & (batch["input_ids"] != token)
+    mask, media = batch["attention_mask"].bool(), media_tokens(model.config)
+    if media and not pictures:
+        mask = mask & ~is_any_of(batch["input_ids"], media)
     if "labels" in batch:
         mask = mask & ((batch["labels"] != IGNORED).cumsum(dim=1) == 0)
     return mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,30 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
-def token_kinds(batch: Mapping[str, Tensor], image_token: int | None) -> dict[str, Tensor]:
+def media_tokens(config: Any) -> tuple[int, ...]:
+    """Name the tokens that stand for patches of pictures and clips, by their ids."""
+    found = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def is_any_of(ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Mark the places of some tokens."""
+    import torch
+
+    return torch.isin(ids, torch.tensor(tokens, dtype=ids.dtype, device=ids.device))
+
+
+def token_kinds(batch: Mapping[str, Tensor], media: Sequence[int]) -> dict[str, Tensor]:
     """Mark all tokens but padding by their kind: those of pictures, of answers, and the rest, the instruction.
 
     Args:
-        batch: `attention_mask` (b, t); `input_ids` where there is an image token; `labels` where there are answers.
-        image_token: id of the token that stands for a picture's patch.
+        batch: `attention_mask` (b, t); `input_ids` where there are such tokens; `labels` where there are answers.
+        media: tokens that stand for patches of pictures and clips, which count as pictures.
     """
     real = batch["attention_mask"].bool()
     image = answer = real & False
-    if image_token is not None:
-        image = (batch["input_ids"] == image_token) & real
+    if media:
+        image = is_any_of(batch["input_ids"], media) & real
     if "labels" in batch:
         answer = (batch["labels"] != IGNORED) & real
     return {"image": image, "answer": answer, "instruction": real & ~image & ~answer}

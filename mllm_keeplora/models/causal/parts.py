@@ -12,6 +12,7 @@ from mllm_keeplora.models.layers import block_of, chosen, linears
 
 ALL_LINEARS = "language_linears"
 PROJECTORS = ("multi_modal_projector", "connector", "visual.merger", "vision_projection", "mm_projector")
+MORE_TOWERS = ("video_tower",)  # Video-LLaVA's, for clips alone
 MORE_PROJECTORS = ("visual.deepstack_merger_list",)  # of features from inside the tower, beside the projector
 
 
@@ -22,6 +23,7 @@ class Parts:
     Attributes:
         projectors: every module between vision tower and language model, the main one first.
         language_layers, projector_layers: linear layers that get adapters; the projector's only if `keeplora` says so.
+        other_towers: vision towers beside that of pictures, frozen like it.
     """
 
     language_model: str
@@ -29,6 +31,7 @@ class Parts:
     projectors: tuple[str, ...]
     language_layers: tuple[str, ...]
     projector_layers: tuple[str, ...]
+    other_towers: tuple[str, ...] = ()
 
     @property
     def target_layers(self) -> tuple[str, ...]:
@@ -78,7 +81,8 @@ def name_parts(model: Any, projector: str, target: str | Sequence[str] = ALL_LIN
     projectors = (mm_projector, *_named(names.values(), MORE_PROJECTORS))
     adapted = projectors if projector == "keeplora" else ()
     projector_layers = tuple(layer for each in adapted for layer in linears(model, each))
-    return Parts(language, tower, projectors, layers, projector_layers)
+    others = tuple(name for name in _named(names.values(), MORE_TOWERS) if name != tower)
+    return Parts(language, tower, projectors, layers, projector_layers, others)
 
 
 def projectors_of(model: Any) -> list[Any]:
@@ -108,7 +112,7 @@ def summary_of(model: Any, parts: Parts) -> list[str]:
     return [
         f"language model  {parts.language_model}: {kinds(parts.language_layers)}",
         f"projector       {', '.join(parts.projectors)}: {kinds(parts.projector_layers) or 'no adapters'}",
-        f"vision tower    {parts.vision_tower}: frozen",
+        f"vision tower    {', '.join((parts.vision_tower, *parts.other_towers))}: frozen",
     ]
 
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from mllm_keeplora.data.schema import IMAGE_MARK, Record, Turn
+from mllm_keeplora.data.media.video import Clip, ClipExtent
+from mllm_keeplora.data.schema import IMAGE_MARK, MARKS, VIDEO_MARK, Record, Turn, marks_in
 from mllm_keeplora.errors import UserError, first_line
 from mllm_keeplora.models.causal.losses import IGNORED
 from mllm_keeplora.models.causal.templates import STYLES
@@ -25,6 +26,8 @@ DATE = (
     "else '2024-07-26' }}{% endmacro %}"
 )
 PATIENCE_S, LONGEST = 20, 1 << 20  # of a template: seconds, and characters that it makes of a question mark
+KINDS = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
+MARK_OR_TEXT = re.compile(f"({MARKS.pattern})")
 REMEMBERED = 1 << 15  # renderings; conversations of a domain share their first turns, and passes share conversations
 
 
@@ -35,9 +38,14 @@ class ChatPrompt:
         processor: of the base; its template is replaced where a style is named.
         style: `chat_template`, or a key of `STYLES`.
         ends: ids of the tokens at which generation stops, beside the tokenizer's own end mark.
+        video: `native` shows clips by the processor's own input for them, `frames` as pictures; `auto` is native where
+            the processor has such an input.
+
+    Raises:
+        UserError: no template, one that cannot be used, or `native` where no clip can be put.
     """
 
-    def __init__(self, processor: Any, style: str = "chat_template", ends: Iterable[int] = ()):
+    def __init__(self, processor: Any, style: str = "chat_template", ends: Iterable[int] = (), video: str = "auto"):
         self.processor = processor
         if style in STYLES:
             processor.chat_template = STYLES[style]
@@ -47,12 +55,22 @@ class ChatPrompt:
         self.tokenizer = processor.tokenizer
         self.ends = {self.tokenizer.eos_token_id, *ends} - {None}
         self._controls = re.compile("|".join(map(re.escape, _control_tokens(processor))) or "(?!)")
-        self._widenings: dict[tuple[tuple[int, int], ...], int] = {}
+        self._widenings: dict[tuple[Extent, ...], int] = {}
         if not getattr(processor, "chat_template", None):
             raise UserError("the base's processor has no chat template, so its prompt is not known")
         _try_template(processor)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.is_native = video != "frames" and self._takes_clips()
+        if video == "native" and not self.is_native:
+            kind = type(processor).__name__
+            raise UserError(
+                f"base.video is native, but {kind} or its prompt has no place for clips; allowed: auto, frames"
+            )
+
+    def shown(self, record: Record) -> Record:
+        """Give a record as it is put to the base: its clips whole, or as pictures."""
+        return record if self.is_native else record.as_pictures()
 
     @property
     def background(self) -> tuple[int, int, int]:
@@ -60,7 +78,7 @@ class ChatPrompt:
         mean = getattr(getattr(self.processor, "image_processor", None), "image_mean", None) or (0.0, 0.0, 0.0)
         return tuple(int(255 * value) for value in mean)
 
-    def training_batch(self, records: Sequence[Record], images: Sequence[list], max_length: int | None) -> dict:
+    def training_batch(self, records: Sequence[Record], shown: Sequence[list], max_length: int | None) -> dict:
         """Make right-padded tensors of whole conversations with `labels` (b, t), IGNORED everywhere but on answers.
 
         Raises:
@@ -68,13 +86,13 @@ class ChatPrompt:
                 the base's processor.
         """
         texts = [self._render(record, len(record.turns)) for record in records]
-        batch = self._inputs(records, texts, images, side="right")
+        batch = self._inputs(records, texts, shown, side="right")
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         labels = batch["input_ids"].new_full(batch["input_ids"].shape, IGNORED)
         for row, (record, length) in enumerate(zip(records, lengths, strict=True)):
             if max_length is not None and length > max_length:
                 raise UserError(f"{record.origin}: {length} tokens, train.max_length allows {max_length}")
-            widened = self._widened(record, [picture.size for picture in images[row]], texts[row], length)
+            widened = self._widened(record, list(map(extent_of, shown[row])), texts[row], length)
             for start, stop in self._answer_spans(record, texts[row], widened):
                 labels[row, start:stop] = batch["input_ids"][row, start:stop]
         is_silent = (labels == IGNORED).all(dim=1).tolist()
@@ -87,12 +105,12 @@ class ChatPrompt:
         return batch
 
     def question_batch(
-        self, records: Sequence[Record], images: Sequence[list], suffixes: Sequence[str] | None = None
+        self, records: Sequence[Record], shown: Sequence[list], suffixes: Sequence[str] | None = None
     ) -> dict:
         """Make left-padded tensors of questions, ready for generation; each may have a suffix appended to its text."""
         ends = suffixes if suffixes is not None else [""] * len(records)
         texts = [self._render(record, _asked(record), end) for record, end in zip(records, ends, strict=True)]
-        return self._inputs(records, texts, images, side="left")
+        return self._inputs(records, texts, shown, side="left")
 
     def answers(self, tokens: Any) -> list[str]:
         """Decode generated tokens (b, new), without special tokens, outer spaces stripped."""
@@ -113,40 +131,42 @@ class ChatPrompt:
         ids, spans = self._ids(text), self._answer_spans(record, text, [0] * len(record.turns))
         return all(self.ends.intersection(ids[start:stop]) for start, stop in spans)
 
-    def total_tokens(self, record: Record, sizes: Sequence[tuple[int, int]]) -> int:
-        """Count the tokens of a conversation and its images, of which only the sizes (width, height) are needed."""
+    def total_tokens(self, record: Record, sizes: Sequence[Extent]) -> int:
+        """Count the tokens of a conversation and what it shows, of which only the extents are needed."""
         with _refused(record, sizes):
             return len(self._ids(self._render(record, len(record.turns)))) + self._widening(tuple(sizes))
 
-    def question_tokens(self, record: Record, sizes: Sequence[tuple[int, int]], suffix: str = "") -> int:
-        """Count the tokens of a question and its images, of which only the sizes (width, height) are needed."""
+    def question_tokens(self, record: Record, sizes: Sequence[Extent], suffix: str = "") -> int:
+        """Count the tokens of a question and what it shows, of which only the extents are needed."""
         with _refused(record, sizes):
             return len(self._ids(self._render(record, _asked(record), suffix))) + self._widening(tuple(sizes))
 
-    def _widening(self, sizes: tuple[tuple[int, int], ...]) -> int:
-        """How many more tokens pictures of these sizes take in one record than their marks; found out once."""
+    def _widening(self, sizes: tuple[Extent, ...]) -> int:
+        """How many more tokens what is shown, of these extents, takes in a record than its marks; found out once."""
         from PIL import Image
 
         if not sizes:
             return 0
         if sizes not in self._widenings:
-            text = _rendered(self.processor, (Turn("user", "?"),), len(sizes), "", True)
-            batch = self._process([text], [[Image.new("RGB", size) for size in sizes]], side="right")
+            kinds = tuple("video" if isinstance(size, ClipExtent) else "image" for size in sizes)
+            text = _rendered(self.processor, (Turn("user", "?"),), kinds, "", True)
+            blank = [size.blank() if isinstance(size, ClipExtent) else Image.new("RGB", size) for size in sizes]
+            batch = self._process([text], [blank], side="right")
             self._widenings[sizes] = batch["input_ids"].shape[1] - len(self._ids(text))
         return self._widenings[sizes]
 
-    def _widened(self, record: Record, sizes: Sequence[tuple[int, int]], text: str, length: int) -> list[int]:
+    def _widened(self, record: Record, sizes: Sequence[Extent], text: str, length: int) -> list[int]:
         """Per turn: how many more tokens the images up to its end take in the processed ids than in the text.
 
         Raises:
             UserError: images stand in later turns, and what they take together is not what each takes alone.
         """
         total = length - len(self._ids(text))
-        if not any(IMAGE_MARK in turn.text for turn in record.turns[_asked(record) :]):
+        if not any(marks_in(turn.text) for turn in record.turns[_asked(record) :]):
             return [total] * len(record.turns)  # all images come before the first answer
         each, widened, shown = [self._widening((size,)) for size in sizes], [], 0
         for turn in record.turns:
-            shown += turn.text.count(IMAGE_MARK)
+            shown += marks_in(turn.text)
             widened.append(sum(each[:shown]))
         if widened[-1] != total:
             raise UserError(f"{record.origin}: {len(each)} images take {total} tokens together, {widened[-1]} alone")
@@ -182,14 +202,25 @@ class ChatPrompt:
         """
         shown = record.turns[:turns]
         for turn in shown:
-            if (found := self._controls.search(turn.text.replace(IMAGE_MARK, ""))) is not None:
+            if (found := self._controls.search(MARKS.sub("", turn.text))) is not None:
                 raise UserError(
                     f"{record.origin}: its text spells {found[0]!r}, a control token of the base, which would not stay "
                     "text; write it otherwise"
                 )
         open_end = shown[-1].role == "user" if generation is None else generation
-        marked = any(IMAGE_MARK in turn.text for turn in record.turns)
-        return _rendered(self.processor, shown, 0 if marked else len(record.media), suffix, open_end)
+        marked = any(marks_in(turn.text) for turn in record.turns)
+        first = () if marked else tuple("video" if each.is_clip else "image" for each in record.media)
+        return _rendered(self.processor, shown, first, suffix, open_end)
+
+    def _takes_clips(self) -> bool:
+        """Whether the processor has an input for clips, and the template a place for them."""
+        mark = getattr(self.processor, "video_token", None)
+        if getattr(self.processor, "video_processor", None) is None or mark is None:
+            return False
+        try:
+            return mark in _rendered(self.processor, (Turn("user", "?"),), ("video",), "", True)
+        except Exception:  # of whatever kind: templates compute what they like, and of this part they may know nothing
+            return False
 
     def _ids(self, text: str) -> Sequence[int]:
         return _encoded(self.tokenizer, text, self._adds_marks(text))[0]
@@ -198,21 +229,29 @@ class ChatPrompt:
         """Whether the tokenizer shall add its own marks: not where the template has put the first one."""
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
-    def _inputs(self, records: Sequence[Record], texts: list[str], images: Sequence[list], side: str) -> dict:
+    def _inputs(self, records: Sequence[Record], texts: list[str], shown: Sequence[list], side: str) -> dict:
         """Have the processor make inputs; what it refuses is told with the record."""
         try:
-            return self._process(texts, images, side)
+            return self._process(texts, shown, side)
         except Exception:  # whatever it raises: find the record that it does not take
-            for record, text, own in zip(records, texts, images, strict=True):
-                with _refused(record, [picture.size for picture in own]):
+            for record, text, own in zip(records, texts, shown, strict=True):
+                with _refused(record, list(map(extent_of, own))):
                     self._process([text], [own], side)
             raise
 
-    def _process(self, texts: list[str], images: Sequence[list], side: str) -> dict:
-        pictures = [list(each) for each in images] if any(images) else None
+    def _process(self, texts: list[str], shown: Sequence[list], side: str) -> dict:
+        pictures = [[each for each in own if not isinstance(each, Clip)] for own in shown]
+        clips = [each for own in shown for each in own if isinstance(each, Clip)]
+        moving = {}
+        if clips:  # the frames are chosen: a processor samples no more, and prints their own seconds
+            moving = {"videos": [each.frames for each in clips], "do_sample_frames": False}
+            moving["video_metadata"] = [each.extent.metadata() for each in clips]
+            if hasattr(self.processor.video_processor, "cap_pixels_per_frame"):  # whose default is about to change
+                moving["cap_pixels_per_frame"] = False
         batch = self.processor(
             text=texts,
-            images=pictures,
+            images=pictures if any(pictures) else None,
+            **moving,
             padding=True,
             padding_side=side,
             add_special_tokens=self._adds_marks(texts[0]),
@@ -228,40 +267,48 @@ class PrefixPrompt(ChatPrompt):
     while it is learnt. The processor adds a start mark and a line break to any text, so it is left out here.
     """
 
-    def training_batch(self, records: Sequence[Record], images: Sequence[list], max_length: int | None) -> dict:
+    def training_batch(self, records: Sequence[Record], shown: Sequence[list], max_length: int | None) -> dict:
         """Make the batch of `ChatPrompt`; everything from the first trained token on is causal."""
-        batch = super().training_batch(records, images, max_length)
+        batch = super().training_batch(records, shown, max_length)
         batch["token_type_ids"] = (batch["labels"] != IGNORED).int().cummax(dim=1).values.to(batch["input_ids"].dtype)
         return batch
 
     def _adds_marks(self, text: str) -> bool:
         return False
 
-    def _process(self, texts: list[str], images: Sequence[list], side: str) -> dict:
+    def _process(self, texts: list[str], shown: Sequence[list], side: str) -> dict:
         processor, mark = self.processor, self.processor.image_token
         widened = [text.replace(mark, mark * processor.image_seq_length) for text in texts]
         batch = dict(
             self.tokenizer(widened, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
         )
         batch["token_type_ids"] = batch["input_ids"].new_zeros(batch["input_ids"].shape)
-        pictures = [picture for each in images for picture in each]
+        pictures = [picture for each in shown for picture in each]
         if pictures:
             batch["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return batch
 
 
-def prompt_of(processor: Any, style: str, generation: Any = None) -> ChatPrompt:
+Extent = tuple[int, int] | ClipExtent  # width and height of a picture, or more of a clip
+
+
+def extent_of(shown: Any) -> Extent:
+    """Give what a picture's or clip's tokens depend on."""
+    return shown.extent if isinstance(shown, Clip) else shown.size
+
+
+def prompt_of(processor: Any, style: str, generation: Any = None, video: str = "auto") -> ChatPrompt:
     """Make the prompt of a base from its processor and the style that `prompt_style` gives.
 
     Its generation config, if it has one, names the tokens that end an answer.
     """
     ends = getattr(generation, "eos_token_id", None)
     kind = PrefixPrompt if style == "paligemma" else ChatPrompt
-    return kind(processor, style, ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return kind(processor, style, ends if isinstance(ends, list) else [] if ends is None else [ends], video)
 
 
 @contextmanager
-def _refused(record: Record, sizes: Sequence[tuple[int, int]]) -> Iterator[None]:
+def _refused(record: Record, sizes: Sequence[Extent]) -> Iterator[None]:
     """Tell what a processor refuses, in whatever way, with the record and its pictures."""
     try:
         yield
@@ -269,7 +316,7 @@ def _refused(record: Record, sizes: Sequence[tuple[int, int]]) -> Iterator[None]
         raise
     except Exception as error:  # of whatever kind a processor raises
         shown = zip(record.media, sizes, strict=False)
-        pictures = ", ".join(f"{media.path.name} of {width} x {height} pixels" for media, (width, height) in shown)
+        pictures = ", ".join(f"{media.path.name} of {size[0]} x {size[1]} pixels" for media, size in shown)
         told = f" ({pictures})" if pictures else ""
         raise UserError(f"{record.origin}: the base's processor refuses it{told}: {first_line(error)}") from error
 
@@ -291,7 +338,7 @@ def _try_template(processor: Any) -> None:
     before = signal.signal(signal.SIGALRM, give_up) if is_timed else None
     try:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S if is_timed else 0)
-        text = _rendered(processor, (Turn("user", "?"),), 0, "", True)
+        text = _rendered(processor, (Turn("user", "?"),), (), "", True)
         if len(text) > LONGEST:
             raise ValueError(f"it makes {len(text):,} characters of one question mark")
     except Exception as error:  # of whatever kind: it computes what it likes
@@ -323,17 +370,19 @@ def _asked(record: Record) -> int:
 
 
 @lru_cache(REMEMBERED)
-def _rendered(processor: Any, turns: tuple[Turn, ...], num_images: int, suffix: str, open_end: bool) -> str:
-    """Turns as the template puts them; `num_images` come before the first question, others where their marks stand."""
+def _rendered(processor: Any, turns: tuple[Turn, ...], first: tuple[str, ...], suffix: str, open_end: bool) -> str:
+    """Turns as the template puts them; images and videos of `first` come before the first question, others at marks."""
     messages = []
     for turn in turns:
         parts: list[dict] = []
         if turn.role == "user":
-            parts, num_images = [{"type": "image"} for _ in range(num_images)], 0
-        pieces = (turn.text + suffix if turn.role == "user" else turn.text).split(IMAGE_MARK)
-        for number, piece in enumerate(pieces):
-            parts += [{"type": "image"}] if number else []
-            parts += [{"type": "text", "text": piece}] if piece or len(pieces) == 1 else []
+            parts, first = [{"type": kind} for kind in first], ()
+        pieces = MARK_OR_TEXT.split(turn.text + suffix if turn.role == "user" else turn.text)
+        for piece in pieces:
+            if piece in KINDS:
+                parts.append({"type": KINDS[piece]})
+            elif piece or len(pieces) == 1:
+                parts.append({"type": "text", "text": piece})
         messages.append({"role": turn.role, "content": parts})
     return processor.apply_chat_template(messages, add_generation_prompt=open_end, tokenize=False)
 

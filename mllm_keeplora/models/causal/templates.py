@@ -9,7 +9,7 @@ VICUNA_V1 = (
     "{% for message in messages if message['role'] != 'system' %}"
     "{{ (' ' if loop.first else '') + ('USER: ' if message['role'] == 'user' else 'ASSISTANT: ') }}"
     "{% for part in message['content'] %}"
-    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ '<' + part['type'] + '>\n' if part['type'] in ('image', 'video') else part['text'] }}{% endfor %}"
     "{{ ' ' if message['role'] == 'user' else eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
@@ -26,14 +26,16 @@ PALIGEMMA = (
 ONEVISION = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
     "{% if message['role'] != 'assistant' %}{{ ' ' }}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}{% endif %}"
-    "{% for part in message['content'] if part['type'] != 'image' %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] != 'text' %}{{ '<' + part['type'] + '>' }}{% endfor %}"
+    "{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # LLaVA-NeXT (v1.6) on Mistral; the converted checkpoints' own template writes a broken end mark after an answer.
 LLAVA_MISTRAL = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{{ '<' + part['type'] + '>\n' if part['type'] in ('image', 'video') else part['text'] }}{% endfor %}"
     "{{ ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + eos_token }}"
     "{% else %}{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% endif %}{% endfor %}"
 )

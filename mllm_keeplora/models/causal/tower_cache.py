@@ -99,7 +99,7 @@ class TowerCache:
 
 
 def cache_tower(base: Any, mebibytes: int | None) -> TowerCache | None:
-    """Keep the outputs of a loaded `Base`'s vision tower, of at most so many mebibytes.
+    """Keep the outputs of a loaded `Base`'s vision tower, of at most so many mebibytes; of two towers half each.
 
     None for these means 512 on a CPU and nothing on a GPU. No cache is made where nothing is to be kept, where the
     tower learns, or where it draws random numbers (dropout).
@@ -111,4 +111,8 @@ def cache_tower(base: Any, mebibytes: int | None) -> TowerCache | None:
         mebibytes = DEFAULT_MEBIBYTES if next(tower.parameters()).device.type == "cpu" else 0
     if mebibytes == 0 or any("drop" in name and value for name, value in tower.config.to_dict().items()):
         return None
-    return TowerCache(tower, mebibytes << 20)
+    others = [base.model.get_submodule(name) for name in base.parts.other_towers]
+    kept = (mebibytes << 20) // (1 + len(others))
+    for each in others:
+        TowerCache(each, kept)
+    return TowerCache(tower, kept)

@@ -59,8 +59,10 @@ class DualFamily:
     sizes = staticmethod(sizes_of)
 
     @classmethod
-    def of(cls, processor: Any, config: Any, style: str = "", generation: Any = None) -> DualFamily:
-        """Make the family of a base from its processor and its config; `style` and `generation` have no meaning.
+    def of(
+        cls, processor: Any, config: Any, style: str = "", generation: Any = None, video: str = "auto"
+    ) -> DualFamily:
+        """Make the family of a base from its processor and its config; the other arguments have no meaning.
 
         Raises:
             UserError: the tokenizer makes no tokens, or the processor pictures that do not fit the image tower.

@@ -1,11 +1,12 @@
 """The prompt: which tokens carry loss, by ids written out by hand from the tiny tokenizer's word list."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
-from mllm_keeplora.data import Record
+from mllm_keeplora.data import Media, Record
 from mllm_keeplora.data.schema import Turn
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.models import IGNORED, ChatPrompt
@@ -28,9 +29,12 @@ def picture():
     return Image.new("RGB", (SIDE, SIDE), (200, 40, 40))
 
 
+PICTURE = Media("image", Path("p.png"))
+
+
 def record(*texts, images=1):
     turns = tuple(Turn(("user", "assistant")[number % 2], text) for number, text in enumerate(texts))
-    return Record("r", (object(),) * images, turns, origin="file.json record 7")
+    return Record("r", (PICTURE,) * images, turns, origin="file.json record 7")
 
 
 ONE = record("what colour is the square ?", "red")
@@ -91,8 +95,8 @@ def test_training_batches_are_padded_on_the_right_and_padding_carries_no_loss(pr
 
 
 def test_questions_are_padded_on_the_left_and_end_open_for_an_answer(prompt):
-    short = Record("s", (object(),), (Turn("user", "where is ?"),), "left")
-    long = Record("l", (object(),), (Turn("user", "what colour is the square ?"),), "red")
+    short = Record("s", (PICTURE,), (Turn("user", "where is ?"),), "left")
+    long = Record("l", (PICTURE,), (Turn("user", "what colour is the square ?"),), "red")
     batch = prompt.question_batch([short, long], [[picture()], [picture()]])
     expected = [
         [PAD, PAD, PAD, BOS, *USER, *IMAGES, 10, 7, 11, *ASSISTANT],
@@ -188,7 +192,7 @@ def test_a_processor_without_a_template_is_refused(prompt):
 
 
 def talk(*turns, images):
-    return Record("r", (object(),) * images, turns, origin="file.json record 7")
+    return Record("r", (PICTURE,) * images, turns, origin="file.json record 7")
 
 
 def test_an_image_in_a_later_turn_moves_only_what_follows_it(prompt):
