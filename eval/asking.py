@@ -85,7 +85,7 @@ def ask(
     }
     places = MARKS.findall(question or "") or [mark for mark, media in shown.items() for _ in media]
     record = replace(record, media=tuple(shown[mark].pop(0) for mark in places))
-    images_of(record.as_pictures())
+    images_of(record)
     if saved is not None:
         saved.refuse_domain(domain, after)
         opened, model = saved.base, saved.restore(after, domain)

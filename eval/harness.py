@@ -17,6 +17,7 @@ from typing import Any
 from mllm_keeplora.adapters.mixers.mixing import keep_rows, look_at
 from mllm_keeplora.config import EvalConfig
 from mllm_keeplora.data import Record, TestSet
+from mllm_keeplora.data.media.video import decoder_versions
 from mllm_keeplora.errors import UserError, first_line, is_out_of_memory
 from mllm_keeplora.eval.grading import SUBMISSION, write_graded
 from mllm_keeplora.models import Base
@@ -234,7 +235,15 @@ def _identity(base: Base, records: Sequence[Record], part: TestSet, asked_how: l
         for media in record.media:
             asked.update(f"{media.path}\0{media.pad}".encode() + hashlib.sha1(media.data or b"").digest())
             if media.type == "video":
-                asked.update(f"{media.start}\0{media.end}\0{media.files}\0{media.video}".encode())
+                clip = (
+                    media.start,
+                    media.end,
+                    media.files,
+                    media.video,
+                    base.family.prompt.is_native,
+                    decoder_versions(),
+                )
+                asked.update("\0".join(map(str, clip)).encode())
     parameter = next(base.model.parameters())
     here = [str(parameter.dtype), parameter.device.type, distributed.world_size()]
     return json.dumps([asked.hexdigest()[:16], *asked_how, *here])

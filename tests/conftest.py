@@ -23,7 +23,6 @@ def logged(request, monkeypatch):
     """Let `caplog` see what is told, also where a command of an earlier test has started the log of its own."""
     if "caplog" in request.fixturenames:
         monkeypatch.setattr(logging.getLogger("mllm_keeplora"), "propagate", True)
-        logging.getLogger("mllm_keeplora").setLevel(logging.INFO)  # which a process beside the main one raises
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mllm_keeplora.data import Media, Record, TestSet
 from mllm_keeplora.data.media.frames import kept_frames
-from mllm_keeplora.data.media.images import Looks, Size, shown_of
+from mllm_keeplora.data.media.images import Looks, shown_of
 from mllm_keeplora.errors import UserError
 from mllm_keeplora.metrics import SET_SCORERS, UNGRADED, score
 from mllm_keeplora.models import IGNORED, ChatPrompt
@@ -19,7 +19,7 @@ from mllm_keeplora.models.base import family_of
 from mllm_keeplora.models.causal import CausalFamily
 from mllm_keeplora.models.causal.prompt import Extent, extent_of
 from mllm_keeplora.models.reading import read_config, read_generation, read_processor
-from mllm_keeplora.models.shipped import prompt_style
+from mllm_keeplora.models.shipped import clip_input, prompt_style
 from mllm_keeplora.system.known import Known, key_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def load_family(config: BaseConfig, location: str) -> Family | None:
         if from_hub and isinstance(error.__cause__, (OSError, ValueError)):
             return None
         raise
-    return kind.of(processor, settings, prompt_style(config), read_generation(location, **here), config.video)
+    return kind.of(processor, settings, prompt_style(config), read_generation(location, **here), clip_input(config))
 
 
 def gold_faults(part: TestSet, records: Sequence[Record]) -> Iterator[str]:
@@ -95,7 +95,7 @@ class ProcessorTrial:
             "another base.prompt"
         )
 
-        def fault(record: Record, sizes: list[Size]) -> str | None:
+        def fault(record: Record, sizes: list[Extent]) -> str | None:
             shown = self.prompt.shown(record)
             length = self.prompt.total_tokens(shown, sizes)
             if self.prompt.trained_tokens(shown) == 0:
@@ -129,7 +129,7 @@ class ProcessorTrial:
         for record in records:
             suffix = part.suffix_for(record)
 
-            def fault(record: Record, sizes: list[Size], suffix: str = suffix) -> str | None:
+            def fault(record: Record, sizes: list[Extent], suffix: str = suffix) -> str | None:
                 length = self.prompt.question_tokens(self.prompt.shown(record), sizes, suffix)
                 if self.positions is None or length < self.positions:
                     return None
@@ -144,7 +144,7 @@ class ProcessorTrial:
                 yield told
             advance(1)
 
-    def _tried(self, record: Record, how: tuple, fault: Callable[[Record, list[Size]], str | None]) -> str | None:
+    def _tried(self, record: Record, how: tuple, fault: Callable[[Record, list[Extent]], str | None]) -> str | None:
         """Say what is wrong with a record, unless one with the same turns and sizes of pictures had no fault before."""
         shown = self.prompt.shown(record)
         try:
@@ -173,7 +173,7 @@ class ProcessorTrial:
         whole = kept_frames().clip(media).extent
         return [whole._replace(count=frames, times=whole.times[:frames])]
 
-    def _fitting(self, record: Record, limit: int, tokens: Callable[[Record, list[Size]], int]) -> str:
+    def _fitting(self, record: Record, limit: int, tokens: Callable[[Record, list[Extent]], int]) -> str:
         """Tell how many frames of its clips a record that is too long has room for; nothing of one without clips."""
         most = max((media.video.frames for media in record.media if media.type == "video"), default=0)
         for count in range(most - 1, 0, -1):
@@ -226,7 +226,7 @@ def mixed_faults(
     for name, records in sets.items():
         kinds = {_shows(record, apart): record.origin for record in records}
         if processor in APART and stage != 3:
-            kinds.pop("without images", None)
+            kinds.pop("without", None)
         if len(kinds) > 1:
             why = (
                 "under ZeRO-3 processes with unlike batches wait for each other for ever; split the domain, or "
@@ -241,7 +241,7 @@ def mixed_faults(
 def _shows(record: Record, apart: bool) -> str:
     if apart and any(media.type == "video" for media in record.media):
         return "with clips"
-    return "with images" if record.media else "without images"
+    return "with images" if record.media else "without"
 
 
 def as_seen(family: Family, record: Record) -> RenderableType:

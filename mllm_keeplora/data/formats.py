@@ -7,18 +7,30 @@ records. Pure: one row in, one record out; files and folders are the readers' bu
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
+from mllm_keeplora.data.named import (
+    CLIP_ENDINGS,
+    ENDINGS,
+    Fault,
+    clip_named,
+    clips_of_row,
+    image_named,
+    images_of_row,
+    in_order,
+    marked,
+    marks_of,
+    names_picture,
+    refuse_unlike_marks,
+    with_mark_first,
+    without_leading_marks,
+)
 from mllm_keeplora.data.naming import Naming
-from mllm_keeplora.data.schema import IMAGE_MARK, MARKS, VIDEO_MARK, Media, Record, Turn, marks_in, without_marks
-from mllm_keeplora.errors import shortened
+from mllm_keeplora.data.schema import IMAGE_MARK, MARKS, VIDEO_MARK, Media, Record, Turn, marks_in
 from mllm_keeplora.system import given
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -30,19 +42,11 @@ SHAPES = (
 DEFAULT_TAGS = {"user": "human", "assistant": "gpt", "system": "system"}  # of a LLaMA-Factory `dataset_info.json`
 OTHERS = ("audio", "audios", "objects", "tools")  # what records may show besides
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "tool_call", "tool_response"}
-# Names that pictures go by; `images` and `image` are the usual ones.
-PICTURES = ("images", "image", "image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls",
-            "img", "imgs", "img_path", "img_paths", "picture", "pictures")  # fmt: skip
-CLIPS = ("videos", "video", "video_path", "video_paths", "video_file", "video_files", "video_name")
 OPTIONS = ("options", "choices", "candidates")  # names that the options of an answer go by; or one key for each letter
 LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H")
 # Values that are text, whatever they end in.
 TEXTS = {"id", "question_id", "text", "question", "answer", "type", "task", "system", "instruction", "input", "output",
          "query", "response", "prompt", "completion", "history"}  # fmt: skip
-ENDINGS = r"\.(?:png|jpe?g|webp|bmp|gif|tiff?|jp2|avif|heic)"
-CLIP_ENDINGS = r"\.(?:mp4|mkv|webm|mov|avi|m4v|mpe?g|flv|wmv|ogv|3gp)"
-# A mark; a picture named in the text, as Qwen-VL does.
-TAG = re.compile(rf"{IMAGE_MARK}|{VIDEO_MARK}|<img>(.*?)</img>", re.DOTALL)
 LABEL = re.compile(r"^\(?[A-H][).:]\s+")  # of an option: "A. ", "(A) "
 
 
@@ -71,10 +75,6 @@ OTHER_SHAPES = ({"conversations"}, {"messages"}, {"conversation"}, {"instruction
                 {"prompt", "completion"})  # fmt: skip
 
 
-class Fault(ValueError):
-    """A sentence that says what is wrong with a row; the reader adds where it stands."""
-
-
 def train_record(row: Any, layout: Layout = BY_KEYS) -> Record:
     """Read a training conversation of any known shape; its pictures are named as in the row.
 
@@ -86,11 +86,11 @@ def train_record(row: Any, layout: Layout = BY_KEYS) -> Record:
         return replace(record, turns=(*record.turns, Turn("assistant", record.answer)), answer=None)
     row = _canonical(_object(row), layout)
     turns, inside = _conversation(row)
-    beside, clips = _images(row), _clips(row)
+    beside, clips = images_of_row(row), clips_of_row(row)
     if clips and not beside and inside == [IMAGE_MARK] * len(clips):  # some sets write the mark of an image for a clip
         turns = [replace(turn, text=turn.text.replace(IMAGE_MARK, VIDEO_MARK)) for turn in turns]
         inside = [VIDEO_MARK] * len(clips)
-    images = _in_order(inside, beside, clips)
+    images = in_order(inside, beside, clips)
     _refuse_what_would_be_dropped(row, turns, images)
     talk = [turn for turn in turns if turn.role != "system"]
     roles = [turn.role for turn in talk]
@@ -103,16 +103,16 @@ def train_record(row: Any, layout: Layout = BY_KEYS) -> Record:
     marks = sum(marks_in(turn.text) for turn in turns)
     if marks == 0 and images and layout.missing_marks == "first":
         first = next(position for position, turn in enumerate(turns) if turn.role == "user")
-        turns[first] = replace(turns[first], text=_marks_of(images) + turns[first].text)
+        turns[first] = replace(turns[first], text=marks_of(images) + turns[first].text)
     else:
-        _refuse_unlike_marks(turns, images)
+        refuse_unlike_marks(turns, images)
     if any(marks_in(turn.text) for turn in turns if turn.role != "user"):
         mark = next(found[0] for turn in turns if turn.role != "user" and (found := MARKS.search(turn.text)))
         raise Fault(f"{mark} may stand in human turns only")
     # LLaVA puts an image in front of its turn, wherever its mark stood; several marks stay where they stand.
     if "conversations" in row and "images" not in row and "videos" not in row:
-        turns = [_with_mark_first(turn) for turn in turns]
-    return Record(_identifier(row), images, _without_leading_marks(turns))
+        turns = [with_mark_first(turn) for turn in turns]
+    return Record(_identifier(row), images, without_leading_marks(turns))
 
 
 def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -> Record:
@@ -148,15 +148,15 @@ def test_record(row: Any, layout: Layout = BY_KEYS, needs_answer: bool = True) -
     if not _identifier(row) and not is_table:  # rows of a table are known by their number
         raise Fault("question_id is missing")
     named: list = []
-    asked = Turn("user", _marked(row["text"], named))
-    images, marks = _in_order(named, _images(row), _clips(row)), marks_in(asked.text)
+    asked = Turn("user", marked(row["text"], named))
+    images, marks = in_order(named, images_of_row(row), clips_of_row(row)), marks_in(asked.text)
     _refuse_what_would_be_dropped(row, [asked], images)
     if marks not in (0, len(images)):
         shown = "pictures" if all(each.type == "image" for each in images) else "pictures and clips"
         raise Fault(f"{marks} {shown} have a place in the text, but {len(images)} are named; give all a place, or none")
     if answer is None and needs_answer:
         raise Fault(f"answer must be a str or a list of them, got None; keys are {sorted(row)}")
-    return Record(_identifier(row), images, _without_leading_marks([asked]), answer, kind)
+    return Record(_identifier(row), images, without_leading_marks([asked]), answer, kind)
 
 
 test_record.__test__ = False  # not a test, whatever pytest thinks of the name
@@ -174,7 +174,7 @@ def class_record(row: Any, naming: Naming) -> Record:
         Fault: no label, one that the list does not have, not exactly one picture.
     """
     row = _object(row)
-    label, asked, images = row.get("label"), Turn("user", naming.question), _images(row)
+    label, asked, images = row.get("label"), Turn("user", naming.question), images_of_row(row)
     if not isinstance(label, str):
         told = f"got {label!r}; keys are {sorted(row)}"
         raise Fault(f"label must be the name of a class, since the domain has a list, {told}")
@@ -182,8 +182,8 @@ def class_record(row: Any, naming: Naming) -> Record:
     if answer not in naming.classes.places:
         raise Fault(f"label {label!r} is none of the {len(naming.classes.names)} classes of the domain's list")
     _refuse_what_would_be_dropped(row, [asked], images)
-    if len(images) != 1 or _clips(row):
-        clip = " and a clip" if _clips(row) else ""
+    if len(images) != 1 or clips_of_row(row):
+        clip = " and a clip" if clips_of_row(row) else ""
         raise Fault(f"a class record shows one picture, this one {len(images)}{clip}; keys are {sorted(row)}")
     return Record(_identifier(row), tuple(images), (asked,), answer)
 
@@ -239,21 +239,21 @@ def _conversation(row: dict) -> tuple[list[Turn], list]:
         for pair in row["conversation"] if isinstance(row["conversation"], list) else [row["conversation"]]:
             if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("human", "assistant")):
                 raise Fault(f"conversation must hold {{human: text, assistant: text}}, got {pair!r}")
-            turns += [Turn("user", _marked(pair["human"], inside)), Turn("assistant", pair["assistant"])]
+            turns += [Turn("user", marked(pair["human"], inside)), Turn("assistant", pair["assistant"])]
     elif "instruction" in row and "output" in row:
         asked = "\n".join(text for key in ("instruction", "input") if (text := _text(row, key)))
-        turns = [*_past(row, inside), Turn("user", _marked(asked, inside)), Turn("assistant", _text(row, "output"))]
+        turns = [*_past(row, inside), Turn("user", marked(asked, inside)), Turn("assistant", _text(row, "output"))]
     elif "query" in row and "response" in row:
-        past, asked = _past(row, inside), _marked(_text(row, "query"), inside)
+        past, asked = _past(row, inside), marked(_text(row, "query"), inside)
         turns = [*past, Turn("user", asked), Turn("assistant", _text(row, "response"))]
     elif "prompt" in row and "completion" in row:
         turns = []
         for key, role in (("prompt", "user"), ("completion", "assistant")):
             is_text = isinstance(row[key], str)
-            text = _marked(row[key], inside) if is_text and role == "user" else row[key]
+            text = marked(row[key], inside) if is_text and role == "user" else row[key]
             turns += [Turn(role, text)] if is_text else _turns(row, key, "role", "content", inside)
     elif "question" in row and "answer" in row:
-        turns = [Turn("user", _marked(_text(row, "question"), inside)), Turn("assistant", _text(row, "answer"))]
+        turns = [Turn("user", marked(_text(row, "question"), inside)), Turn("assistant", _text(row, "answer"))]
     else:
         raise Fault(f"unknown shape: keys are {sorted(row)}; a record has {SHAPES}")
     if isinstance(row.get("system"), str) and row["system"].strip():
@@ -273,7 +273,7 @@ def _past(row: dict, inside: list) -> list[Turn]:
     for pair in row.get("history") or []:
         if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
             raise Fault(f"history must hold pairs of question and answer, got {pair!r}")
-        turns += [Turn("user", _marked(pair[0], inside)), Turn("assistant", pair[1])]
+        turns += [Turn("user", marked(pair[0], inside)), Turn("assistant", pair[1])]
     return turns
 
 
@@ -283,7 +283,7 @@ def _turn(turn: Any, role_key: str, text_key: str, number: int, inside: list) ->
     role = turn.get(role_key) if isinstance(turn, dict) else None
     content = turn.get(text_key) if isinstance(turn, dict) else None
     if isinstance(content, str) and role in ("human", "user"):
-        content = _marked(content, inside)
+        content = marked(content, inside)
     if isinstance(content, list):
         content = "".join(_part(part, number, inside) for part in content)
     if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
@@ -301,7 +301,7 @@ def _part(part: Any, number: int, inside: list) -> str:
     """Give the text of one part of a turn; what it shows is a mark, and `inside` gets what is named or the mark."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return _marked(part["text"], inside)
+        return marked(part["text"], inside)
     if kind not in ("image", "image_url", "video", "video_url"):
         raise Fault(f"turn {number} has a part that is neither text, image nor video: {part!r}")
     keys = (kind,) if kind.endswith("_url") else (kind, "path", "url")
@@ -310,118 +310,8 @@ def _part(part: Any, number: int, inside: list) -> str:
     if own is None and not kind.endswith("_url"):
         inside.append(mark)
     else:
-        inside.append(_image(own) if mark == IMAGE_MARK else _clip(own, part))
+        inside.append(image_named(own) if mark == IMAGE_MARK else clip_named(own, part))
     return mark
-
-
-def _marked(text: str, named: list) -> str:
-    """Put marks where pictures are named in a text; `named` gets them, and every mark that stands there."""
-
-    def mark(found: re.Match) -> str:
-        named.append(found[0] if found[1] is None else _image(found[1].strip()))
-        return found[0] if found[1] is None else IMAGE_MARK
-
-    return TAG.sub(mark, text)
-
-
-def _in_order(inside: Sequence[Media | str], images: Sequence[Media], clips: Sequence[Media]) -> tuple[Media, ...]:
-    """Put what is shown in the order of the marks: named at its place, or the next of the row's lists."""
-    others = {IMAGE_MARK: iter(images), VIDEO_MARK: iter(clips)}
-    placed = [next(others[each], None) if isinstance(each, str) else each for each in inside]
-    return (*(media for media in placed if media is not None), *others[IMAGE_MARK], *others[VIDEO_MARK])
-
-
-def _marks_of(shown: Sequence[Media]) -> str:
-    return "".join(IMAGE_MARK if media.type == "image" else VIDEO_MARK for media in shown)
-
-
-def _refuse_unlike_marks(turns: Sequence[Turn], shown: Sequence[Media]) -> None:
-    """Refuse a conversation that does not have one mark for each picture and clip."""
-    text = "".join(turn.text for turn in turns)
-    advice = "" if marks_in(text) else "; `missing_marks: first` of the domain puts them in front of the first question"
-    for kind, name, mark in (("image", "image", IMAGE_MARK), ("video", "clip", VIDEO_MARK)):
-        marks, count = text.count(mark), sum(media.type == kind for media in shown)
-        if marks != count:
-            raise Fault(f"{marks} {mark} marks for {count} {name}s; each {name} needs one mark{advice}")
-
-
-def _images(row: dict) -> list[Media]:
-    """Read the pictures that a row names beside its text, under any of the known names."""
-    found = {key: row[key] for key in PICTURES if row.get(key) is not None and row[key] not in ("", [])}
-    # Beside a usual name others are often the picture's address, a number or a mark: they matter if they are files.
-    usual = next((key for key in ("images", "image") if key in found), None)
-    found = {key: value for key, value in found.items() if usual in (None, key) or _names_picture(value)}
-    return _one_list(
-        {
-            key: [_image(each) for each in (value if isinstance(value, list) else [value])]
-            for key, value in found.items()
-        },
-        "pictures",
-    )
-
-
-def _clips(row: dict) -> list[Media]:
-    """Read the clips that a row names beside its text; a list within the list is a clip given as pictures."""
-    found = {key: row[key] for key in CLIPS if row.get(key) is not None and row[key] not in ("", [], "[]")}
-    return _one_list(
-        {
-            key: [_clip(each, row) for each in (value if isinstance(value, list) else [value])]
-            for key, value in found.items()
-        },
-        "clips",
-    )
-
-
-def _one_list(read: dict[str, list[Media]], what: str) -> list[Media]:
-    """Give what is named under several names once."""
-    names = [{media.path.name for media in listed} - {""} for listed in read.values()]
-    if any(own != names[0] for own in names if own and names[0]):
-        raise Fault(f"{' and '.join(read)} name different {what}; leave one of them")
-    return next(iter(read.values()), [])
-
-
-def _image(value: Any) -> Media:
-    """Read a path as it is given, or an encoded picture with the name it has in its file, if any."""
-    return _media("image", value)
-
-
-def _clip(value: Any, told: Mapping[str, Any]) -> Media:
-    """Read a clip as `_image` reads a picture, or as a list of pictures; `told` may say which seconds are shown."""
-    if isinstance(value, list):
-        paths = tuple(_media("image", each).path for each in value)
-        if not paths or Path() in paths:
-            raise Fault(f"a clip that is given as pictures must be a list of paths, got {shortened(repr(value))}")
-        return Media("video", paths[0], files=paths)
-    told = value if isinstance(value, dict) and value.keys() & {"video_start", "video_end"} else told
-    ends = [told.get(f"video_{name}") for name in ("start", "end")]
-    if any(isinstance(each, bool) or not isinstance(each, int | float | None) for each in ends):
-        raise Fault(f"video_start and video_end must be seconds, got {ends[0]!r} and {ends[1]!r}")
-    start, end = (None if each is None else float(each) for each in ends)
-    return replace(_media("video", value), start=start, end=end)
-
-
-def _media(kind: Literal["image", "video"], value: Any) -> Media:
-    one = "an image" if kind == "image" else "a video"
-    if isinstance(value, bytes | bytearray):
-        return Media(kind, Path(), data=bytes(value))
-    if isinstance(value, dict) and value.get("bytes") is not None:
-        if not isinstance(value["bytes"], bytes | bytearray):
-            raise Fault(f"bytes of {one} must be bytes, got {type(value['bytes']).__name__}")
-        return Media(kind, Path(value.get("path") or ""), data=bytes(value["bytes"]))
-    if isinstance(value, dict):
-        value = value.get("path") or value.get("url")
-    is_text = isinstance(value, str) and value and "\0" not in value
-    if not is_text or (len(value) > 4096 and not value.startswith("data:")):
-        told = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
-        raise Fault(f"{kind} must be a path or a list of paths, got {told}")
-    if value.startswith("data:"):
-        try:
-            return Media(kind, Path(), data=base64.b64decode(value.partition(",")[2], validate=True))
-        except (binascii.Error, ValueError):
-            raise Fault(f"{one} is a data address that is not valid base64") from None
-    if "://" in value and not value.startswith("file://"):
-        raise Fault(f"{kind} {value!r} is an address on the net; download it and name the file")
-    return Media(kind, Path(value.removeprefix("file://")))
 
 
 def _refuse_what_would_be_dropped(row: dict, turns: Sequence[Turn], images: Sequence[Media]) -> None:
@@ -432,7 +322,7 @@ def _refuse_what_would_be_dropped(row: dict, turns: Sequence[Turn], images: Sequ
     if not images:
         for key, value in row.items():
             for endings, found, name in ((ENDINGS, "picture", "image"), (CLIP_ENDINGS, "clip", "video")):
-                if key not in TEXTS and _names_picture(value, endings):
+                if key not in TEXTS and names_picture(value, endings):
                     told = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
                     raise Fault(f"{key} names a {found}, {told}, that would not be shown; call it `{name}`")
     shown = _plain(" ".join(turn.text for turn in turns if turn.role != "assistant"))
@@ -441,19 +331,6 @@ def _refuse_what_would_be_dropped(row: dict, turns: Sequence[Turn], images: Sequ
         raise Fault(
             f"option {missing[0]!r} is not in the question, so it would not be shown; write options into the text"
         )
-
-
-def _names_picture(value: Any, endings: str = ENDINGS) -> bool:
-    if isinstance(value, list):
-        return any(_names_picture(each, endings) for each in value)
-    if isinstance(value, dict):
-        return isinstance(value.get("bytes"), bytes)
-    return isinstance(value, bytes) or (
-        isinstance(value, str)
-        and len(value) < 1024
-        and "://" not in value
-        and re.search(rf"{endings}\s*$", value, re.IGNORECASE) is not None
-    )
 
 
 def _options(row: dict) -> Iterator[str]:
@@ -484,22 +361,6 @@ def _leaves(value: Any) -> Iterator[str]:
 def _plain(text: str) -> str:
     """Give the letters and digits of a text, in lower case: what two ways of writing an option share."""
     return "".join(filter(str.isalnum, text)).casefold()
-
-
-def _with_mark_first(turn: Turn) -> Turn:
-    if turn.role != "user" or marks_in(turn.text) != 1:
-        return turn
-    return replace(turn, text=MARKS.search(turn.text)[0] + without_marks(turn.text))
-
-
-def _without_leading_marks(turns: list[Turn]) -> tuple[Turn, ...]:
-    """Take out the marks if all of them begin the first human turn; else leave them at their places."""
-    first = next(position for position, turn in enumerate(turns) if turn.role == "user")
-    text = turns[first].text
-    begin = "".join(text.split()).startswith("".join(MARKS.findall(text)))
-    if not begin or any(marks_in(turn.text) for turn in turns[first + 1 :]):
-        return tuple(turns)
-    return (*turns[:first], replace(turns[first], text=without_marks(text)), *turns[first + 1 :])
 
 
 def _text(row: dict, key: str) -> str:

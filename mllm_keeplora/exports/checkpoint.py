@@ -14,7 +14,7 @@ from mllm_keeplora.eval.saved import SavedRun, load_run
 from mllm_keeplora.exports.card import model_card
 from mllm_keeplora.models import Base
 from mllm_keeplora.models.reading import read_config
-from mllm_keeplora.models.shipped import NOTES, hub_id, prompt_style, resolve
+from mllm_keeplora.models.shipped import NOTES, clip_input, hub_id, prompt_style, resolve
 from mllm_keeplora.system import files, owners
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def _describe(saved: SavedRun, after: int, folder: Path, content: str, library: 
     notes = {"prompt": prompt_style(saved.config.base), "image_modes": sorted(modes)}
     if (video := saved.benchmark.video) != VideoOptions():
         notes["video"] = video.model_dump()
+    if (clips := clip_input(saved.config.base)) != "auto":
+        notes["clips"] = clips
     files.write_json(folder / NOTES, notes)
 
 

@@ -16,7 +16,7 @@ from mllm_keeplora.models.dual import DualFamily
 from mllm_keeplora.models.family import Family, Parts
 from mllm_keeplora.models.fingerprint import identity_of
 from mllm_keeplora.models.reading import read_config, read_model, read_processor, skeleton
-from mllm_keeplora.models.shipped import prompt_style, resolve, settings_of
+from mllm_keeplora.models.shipped import clip_input, prompt_style, resolve, settings_of
 from mllm_keeplora.models.weights import refuse_not_finite, refuse_small_vocabulary, refuse_unfilled, refuse_unfit
 from mllm_keeplora.system import distributed
 from mllm_keeplora.system.log import log
@@ -97,7 +97,7 @@ def load_base(
     refuse_not_finite(config.model, location, model)
     refuse_small_vocabulary(config.model, processor, kind.vocabulary(model))
     family = kind.of(
-        processor, model.config, prompt_style(config), getattr(model, "generation_config", None), config.video
+        processor, model.config, prompt_style(config), getattr(model, "generation_config", None), clip_input(config)
     )
     return Base(config.model, model, processor, family, family.name_parts(model, projector, target), identity)
 

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
@@ -26,6 +26,7 @@ class Notes(TypedDict):
     prompt: str
     image_modes: NotRequired[list[str]]
     video: NotRequired[VideoOptions]
+    clips: NotRequired[Literal["frames", "native"]]
 
 
 class BaseSettings(TypedDict):
@@ -101,8 +102,13 @@ def prompt_style(config: BaseConfig) -> str:
     return notes_of(config.model).get("prompt") or settings_of(config.model).get("prompt", "chat_template")
 
 
+def clip_input(config: BaseConfig) -> str:
+    """Say how a base is shown clips: as asked for, as its folder says, else by its own input if it has one."""
+    return config.video if config.video != "auto" else notes_of(config.model).get("clips", "auto")
+
+
 def notes_of(folder: str | Path) -> dict[str, Any]:
-    """Read how an exported model was prompted: `prompt`, `image_modes`, `video`; nothing of any other folder."""
+    """Read how an exported model was prompted, by the keys of `Notes`; nothing of any other folder."""
     path = Path(folder) / NOTES
     return files.read_json(path, Notes) if path.is_file() else {}
 

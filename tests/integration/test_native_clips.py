@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoProcessor
 
 from mllm_keeplora.config import BaseConfig
+from mllm_keeplora.data import TestSet
 from mllm_keeplora.data.media.sampling import VideoOptions
 from mllm_keeplora.data.schema import Media, Record, Turn
 from mllm_keeplora.errors import UserError
-from mllm_keeplora.models import load_base
+from mllm_keeplora.eval.harness import _identity
+from mllm_keeplora.models import ChatPrompt, load_base
 from mllm_keeplora.models.causal.tower_cache import cache_tower
 from mllm_keeplora.models.family import inputs_of
+from mllm_keeplora.models.shipped import NOTES
 from tests.integration.processes import results, run_in_child
 from tests.support.clips import write_clip
 from tests.support.families import build_family
@@ -140,6 +146,46 @@ def test_frames_are_pictures_where_that_is_asked_for(family, folder):
     base = load_base(config_of(family, video="frames"), "frozen")
     batch = base.family.training_batch([record(folder, "a")])
     assert not base.family.prompt.is_native and not any("video" in name for name in batch)
+
+
+def test_an_exported_model_keeps_how_clips_were_shown(family, tmp_path):
+    folder = shutil.copytree(family[1], tmp_path / "exported")
+    notes = {"prompt": STYLES.get(family[0], "chat_template"), "clips": "frames"}
+    (folder / NOTES).write_text(json.dumps(notes))
+    assert not load_base(BaseConfig(model=str(folder)), "frozen").family.prompt.is_native
+    assert load_base(BaseConfig(model=str(folder), video="native"), "frozen").family.prompt.is_native
+
+
+def test_answers_about_clips_that_were_shown_otherwise_are_others(family, folder):
+    part, asked_how = TestSet(test="t.json"), [8, 3, True, ""]
+    told = [
+        _identity(load_base(config_of(family, video=video), "frozen"), [asked(record(folder, "a"))], part, asked_how)
+        for video in ("frames", "native", "auto")
+    ]
+    assert told[0] != told[1] == told[2]
+
+
+@pytest.mark.parametrize(
+    ("of_a_clip", "fault"),
+    [
+        ("{{ raise_exception('no clips') }}", ""),
+        ("{{ 'a' * 2000000 }}", "characters of one question mark"),
+        ("{{ 1 / 0 }}", "division"),
+    ],
+)
+def test_a_template_is_tried_with_a_clip_within_its_time_and_measure(of_a_clip, fault, tmp_path):
+    location = build_family("smolvlm", tmp_path / "base")
+    processor = AutoProcessor.from_pretrained(location)
+    part = "{% for part in messages[0]['content'] if part['type'] == 'video' %}" + of_a_clip + "{% endfor %}"
+    processor.chat_template = part + processor.chat_template
+    processor.apply_chat_template = partial(
+        type(processor).apply_chat_template, processor, chat_template=processor.chat_template
+    )
+    if fault:
+        with pytest.raises(UserError, match=f"the base's chat template cannot be used: .*{fault}"):
+            ChatPrompt(processor)
+    else:
+        assert not ChatPrompt(processor).is_native
 
 
 def test_a_base_without_an_input_for_clips_refuses_native_and_shows_pictures_by_itself(folder, tmp_path):

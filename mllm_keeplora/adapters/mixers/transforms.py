@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mllm_keeplora.adapters.mixers.mixing import Mixer
+from mllm_keeplora.adapters.mixers.mixing import Mixer, module_name
 
 
 class Transform(nn.Module):
@@ -66,14 +66,14 @@ class Transforms(Mixer):
     def __init__(self, sizes: dict[str, Sequence[int]], **given: Any):
         super().__init__()
         self.sizes, self.given = dict(sizes), given
-        self.layers = nn.ModuleDict({_key(layer): Transform(*size, **given) for layer, size in sizes.items()})
+        self.layers = nn.ModuleDict({module_name(layer): Transform(*size, **given) for layer, size in sizes.items()})
 
     def settings(self) -> dict[str, Any]:
         return {"sizes": self.sizes, **self.given}
 
     def layer(self, layer: str) -> Transform:
         """Give the part of a target layer."""
-        return self.layers[_key(layer)]
+        return self.layers[module_name(layer)]
 
     def weigh(self, batch: Mapping[str, Tensor], model: Any) -> None:
         """Find nothing: all questions are of the one domain."""
@@ -88,8 +88,3 @@ class Transforms(Mixer):
             part = self.layer(layer)
             matrix, share, fixed = part.matrix.float().cpu(), part.shares[-1].cpu(), part.fixed().cpu()
             return matrix @ A, share * B + fixed
-
-
-def _key(layer: str) -> str:
-    """A module's name may not contain dots."""
-    return layer.replace(".", "/")

@@ -61,7 +61,7 @@ class FrameCache:
             except OSError:
                 return None
             identity = "\0".join(f"{path}\0{status.st_size}\0{status.st_mtime_ns}" for path, status in described)
-        told = (VERSION, identity, media.folder, media.start, media.end, media.video, decoder_versions())
+        told = (VERSION, identity, media.path, media.folder, media.start, media.end, media.video, decoder_versions())
         digest = hashlib.sha256("\0".join(map(str, told)).encode(errors="surrogateescape")).hexdigest()
         return self._folder / digest[:2] / f"{digest[2:]}.safetensors"
 

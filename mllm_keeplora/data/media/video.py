@@ -144,8 +144,10 @@ def is_irregular(media: Media) -> bool:
 
 def decoder_versions() -> str:
     """Name the versions of PyAV and of the decoders inside it, by which frames are told from others."""
-    av = _pyav()
-    return f"av {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
+    _pyav()
+    from av import __version__, library_versions
+
+    return f"av {__version__}, libavcodec {'.'.join(map(str, library_versions['libavcodec']))}"
 
 
 def _pyav() -> Any:

@@ -217,10 +217,7 @@ class ChatPrompt:
         mark = getattr(self.processor, "video_token", None)
         if getattr(self.processor, "video_processor", None) is None or mark is None:
             return False
-        try:
-            return mark in _rendered(self.processor, (Turn("user", "?"),), ("video",), "", True)
-        except Exception:  # of whatever kind: templates compute what they like, and of this part they may know nothing
-            return False
+        return mark in _try_template(self.processor, ("video",))
 
     def _ids(self, text: str) -> Sequence[int]:
         return _encoded(self.tokenizer, text, self._adds_marks(text))[0]
@@ -321,10 +318,17 @@ def _refused(record: Record, sizes: Sequence[Extent]) -> Iterator[None]:
         raise UserError(f"{record.origin}: the base's processor refuses it{told}: {first_line(error)}") from error
 
 
-def _try_template(processor: Any) -> None:
+def _try_template(processor: Any, first: tuple[str, ...] = ()) -> str:
     """Render one question: a template is a program, which comes with the base and may be broken or never end.
 
     transformers runs it where it sees nothing but the messages: no file, no import, no attribute of Python's own.
+
+    Args:
+        processor: has the template.
+        first: what is shown before the question.
+
+    Returns:
+        Its text; nothing where the template itself refuses the question.
 
     Raises:
         UserError: it does not end, makes a text without measure, or is broken.
@@ -338,12 +342,14 @@ def _try_template(processor: Any) -> None:
     before = signal.signal(signal.SIGALRM, give_up) if is_timed else None
     try:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE_S if is_timed else 0)
-        text = _rendered(processor, (Turn("user", "?"),), (), "", True)
+        text = _rendered(processor, (Turn("user", "?"),), first, "", True)
         if len(text) > LONGEST:
             raise ValueError(f"it makes {len(text):,} characters of one question mark")
+        return text
     except Exception as error:  # of whatever kind: it computes what it likes
         if type(error) is not TemplateError:  # which a template raises itself, of a question that it does not take
             raise UserError(f"the base's chat template cannot be used: {first_line(error)}") from error
+        return ""
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if is_timed:

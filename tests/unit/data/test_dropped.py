@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mllm_keeplora.data.formats import BY_KEYS, PICTURES, Fault, test_record, train_record
+from mllm_keeplora.data.formats import BY_KEYS, Fault, test_record, train_record
 from mllm_keeplora.data.media.images import Looks, read_image
+from mllm_keeplora.data.named import PICTURES
 from mllm_keeplora.data.readers import read_test, read_train
 from mllm_keeplora.data.schema import Media
 from mllm_keeplora.errors import UserError

@@ -210,11 +210,11 @@ def test_a_folder_that_is_no_data_set_or_has_splits_is_refused(folder):
 
 
 @pytest.mark.slow
-def test_reading_holds_neither_the_file_nor_its_records(folder, large, monkeypatch):
+def test_reading_holds_neither_the_file_nor_its_records(folder, large, monkeypatch, caplog):
     """Python objects grow by no more than a few tens of bytes a record, of which one alone takes more than 1,000."""
     from datasets import Dataset  # noqa: F401  (its import is not what is measured)
 
-    logging.getLogger("mllm_keeplora").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, "mllm_keeplora")  # and back afterwards
     monkeypatch.setattr(readers, "CHUNK", 1 << 14)
     monkeypatch.setattr("mllm_keeplora.data.store.BATCH", 100)
     peaks = []

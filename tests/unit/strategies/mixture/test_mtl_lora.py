@@ -186,3 +186,9 @@ def test_the_need_the_presets_and_the_estimate():
     assert told == {"llama": (8, 16.0, 0.1), "vl_bart": (64, 16.0, 0.8)}
     sizes = SimpleNamespace(rank=4, layers=((10, 3), (20, 3)), domains=3)
     assert strategy_of().footprint(sizes) == {"train": {"earlier up-projections": 4 * 4 * 30 * 2}}
+
+
+def test_a_layer_without_dots_lends_its_transform_another_name():
+    """Else peft, which matches the ends of names, would adapt what is inside of the mixer, too."""
+    mixer = Transforms({"visual_projection": (2, 4), "a.b": (2, 4)}, earlier=0, temperature=1.0, form="full")
+    assert set(mixer.layers) == {"/visual_projection", "a/b"}
